@@ -1,0 +1,48 @@
+"""optaxclip: gradient clipping for JAX and optax.
+
+Every clipper is an optax `GradientTransformation`: chain it before the optimizer, inside a jitted train step.
+
+====================  =============================================================================================
+`clip_by`             the mechanism: a norm (how big is each group?) and a threshold (how big may it be?)
+`norms`               what can be measured: all leaves, groups, leaves, units, relative change
+`thresholds`          what can be permitted: constant, between, exactly, smooth, relative to the parameters
+values                `clip`, `clip_by_value`
+a fixed bound         `clip_by_global_norm`, `clip_by_leaf_norm`, `clip_by_block_rms`, `clip_by_norm_range`,
+                      `smooth_clip_by_global_norm`
+relative to weights   `adaptive_grad_clip`, `clippy`
+to log                `global_norm`: range-safe, and global on every mesh
+====================  =============================================================================================
+"""
+
+from optaxclip import norms, thresholds
+from optaxclip.clippers.elementwise import clip, clip_by_value
+from optaxclip.clippers.fixed import (
+    clip_by_block_rms,
+    clip_by_global_norm,
+    clip_by_leaf_norm,
+    clip_by_norm_range,
+    smooth_clip_by_global_norm,
+)
+from optaxclip.clippers.relative import adaptive_grad_clip, clippy
+from optaxclip.core import Norm, Threshold, clip_by
+from optaxclip.sums import global_norm
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Norm",
+    "Threshold",
+    "adaptive_grad_clip",
+    "clip",
+    "clip_by",
+    "clip_by_block_rms",
+    "clip_by_global_norm",
+    "clip_by_leaf_norm",
+    "clip_by_norm_range",
+    "clip_by_value",
+    "clippy",
+    "global_norm",
+    "norms",
+    "smooth_clip_by_global_norm",
+    "thresholds",
+]

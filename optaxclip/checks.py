@@ -1,0 +1,85 @@
+"""Checks of static arguments: each error names the argument and the value.
+
+Only concrete numbers are looked at. Arrays and schedules pass unseen, so that
+`optax.inject_hyperparams` can hand in traced values.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def _is_concrete(value: Any) -> bool:
+    return isinstance(value, int | float | np.number | np.ndarray) and not isinstance(value, bool)
+
+
+def bound(name: str, value: Any, *, signed: bool = False, finite: bool = False) -> None:
+    """A bound: a number, an array, a schedule, or a prefix pytree of these.
+
+    Args:
+      name: the argument's name, for the message.
+      value: what the user passed.
+      signed: whether negative numbers are allowed.
+      finite: whether inf is refused.
+
+    Raises:
+      ValueError: if a number in `value` is NaN, or negative where it may not be, or no bound at all.
+    """
+    leaves = jax.tree.leaves(value, is_leaf=lambda leaf: leaf is None)
+    if not leaves:
+        raise ValueError(f"{name} must be a number, an array, a schedule or a pytree of these, got {value!r}")
+    for leaf in leaves:
+        if isinstance(leaf, jax.Array) or callable(leaf):
+            continue
+        if not _is_concrete(leaf):
+            raise ValueError(f"{name} must be a number, an array, a schedule or a pytree of these, got {leaf!r}")
+        if np.any(np.isnan(leaf)) or (not signed and np.any(np.asarray(leaf) < 0)):
+            raise ValueError(f"{name} must be {'a number' if signed else 'at least 0'}, got {leaf!r}")
+        if finite and np.any(np.isinf(leaf)):
+            raise ValueError(f"{name} must be finite, got {leaf!r}")
+
+
+def ordered(low_name: str, low: Any, high_name: str, high: Any) -> None:
+    """Raises ValueError where two plain numbers stand in the wrong order."""
+    if _is_concrete(low) and _is_concrete(high) and np.any(np.asarray(low) > np.asarray(high)):
+        raise ValueError(f"{low_name} must be at most {high_name}, got {low_name}={low!r} and {high_name}={high!r}")
+
+
+def order(name: str, value: Any) -> float:
+    """The order p of a norm: a number of at least 1, or inf. None is 2, as in `numpy.linalg.norm`."""
+    if value is None:
+        return 2
+    static(name, value)
+    if not _is_concrete(value) or math.isnan(value) or value < 1:
+        raise ValueError(f"{name} must be a number of at least 1, or inf, got {value!r}")
+    return float(value)
+
+
+def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    """Raises ValueError unless `value` is one of the words allowed."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def static(name: str, value: Any, accept: Callable[[Any], bool] = lambda _: True, what: str = "") -> None:
+    """A structural argument: it shapes the program, so it can't be an array.
+
+    `optax.inject_hyperparams` turns integer arguments into arrays unless it is told not to.
+
+    Args:
+      name: the argument's name, for the message.
+      value: what the user passed, a value or a pytree of values.
+      accept: says of one value whether it is fine.
+      what: what a fine value is, for the message.
+    """
+    for leaf in jax.tree.leaves(value):
+        if isinstance(leaf, jax.Array):
+            raise ValueError(
+                f"{name} must be static, got the array {leaf}; "
+                f"with optax.inject_hyperparams, pass static_args=({name!r},)"
+            )
+        if not accept(leaf):
+            raise ValueError(f"{name} must be {what}, got {leaf!r}")

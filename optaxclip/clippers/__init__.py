@@ -1,0 +1,1 @@
+"""The named methods, one file per idea."""

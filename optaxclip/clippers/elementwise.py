@@ -1,0 +1,167 @@
+"""Clippers of single coordinates: no norm, so plain transformations."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optaxclip import bounds, checks, groups, scaling, sums
+from optaxclip.bounds import Bound
+from optaxclip.core import State, Updates
+
+
+def clip(max_delta: Bound) -> optax.GradientTransformationExtraArgs:
+    r"""Clips every coordinate to at most `max_delta` in modulus. The same name and argument as in optax.
+
+    .. math:: u_i \leftarrow \min(\max(u_i, -\delta), \delta)
+
+    Args:
+      max_delta: the bound, at least 0, in the units of the gradient: a number, an array, an optax schedule, or a prefix
+        pytree of these.
+
+    Returns:
+      A stateless transformation (`optax.EmptyState`); with a schedule it counts its steps.
+
+    Guarantees:
+      Exact at the ends: a clipped coordinate is `max_delta` rounded to the leaf's dtype. Coordinates within are
+      returned bit for bit, and dtypes are kept.
+
+    Edge cases:
+      An infinite coordinate is clipped, NaN passes. 0 gives zeros, inf changes nothing. Complex coordinates keep their
+      direction and are clipped by modulus. Integer, boolean, float0 and key leaves pass untouched.
+
+    Placement:
+      Before the optimizer. Clipping by value changes the direction of the gradient; clipping by norm does not.
+
+    Raises:
+      ValueError: if `max_delta` is negative or NaN.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optaxclip
+      >>> tx = optaxclip.clip(1.0)
+      >>> updates, _ = tx.update(jnp.array([0.5, -3.0, jnp.inf]), tx.init(None))
+      >>> print(updates)
+      [ 0.5 -1.   1. ]
+
+    References:
+      Mikolov, Statistical Language Models Based on Neural Networks, PhD thesis, Brno University of Technology, 2012.
+
+    See also:
+      `clip_by_value` for separate ends, `clip_by_global_norm` to keep the direction.
+    """
+    checks.bound("max_delta", max_delta)
+
+    def interval(high: Any, dtype: Any) -> tuple[Any, Any]:
+        # A traced bound can't be refused when it is negative. As 0 it at least turns no coordinate around.
+        high = jnp.maximum(bounds.as_array(high, dtype), 0)
+        return -high, high
+
+    return _clip_values(interval, max_delta=max_delta)
+
+
+def clip_by_value(
+    min_value: Bound | None = None, max_value: Bound | None = None
+) -> optax.GradientTransformationExtraArgs:
+    r"""Clips every coordinate to the interval from `min_value` to `max_value`.
+
+    .. math:: u_i \leftarrow \min(\max(u_i, min), max)
+
+    Args:
+      min_value: the lower end, in the units of the gradient: a number, an array, an optax schedule, or a prefix pytree
+        of these. None is no lower end.
+      max_value: the upper end, likewise. It wins where the two cross.
+
+    Returns:
+      A stateless transformation (`optax.EmptyState`); with a schedule it counts its steps.
+
+    Guarantees:
+      Exact at the ends: a clipped coordinate is the end rounded to the leaf's dtype. Coordinates within are returned
+      bit for bit, and dtypes are kept.
+
+    Edge cases:
+      An infinite coordinate is clipped where there is an end on its side, NaN passes. Of complex coordinates the
+      modulus is clipped and the direction kept; a coordinate of 0 stays 0. Integer, boolean, float0 and key leaves pass
+      untouched.
+
+    Placement:
+      Before the optimizer. One-sided or lopsided intervals shift the mean of the gradient: that is a bias.
+
+    Raises:
+      ValueError: if both ends are None, one is NaN, or `min_value` is larger than `max_value`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optaxclip
+      >>> tx = optaxclip.clip_by_value(-1.0, 2.0)
+      >>> updates, _ = tx.update(jnp.array([-3.0, 0.5, 3.0]), tx.init(None))
+      >>> print(updates)
+      [-1.   0.5  2. ]
+
+    References:
+      `torch.nn.utils.clip_grad_value_`, which has one bound for both sides.
+
+    See also:
+      `clip` for an interval around 0.
+    """
+    if min_value is None and max_value is None:
+        raise ValueError("give min_value, max_value, or both; got None for both")
+    low = -jnp.inf if min_value is None else min_value
+    high = jnp.inf if max_value is None else max_value
+    checks.bound("min_value", low, signed=True)
+    checks.bound("max_value", high, signed=True)
+    checks.ordered("min_value", low, "max_value", high)
+    return _clip_values(
+        lambda low, high, dtype: (bounds.as_array(low, dtype), bounds.as_array(high, dtype)),
+        min_value=low,
+        max_value=high,
+    )
+
+
+def _clip_values(interval: Callable[..., tuple[Any, Any]], **named: Bound) -> optax.GradientTransformationExtraArgs:
+    """A clip of each coordinate to `interval(*bounds, dtype)`; the bounds have their arguments' names, for messages."""
+
+    def init(params: Any) -> State:
+        return bounds.init(named, params)
+
+    def update(updates: Updates, state: State, params: Any = None, **extra_args: Any) -> tuple[Updates, State]:
+        del params, extra_args
+        resolved, state = bounds.resolve(named, state, updates)
+        flat, treedef = jax.tree.flatten(updates)
+        clipped = [
+            _clip_leaf(leaf, ends, interval) if sums.is_counted(leaf) else leaf
+            for leaf, *ends in zip(flat, *(groups.entries(bound, treedef) for bound in resolved), strict=True)
+        ]
+        return treedef.unflatten(clipped), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _clip_leaf(leaf: Any, ends: list[Any], interval: Callable[..., tuple[Any, Any]]) -> jax.Array:
+    leaf = jnp.asarray(leaf)
+    low, high = interval(*ends, sums.accumulator(leaf.dtype))
+    if jnp.iscomplexobj(leaf):
+        return _clip_modulus(leaf, low, high)
+    low, high = low.astype(leaf.dtype), high.astype(leaf.dtype)
+    # Selects, where min and max would flush subnormals. A comparison with NaN is false: it passes, and as a bound it
+    # bounds nothing.
+    return jnp.where(leaf > high, high, jnp.where(leaf < low, low, leaf))
+
+
+def _clip_modulus(leaf: jax.Array, low: Any, high: Any) -> jax.Array:
+    modulus = sums.modulus(leaf)
+    goal = jnp.where(modulus > high, high, jnp.where(modulus < low, low, modulus))
+    direction = _direction(leaf)
+    scaled = scaling.rescale(direction, scaling.factors(sums.modulus(direction), goal))
+    return jnp.where(goal == modulus, leaf, scaled)
+
+
+def _direction(leaf: jax.Array) -> jax.Array:
+    """A finite number of the same direction, where a complex number is infinite."""
+    parts = (jnp.real(leaf), jnp.imag(leaf))
+    is_nan = jnp.isnan(parts[0]) | jnp.isnan(parts[1])
+    infinite = (jnp.isinf(parts[0]) | jnp.isinf(parts[1])) & ~is_nan
+    unit = jax.lax.complex(*(jnp.where(jnp.isinf(part), jnp.sign(part), jnp.zeros_like(part)) for part in parts))
+    return jnp.where(infinite, unit, leaf)

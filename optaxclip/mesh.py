@@ -1,0 +1,146 @@
+"""Over which mesh axes a leaf is split.
+
+Under `jit` with shardings a sum over an array is global already, and nothing here does anything. Inside `shard_map` and
+`pmap` each device sees its own piece of a split leaf, and a norm must be summed over the axes that the leaf is split
+over: all of them, and no other (a replicated leaf must be counted once).
+
+`split_of` decides that for every leaf, once, from `axes`:
+
+- `"auto"`: the axes that the leaf varies over, which `shard_map` tracks in the types when `check_vma=True` (its
+  default). Nothing is known in `pmap` and with `check_vma=False`: name the axes there.
+- a name or a tuple of names: the same axes for every leaf.
+- a PartitionSpec or a prefix pytree of them: per leaf, and by dimension, which norms of single units need.
+- `None`: nothing is split; each device stands for itself.
+
+Names that are not bound where we run (outside `shard_map`) are dropped, as are names over which a leaf is known not to
+vary.
+"""
+
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+from jax.sharding import PartitionSpec
+
+Axes: TypeAlias = Any  # "auto" | None | str | tuple[str, ...] | prefix pytree of PartitionSpec
+
+
+class Split(NamedTuple):
+    """How one leaf is split.
+
+    Attributes:
+      path: the leaf's path, for messages.
+      axes: the mesh axes it is split over, in order.
+      by_dim: the same axes, dimension by dimension; None where that is not known.
+    """
+
+    path: str
+    axes: tuple[str, ...]
+    by_dim: tuple[tuple[str, ...], ...] | None
+
+    def over(self, dims: tuple[int, ...], ndim: int) -> tuple[str, ...]:
+        """The mesh axes to sum over when the dimensions `dims` of this leaf of rank `ndim` are reduced."""
+        if not self.axes or len(dims) == ndim:
+            return self.axes
+        if self.by_dim is None:
+            raise ValueError(
+                f"leaf {self.path!r} is split over mesh axes {self.axes}, and it is not known which of its dimensions "
+                f"are: a norm over its dimensions {dims} alone needs axes= to be a PartitionSpec or a pytree of them"
+            )
+        return tuple(name for dim in dims for name in self.by_dim[dim])
+
+
+def split_of(tree: Any, params: Any = None, axes: Axes = "auto") -> list[Split]:
+    """Says for every leaf of `tree` over which mesh axes it is split.
+
+    Args:
+      tree: gradients, updates or parameters.
+      params: the parameters, where known. A gradient that varies over an axis that its parameter does not vary over, at
+        the same shape, is a sum not yet taken: with `axes="auto"` that is an error.
+      axes: see the module's docstring.
+
+    Returns:
+      One Split per leaf, in the order of `jax.tree.leaves(tree)`.
+    """
+    flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in flat]
+    leaves = [leaf for _, leaf in flat]
+    if axes is None:
+        return [Split(path, (), None) for path in paths]
+    if isinstance(axes, str) and axes == "auto":
+        _refuse_unreduced(leaves, paths, treedef, params)
+        return [Split(path, tuple(sorted(varying(leaf))), None) for leaf, path in zip(leaves, paths, strict=True)]
+    tracked = _Tracked()
+    if _is_names(axes):
+        names = (axes,) if isinstance(axes, str) else tuple(axes)
+        return [Split(path, tracked.keep(names, leaf), None) for leaf, path in zip(leaves, paths, strict=True)]
+    specs = jax.tree.leaves(jax.tree.broadcast(axes, tree, is_leaf=_is_spec), is_leaf=_is_spec)
+    return [_split_by_spec(*each, tracked) for each in zip(specs, leaves, paths, strict=True)]
+
+
+def varying(leaf: Any) -> frozenset[str]:
+    """The mesh axes that a leaf is known to vary over (none outside `shard_map`)."""
+    if not hasattr(leaf, "aval"):  # a NumPy array or a Python number is the same everywhere
+        return frozenset()
+    kind: Any = jax.typeof(leaf)
+    manual = getattr(kind, "manual_axis_type", None)  # jax >= 0.10
+    return frozenset(kind.vma if manual is None else manual.varying)
+
+
+class _Tracked:
+    """Which axis names are bound here, and whether the types track them; asked once per name."""
+
+    def __init__(self) -> None:
+        self.known: dict[str, bool | None] = {}
+
+    def __call__(self, name: str) -> bool | None:
+        if name not in self.known:
+            try:
+                # Where variation is tracked, a device's own index varies over its axis.
+                self.known[name] = name in varying(jax.lax.axis_index(name))
+            except NameError:
+                self.known[name] = None
+        return self.known[name]
+
+    def keep(self, names: tuple[str, ...], leaf: Any) -> tuple[str, ...]:
+        """Those of `names` that are bound and that `leaf` may be split over."""
+        over = varying(leaf)
+        return tuple(name for name in names if (self(name) is False) or (self(name) and name in over))
+
+
+def _is_names(axes: Any) -> bool:
+    if isinstance(axes, str):
+        return True
+    return isinstance(axes, tuple) and not _is_spec(axes) and bool(axes) and all(isinstance(n, str) for n in axes)
+
+
+def _is_spec(value: Any) -> bool:
+    return isinstance(value, PartitionSpec)
+
+
+def _split_by_spec(spec: Any, leaf: Any, path: str, tracked: _Tracked) -> Split:
+    if not _is_spec(spec):
+        raise ValueError(
+            "axes must be 'auto', None, a name, a tuple of names, or a prefix pytree of PartitionSpec; "
+            f"got {spec!r} for leaf {path!r}"
+        )
+    ndim = len(jax.numpy.shape(leaf))
+    if len(spec) > ndim:
+        raise ValueError(f"axes={spec} has {len(spec)} dimensions, but leaf {path!r} has {ndim}")
+    entries = [*spec, *([None] * (ndim - len(spec)))]
+    named = [entry if isinstance(entry, tuple) else (entry,) for entry in entries]
+    by_dim = tuple(tracked.keep(tuple(n for n in names if isinstance(n, str)), leaf) for names in named)
+    return Split(path, tuple(name for names in by_dim for name in names), by_dim)
+
+
+def _refuse_unreduced(leaves: list[Any], paths: list[str], treedef: Any, params: Any) -> None:
+    """Raises where a gradient varies over an axis that its parameter does not vary over."""
+    if params is None or not any(map(varying, leaves)):
+        return
+    for leaf, path, param in zip(leaves, paths, treedef.flatten_up_to(params), strict=True):
+        extra = varying(leaf) - varying(param)
+        if extra and jax.numpy.shape(leaf) == jax.numpy.shape(param):
+            raise ValueError(
+                f"the gradient of {path!r} varies over mesh axes {tuple(sorted(extra))} and its parameter does not: it "
+                "has not been reduced yet. Reduce it first (jax.lax.psum or pmean), or say what is meant: axes=None "
+                "clips on each device alone, axes=<names> takes the norm over those axes"
+            )

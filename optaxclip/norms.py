@@ -1,0 +1,292 @@
+"""What is measured: the Norms that `clip_by` takes.
+
+========================  =====================================  =====================================
+norm                      one group is                           norms are
+========================  =====================================  =====================================
+`global_norm`             all leaves together                    a scalar
+`group_norm`              the leaves with one label              a dict from label to scalar
+`leaf_norm`, `leaf_rms`   a leaf, or a layer of a stacked one    a scalar per leaf
+`unit_norm`               a unit (an output neuron, a filter)    an array per leaf, reduced axes kept as 1
+`relative_change`         a leaf                                 a scalar per leaf
+========================  =====================================  =====================================
+
+Leaves that hold no floats are in no group: they have None among the norms, and pass untouched.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from optaxclip import checks, groups, leaves, mesh, scaling, sums
+from optaxclip.core import Norm, Norms, Updates, require_params
+
+Axis: TypeAlias = int | tuple[int, ...] | None
+DimsOf: TypeAlias = Callable[[tuple[int, ...], str], tuple[int, ...]]  # (shape, path) -> dimensions
+
+
+def global_norm(ord: float = 2, *, include: Any = None) -> Norm:
+    """One norm of all leaves together.
+
+    Args:
+      ord: p of the p-norm, at least 1, or inf.
+      include: a prefix pytree of booleans, or a callable from a leaf's path ("decoder/kernel") to one. Leaves not
+        included are neither counted nor scaled (a frozen leaf must not shrink the trained ones). None includes all.
+
+    Returns:
+      A Norm; its norms are one scalar.
+    """
+    p = checks.order("ord", ord)
+    checks.static("include", include, lambda value: isinstance(value, bool) or callable(value), "True or False")
+
+    def chosen(tree: Updates) -> list[bool]:
+        wanted = [True] * len(jax.tree.leaves(tree)) if include is None else leaves.values("include", include, tree)
+        return [sums.is_counted(leaf) and bool(want) for leaf, want in zip(jax.tree.leaves(tree), wanted, strict=True)]
+
+    def measure(updates: Updates, params: Any, split: list[mesh.Split]) -> Norms:
+        del params
+        counted = [each for each, is_in in zip(_with_split(updates, split), chosen(updates), strict=True) if is_in]
+        return sums.total_norm([leaf for leaf, _ in counted], [at.axes for _, at in counted], p)
+
+    def scale(updates: Updates, norms: Norms, permitted: Norms) -> Updates:
+        factor = scaling.factors(norms, permitted)
+        return _rescale_each(updates, [factor if is_in else None for is_in in chosen(updates)])
+
+    return Norm(measure, scale)
+
+
+def group_norm(labels: Any, ord: float = 2) -> Norm:
+    """One norm per label, of all leaves with that label.
+
+    Args:
+      labels: a prefix pytree of strings, or a callable from a leaf's path ("decoder/kernel") to one. A leaf labelled
+        None is in no
+        group: neither counted nor scaled.
+      ord: p of the p-norm, at least 1, or inf.
+
+    Returns:
+      A Norm; its norms are a dict from label to scalar. A prefix pytree of bounds is a dict of that kind.
+    """
+    p = checks.order("ord", ord)
+    checks.static("labels", labels)
+
+    def label_of(tree: Updates) -> list[Any]:
+        found = leaves.values("labels", labels, tree)
+        return [
+            label if sums.is_counted(leaf) else None for leaf, label in zip(jax.tree.leaves(tree), found, strict=True)
+        ]
+
+    def measure(updates: Updates, params: Any, split: list[mesh.Split]) -> Norms:
+        del params
+        members: dict[Any, list[tuple[Any, mesh.Split]]] = {}
+        for each, label in zip(_with_split(updates, split), label_of(updates), strict=True):
+            if label is not None:
+                members.setdefault(label, []).append(each)
+        return {
+            label: sums.total_norm([leaf for leaf, _ in group], [at.axes for _, at in group], p)
+            for label, group in members.items()
+        }
+
+    def scale(updates: Updates, norms: Norms, permitted: Norms) -> Updates:
+        factor = scaling.factors(norms, permitted)
+        return _rescale_each(updates, [None if label is None else factor[label] for label in label_of(updates)])
+
+    return Norm(measure, scale)
+
+
+def leaf_norm(ord: float = 2, *, stacked: Any = None) -> Norm:
+    """One norm per leaf.
+
+    Args:
+      ord: p of the p-norm, at least 1, or inf.
+      stacked: how many leading axes of a leaf index independent layers (from `nn.scan` or `vmap`), each a group of its
+        own: a number, a prefix pytree of numbers, or a callable from a leaf's path to one. None is 0.
+
+    Returns:
+      A Norm; its norms are a scalar per leaf, or an array of shape `leaf.shape[:stacked]`.
+    """
+    return _by_leaf(_whole, checks.order("ord", ord), stacked)
+
+
+def leaf_rms(*, stacked: Any = None) -> Norm:
+    """The root mean square of each leaf: its norm over the square root of its size.
+
+    Args:
+      stacked: see `leaf_norm`.
+
+    Returns:
+      A Norm; its norms are a scalar per leaf, or an array of shape `leaf.shape[:stacked]`.
+    """
+    return _by_leaf(_whole, 2, stacked, mean=True)
+
+
+def unit_norm(units: str = "io", *, axis: Axis = None, stacked: Any = None) -> Norm:
+    """One norm per unit of each leaf. What a unit is depends on the layout of the kernels.
+
+    Args:
+      units: `"io"` for kernels of shape [in, out] or HWIO (Flax, Haiku; optax and DeepMind's nfnets): leaves of
+        squeezed rank 0 or 1 are one unit; rank 2 and 3 reduce axis 0, rank 4 axes 0 to 2, rank 5 axes 0 to 3. `"oi"`
+        for [out, in, ...] (PyTorch, Equinox; timm): leaves of rank 0 or 1 are one unit, others reduce all axes but 0.
+        `"leaf"`: each leaf is one unit.
+      axis: the axis or axes to reduce in every leaf, instead of `units`; not counting `stacked` axes from the front.
+      stacked: how many leading axes of a leaf index independent layers, never reduced over; see `leaf_norm`.
+
+    Returns:
+      A Norm; its norms are an array per leaf, of the leaf's rank, with the reduced axes of length 1.
+    """
+    checks.one_of("units", units, tuple(_UNITS))
+    checks.static("axis", axis, lambda value: isinstance(value, int), "an axis or a tuple of axes")
+    dims_of = _UNITS[units] if axis is None else functools.partial(_given, axis=axis)
+    return _by_leaf(dims_of, 2, stacked, keepdims=True)
+
+
+def relative_change(relative: Any, absolute: Any) -> Norm:
+    r"""How large the update of each leaf is beside its parameters, by its worst coordinate.
+
+    .. math:: n = \max_i \frac{|u_i|}{relative \cdot |w_i| + absolute}
+
+    Coordinates with u = 0 do not count. Where the limit of a non-zero update is 0, or the ratio passes the largest
+    float, the norm is the largest float, and the leaf can only be scaled to 0. Needs parameters.
+
+    Args:
+      relative: share of the parameter's modulus that an update may have; at least 0.
+      absolute: added to it, in units of the parameters; at least 0.
+
+    Returns:
+      A Norm; its norms are a scalar per leaf, 1 where the worst coordinate is at its limit.
+    """
+    checks.bound("relative", relative)
+    checks.bound("absolute", absolute)
+
+    def measure(updates: Updates, params: Any, split: list[mesh.Split]) -> Norms:
+        require_params(updates, params)
+        flat, treedef = jax.tree.flatten(updates)
+        weights = treedef.flatten_up_to(params)
+        counted = [i for i, update in enumerate(flat) if sums.is_counted(update)]
+        worst = [_worst_ratio(flat[i], weights[i], relative, absolute) for i in counted]
+        across = sums.across(worst, [split[i].axes for i in counted], math.inf)
+        norms = dict(zip(counted, across, strict=True))
+        return treedef.unflatten([norms.get(i) for i in range(len(flat))])
+
+    def scale(updates: Updates, norms: Norms, permitted: Norms) -> Updates:
+        # A saturated norm says only that no factor is small enough.
+        reachable = groups.over_groups(
+            lambda norm, goal: jnp.where(
+                (norm >= jnp.finfo(norm.dtype).max) & (goal < norm), jnp.zeros_like(goal), goal
+            ),
+            norms,
+            permitted,
+        )
+        return _rescale_each(updates, jax.tree.structure(updates).flatten_up_to(scaling.factors(norms, reachable)))
+
+    return Norm(measure, scale)
+
+
+def _by_leaf(dims_of: DimsOf, ord: float, stacked: Any, *, keepdims: bool = False, mean: bool = False) -> Norm:
+    """A Norm with groups of their own in each leaf, extending over the dimensions `dims_of(shape, path)`."""
+    checks.static("stacked", stacked, lambda value: isinstance(value, int) or callable(value), "a number of axes")
+
+    def dims_in(tree: Updates) -> list[tuple[int, ...] | None]:
+        return [
+            _behind_stacked(dims_of, jnp.shape(leaf), path, 0 if layers is None else layers)
+            if sums.is_counted(leaf)
+            else None
+            for leaf, path, layers in zip(
+                jax.tree.leaves(tree), leaves.paths(tree), leaves.values("stacked", stacked, tree), strict=True
+            )
+        ]
+
+    def measure(updates: Updates, params: Any, split: list[mesh.Split]) -> Norms:
+        del params
+        flat, treedef = jax.tree.flatten(updates)
+        counted = [
+            (i, dims, split[i].over(dims, jnp.ndim(flat[i])))
+            for i, dims in enumerate(dims_in(updates))
+            if dims is not None
+        ]
+        measured = sums.separate_norms(
+            [flat[i] for i, _, _ in counted], [dims for _, dims, _ in counted], [axes for _, _, axes in counted], ord
+        )
+        norms: list[Any] = [None] * len(flat)
+        for norm, (i, dims, axes) in zip(measured, counted, strict=True):
+            norms[i] = norm / math.sqrt(_size(flat[i], dims, axes)) if mean else norm
+            norms[i] = jnp.expand_dims(norms[i], dims) if keepdims else norms[i]
+        return treedef.unflatten(norms)
+
+    def scale(updates: Updates, norms: Norms, permitted: Norms) -> Updates:
+        factors = jax.tree.structure(updates).flatten_up_to(scaling.factors(norms, permitted))
+        if not keepdims:  # stacked layers: back to the rank of the leaf
+            factors = [
+                None if dims is None else jax.tree.map(lambda each, dims=dims: jnp.expand_dims(each, dims), factor)
+                for factor, dims in zip(factors, dims_in(updates), strict=True)
+            ]
+        return _rescale_each(updates, factors)
+
+    return Norm(measure, scale)
+
+
+def _behind_stacked(dims_of: DimsOf, shape: tuple[int, ...], path: str, layers: int) -> tuple[int, ...]:
+    if not 0 <= layers <= len(shape):
+        raise ValueError(f"stacked must be from 0 to the rank of the leaf, got {layers} for {path!r} of shape {shape}")
+    return tuple(dim + layers for dim in dims_of(shape[layers:], path))
+
+
+def _whole(shape: tuple[int, ...], path: str) -> tuple[int, ...]:
+    del path
+    return tuple(range(len(shape)))
+
+
+def _in_out(shape: tuple[int, ...], path: str) -> tuple[int, ...]:
+    rank = len(shape)
+    if sum(length != 1 for length in shape) <= 1:
+        return tuple(range(rank))
+    if rank > 5:
+        raise ValueError(f'units="io" does not say what a unit of leaf {path!r} of shape {shape} is; pass axis=')
+    return (0,) if rank <= 3 else tuple(range(rank - 1))
+
+
+def _out_in(shape: tuple[int, ...], path: str) -> tuple[int, ...]:
+    del path
+    return tuple(range(len(shape)))[0 if len(shape) <= 1 else 1 :]
+
+
+def _given(shape: tuple[int, ...], path: str, *, axis: int | tuple[int, ...]) -> tuple[int, ...]:
+    rank = len(shape)
+    axes = (axis,) if isinstance(axis, int) else axis
+    if any(not -rank <= each < rank for each in axes):
+        raise ValueError(f"axis={axis!r} is out of range for leaf {path!r} of shape {shape}")
+    return tuple(sorted({each % rank for each in axes}))
+
+
+_UNITS: dict[str, DimsOf] = {"io": _in_out, "oi": _out_in, "leaf": _whole}
+
+
+def _size(leaf: Any, dims: tuple[int, ...], axes: tuple[str, ...]) -> int:
+    """How many coordinates a group has on all devices; 1 for none, so that one can divide by it."""
+    lengths = [jnp.shape(leaf)[dim] for dim in dims] + [jax.lax.axis_size(name) for name in axes]
+    return max(math.prod(lengths), 1)
+
+
+def _worst_ratio(update: Any, param: Any, relative: Any, absolute: Any) -> jax.Array:
+    dtype = sums.accumulator(update.dtype)
+    size = sums.modulus(update)
+    limit = jnp.asarray(relative, dtype) * sums.modulus(param).astype(dtype) + jnp.asarray(absolute, dtype)
+    # Where the update is 0 the quotient is not used, but its derivative must be finite.
+    ratio = size / jnp.where(size > 0, limit, jnp.ones_like(limit))
+    ratio = jnp.where(jnp.isfinite(size), jnp.minimum(ratio, jnp.finfo(dtype).max), ratio)
+    return jnp.max(ratio, initial=0)
+
+
+def _with_split(updates: Updates, split: list[mesh.Split]) -> list[tuple[Any, mesh.Split]]:
+    return list(zip(jax.tree.leaves(updates), split, strict=True))
+
+
+def _rescale_each(updates: Updates, factors: Sequence[scaling.Factor | None]) -> Updates:
+    """Each leaf by its factor; as it is where that is None."""
+    flat, treedef = jax.tree.flatten(updates)
+    return treedef.unflatten(
+        [leaf if factor is None else scaling.rescale(leaf, factor) for leaf, factor in zip(flat, factors, strict=True)]
+    )

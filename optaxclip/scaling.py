@@ -1,0 +1,59 @@
+"""Bringing a group of coordinates from one norm to another, over the whole float range.
+
+The factor is a number per group, so that per coordinate there are only multiplications, which XLA fuses into whatever
+reads the result. A factor outside the normal range of floats (3e38 clipped to 1, or 1e36 to 1e-3) would flush to 0 or
+inf: it is applied as its square root, twice. Which of the two it is, is again a number per group.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optaxclip import groups, sums
+
+
+class Factor(NamedTuple):
+    """What to do with a group: leave it bit for bit, or multiply by `first` and then by `second`."""
+
+    keep: jax.Array
+    first: jax.Array
+    second: jax.Array
+
+
+def factors(norms: Any, permitted: Any) -> Any:
+    """The Factor of every group that takes it from its norm to the permitted one.
+
+    A group is kept where the two are the same number, where its norm is 0 or not finite, and where what is permitted is
+    not a number.
+    """
+    return groups.over_groups(_factor, norms, permitted)
+
+
+def _factor(norm: jax.Array, permitted: jax.Array) -> Factor:
+    keep = (permitted == norm) | ~(norm > 0) | ~jnp.isfinite(norm) | ~jnp.isfinite(permitted)
+    # Where a group is kept the factor is not used, but its derivative is multiplied by 0 and must be finite.
+    one = jnp.ones_like(norm)
+    norm, permitted = jnp.where(keep, one, norm), jnp.where(keep, one, permitted)
+    whole = sums.quotient(permitted, norm)
+    extreme = ((whole < 2.0**-100) & (permitted > 0)) | (whole > 2.0**100)
+    root = sums.quotient(jnp.sqrt(jnp.where(extreme, permitted, one)), jnp.sqrt(jnp.where(extreme, norm, one)))
+    return Factor(keep, jnp.where(extreme, root, one), jnp.where(extreme, root, whole))
+
+
+@jax.jit  # at module level: eager calls must not compile anew
+def rescale(leaf: jax.Array, factor: Factor) -> jax.Array:
+    """A leaf times its factor, calculated in float32 or wider, of the leaf's own dtype and finite where the leaf is.
+
+    Args:
+      leaf: floats of any shape.
+      factor: scalars, or arrays that broadcast to the leaf's shape.
+    """
+    leaf = jnp.asarray(leaf)
+    wide = leaf.astype(sums.wide(leaf.dtype))
+    scaled = wide * factor.first.astype(wide.dtype) * factor.second.astype(wide.dtype)
+    if not jnp.iscomplexobj(leaf):
+        # Scaled up, or rounded to a narrower dtype, a number may pass the largest there is.
+        largest = float(jnp.finfo(leaf.dtype).max)
+        scaled = jnp.clip(scaled, -largest, largest)
+    return jnp.where(factor.keep, leaf, scaled.astype(leaf.dtype))

@@ -1,0 +1,288 @@
+"""Range-safe norms of arrays and pytrees, and norms of norms.
+
+A plain float32 sum of squares overflows from a norm of 2e19 on and underflows below 1e-23. Here it is taken as it is,
+in one pass, and only where it turns out to lie outside the range in which it can be trusted is the array read again,
+divided by its largest entry. That choice is a `lax.cond` per array. An array of zeros takes the second path at every
+step, so no array shares its cond with a large one; small ones of a kind are stacked and share one, which is what keeps
+compile time down.
+
+Norms accumulate in float32, or in float64 for float64 arrays. A norm beyond the largest number saturates there: it is
+infinite only where an entry is. Subnormal entries count as zero.
+"""
+
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optaxclip import checks, mesh
+
+# Arrays of up to this many entries are copied into a stack with their like. At this size a copy costs microseconds.
+_SMALL = 1 << 14
+
+
+def is_counted(leaf: Any) -> bool:
+    """Whether a leaf counts in norms: real or complex floats do; integers, booleans, float0 and keys do not."""
+    dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+    return bool(jnp.issubdtype(dtype, jnp.inexact))
+
+
+def accumulator(dtype: Any) -> Any:
+    """The real dtype that norms of arrays of `dtype` have."""
+    return jnp.float64 if dtype in (jnp.float64, jnp.complex128) else jnp.float32
+
+
+def global_norm(tree: Any, *, ord: float = 2, axes: mesh.Axes = "auto") -> jax.Array:
+    r"""The norm of all leaves of a pytree taken together, right over the whole float range and on every kind of mesh.
+
+    .. math:: \|x\|_p = \Bigl(\sum_{\mathrm{leaves}} \sum_i |x_i|^p\Bigr)^{1/p}
+
+    Args:
+      tree: pytree of arrays of any shapes and dtypes. Complex entries count by modulus; integer, boolean, float0 and
+        PRNG-key leaves are not counted.
+      ord: p, a number of at least 1, or inf for the largest modulus.
+      axes: over which mesh axes the leaves are split, inside `shard_map` and `pmap`. `"auto"` asks the types
+        (`check_vma=True`); otherwise a name, a tuple of names, a prefix pytree of PartitionSpec, or None for this
+        device's share alone.
+
+    Returns:
+      A scalar: float32, or float64 if a leaf is. 0 for an empty tree; inf or NaN where an entry is. A norm past the
+      largest float is the largest float.
+
+    Raises:
+      ValueError: if `ord` is below 1 or NaN.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optaxclip
+      >>> print(optaxclip.global_norm({"a": jnp.array([3.0]), "b": jnp.array([4.0])}))
+      5.0
+      >>> print(optaxclip.global_norm(jnp.array([3e30, 4e30])))  # a plain sum of squares is inf here
+      5e+30
+    """
+    p = checks.order("ord", ord)
+    splits = mesh.split_of(tree, axes=axes)
+    counted = [(leaf, split) for leaf, split in zip(jax.tree.leaves(tree), splits, strict=True) if is_counted(leaf)]
+    return total_norm([leaf for leaf, _ in counted], [split.axes for _, split in counted], p)
+
+
+def total_norm(leaves: Sequence[Any], axes: Sequence[tuple[str, ...]], ord: float) -> jax.Array:
+    """One norm of all `leaves`, each split over its mesh axes in `axes`. One collective per distinct set of axes."""
+    sets: dict[Any, list[jax.Array]] = {}
+    for norm, names in zip(_local_norms(leaves, [_all_dims(leaf) for leaf in leaves], ord), axes, strict=True):
+        sets.setdefault((names, norm.dtype), []).append(norm)
+    norms = [norm_of_norms(jnp.stack(together), names, ord) for (names, _), together in sets.items()]
+    if not norms:
+        return jnp.zeros((), jnp.float32)
+    if len(norms) == 1:
+        return norms[0]
+    widest = max((norm.dtype for norm in norms), key=lambda dtype: dtype.itemsize)
+    return norm_of_norms(jnp.stack([norm.astype(widest) for norm in norms]), (), ord)
+
+
+def separate_norms(
+    leaves: Sequence[Any], dims: Sequence[tuple[int, ...]], axes: Sequence[tuple[str, ...]], ord: float
+) -> list[jax.Array]:
+    """The norm of each leaf over its dimensions `dims`, which are split over the mesh axes `axes`."""
+    return across(_local_norms(leaves, dims, ord), axes, ord)
+
+
+def across(norms: Sequence[jax.Array], axes: Sequence[tuple[str, ...]], ord: float) -> list[jax.Array]:
+    """Each of `norms`, of what this device holds, taken over its mesh axes. One collective per distinct set of axes."""
+    norms = list(norms)
+    sets: dict[Any, list[int]] = {}
+    for i, (norm, names) in enumerate(zip(norms, axes, strict=True)):
+        if names:
+            sets.setdefault((names, norm.dtype), []).append(i)
+    for (names, _), at in sets.items():
+        together = norm_of_norms(jnp.concatenate([norms[i].reshape(1, -1) for i in at], axis=1), names, ord)
+        ends = list(itertools.accumulate(norms[i].size for i in at))
+        for i, piece in zip(at, jnp.split(together, ends[:-1]), strict=True):
+            norms[i] = piece.reshape(norms[i].shape)
+    return norms
+
+
+def _local_norms(leaves: Sequence[Any], dims: Sequence[tuple[int, ...]], ord: float) -> list[jax.Array]:
+    """As `separate_norms`, of what this device holds."""
+    alike: dict[Any, list[int]] = {}
+    for i, leaf in enumerate(leaves):
+        # The type holds shape, dtype, sharding and mesh axes. A large leaf is alike to none.
+        alike.setdefault((jax.typeof(leaf), dims[i]) if jnp.size(leaf) <= _SMALL else i, []).append(i)
+    norms: list[Any] = [None] * len(leaves)
+    for at in alike.values():
+        over = dims[at[0]]
+        if len(at) == 1:
+            norms[at[0]] = _norm(jnp.asarray(leaves[at[0]]), over, ord)
+            continue
+        rows = _norm(jnp.stack([leaves[i] for i in at]), tuple(dim + 1 for dim in over), ord)
+        for row, i in enumerate(at):
+            norms[i] = jax.lax.index_in_dim(rows, row, keepdims=False)
+    return norms
+
+
+def _all_dims(leaf: Any) -> tuple[int, ...]:
+    return tuple(range(jnp.ndim(leaf)))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _norm_of_array(x: jax.Array, dims: tuple[int, ...], ord: float) -> jax.Array:
+    """The norm of one array over its dimensions `dims`."""
+    size = math.prod(x.shape[dim] for dim in dims)
+    if size == 1:
+        return jax.lax.squeeze(modulus(x), dims)
+    if ord == math.inf:
+        return jnp.max(modulus(x), axis=dims, initial=0)
+    total = jnp.sum(_power(x, ord), axis=dims)
+    if not _can_leave_range(x.dtype, ord):
+        return _root(total, ord)
+    trusted = (total >= _smallest_trusted(total.dtype, size)) & (total <= jnp.finfo(total.dtype).max)
+    return jax.lax.cond(jnp.all(trusted), lambda _: _root(total, ord), lambda x: _norm_by_largest(x, dims, ord), x)
+
+
+def _norm_by_largest(x: jax.Array, dims: tuple[int, ...], ord: float) -> jax.Array:
+    """The norm as largest modulus times the norm of the shares of it: two passes, no overflow, no underflow."""
+    largest = _or_one(jnp.max(modulus(x), axis=dims, keepdims=True, initial=0))
+    total = jnp.sum(_power(quotient(x.astype(wide(x.dtype)), largest), ord), axis=dims)
+    return _saturate(_root(total, ord), jax.lax.squeeze(largest, dims))
+
+
+@_norm_of_array.defjvp
+def _norm_jvp(dims: tuple[int, ...], ord: float, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    (x,), (dx,) = primals, tangents
+    norm = _norm(x, dims, ord)
+    slope = _slope(x.astype(wide(x.dtype)), jnp.expand_dims(norm, dims), dims, (), ord)
+    return norm, jnp.sum(_real(jnp.conj(slope) * dx.astype(slope.dtype)), axis=dims)
+
+
+# At module level and jitted, so that eager calls do not compile anew.
+_norm = jax.jit(_norm_of_array, static_argnums=(1, 2))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _norm_across(norms: jax.Array, axes: tuple[str, ...], ord: float) -> jax.Array:
+    """The norm of norms, over the leading axis of `norms` and over the mesh axes `axes`, the same on every device."""
+    if ord == 2:
+        return _two_norm_of_norms(norms, axes)
+    # A maximum across devices may lose a NaN. As inf it is as little finite, everywhere.
+    largest = jnp.max(jnp.where(jnp.isnan(norms), jnp.inf, norms), axis=0)
+    largest = jax.lax.pmax(largest, axes) if axes else largest
+    if ord == math.inf:
+        return largest
+    largest = _or_one(largest)
+    return _saturate(_root(_sum_across(_power(quotient(norms, largest[None]), ord), axes), ord), largest)
+
+
+def _two_norm_of_norms(norms: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """Squares at three scales, summed in one collective; at least one of the three sums can be trusted."""
+    info = jnp.finfo(norms.dtype)
+    scale, floor, cap = (2.0 ** (binades * info.maxexp // 128) for binades in (76, -90, 50))
+    # The clamps change no sum that is used. They stand between the two multiplications, which XLA would otherwise fold
+    # into one by the square of the scale, 0 or inf.
+    down, up = jnp.maximum(norms / scale, floor), jnp.minimum(norms * scale, cap)
+    large, plain, small = _sum_across(jnp.square(jnp.stack([down, norms, up], axis=1)), axes)
+    small_norm = jnp.sqrt(small) / scale
+    norm = jnp.where(plain >= _smallest_trusted(plain.dtype, len(norms)), jnp.sqrt(plain), small_norm)
+    return jnp.where(plain <= info.max, norm, _saturate(jnp.sqrt(large), jnp.asarray(scale, norms.dtype)))
+
+
+@_norm_across.defjvp
+def _norm_across_jvp(axes: tuple[str, ...], ord: float, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    (norms,), (changes,) = primals, tangents
+    norm = norm_of_norms(norms, axes, ord)
+    return norm, _sum_across(_slope(norms, norm[None], (0,), axes, ord) * changes, axes)
+
+
+norm_of_norms = jax.jit(_norm_across, static_argnums=(1, 2))
+
+
+@jax.custom_jvp
+def quotient(x: jax.Array, whole: jax.Array) -> jax.Array:
+    """x / whole for positive wholes, over the whole range, and so its derivative.
+
+    XLA turns a division by a broadcast number into a multiplication by its reciprocal, and that is subnormal, so 0,
+    from 8e37 on. And the derivative of a plain division squares the denominator, which underflows below 1e-19.
+    """
+    if x.shape == whole.shape:  # nothing is broadcast
+        return x / whole
+    shift = jnp.where(whole > 2.0**100, jnp.full_like(whole, 2.0**-4), jnp.ones_like(whole))
+    return x * (1 / (whole * shift)).astype(x.dtype) * shift.astype(x.dtype)
+
+
+@quotient.defjvp
+def _quotient_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    (x, whole), (dx, d_whole) = primals, tangents
+    share = quotient(x, whole)
+    return share, quotient(dx, whole) - share * quotient(d_whole, whole)
+
+
+def _slope(x: jax.Array, norm: jax.Array, dims: tuple[int, ...], axes: tuple[str, ...], ord: float) -> jax.Array:
+    """The derivative of the norm over `dims` and `axes` with respect to x; 0 where the norm is."""
+    if ord == 1:
+        return jnp.sign(x)
+    if ord == math.inf:
+        attained = (jnp.abs(x) == norm).astype(x.dtype)
+        ties = jnp.sum(attained, axis=dims, keepdims=True)
+        return jnp.sign(x) * attained / (jax.lax.psum(ties, axes) if axes else ties)
+    share = quotient(x, _or_one(norm))
+    return share if ord == 2 else jnp.sign(x) * (jnp.abs(share) ** (ord - 1)).astype(x.dtype)
+
+
+def _sum_across(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    total = jnp.sum(x, axis=0)
+    return jax.lax.psum(total, axes) if axes else total
+
+
+def wide(dtype: Any) -> Any:
+    """The dtype to calculate in: `accumulator`, but complex for complex."""
+    return dtype if jnp.issubdtype(dtype, jnp.complexfloating) else accumulator(dtype)
+
+
+def modulus(x: Any) -> jax.Array:
+    """The absolute value, in `accumulator` of the dtype."""
+    x = jnp.asarray(x)
+    return jnp.abs(x.astype(wide(x.dtype)))
+
+
+def _real(x: jax.Array) -> jax.Array:
+    return jnp.real(x) if jnp.iscomplexobj(x) else x
+
+
+def _power(x: jax.Array, ord: float) -> jax.Array:
+    """The modulus to the power `ord`."""
+    x = x.astype(wide(x.dtype))
+    if ord == 2:
+        return jnp.square(x.real) + jnp.square(x.imag) if jnp.iscomplexobj(x) else jnp.square(x)
+    # A whole power is a few products, where a float power is a logarithm and an exponential.
+    return jnp.abs(x) ** (int(ord) if ord == int(ord) else ord)
+
+
+def _root(total: jax.Array, ord: float) -> jax.Array:
+    if ord == 1:
+        return total
+    return jnp.sqrt(total) if ord == 2 else total ** (1 / ord)
+
+
+def _can_leave_range(dtype: Any, ord: float) -> bool:
+    """Whether a plain sum of powers of finite numbers can overflow or underflow; for float16 and ord 2 it can't."""
+    return (jnp.finfo(dtype).maxexp + 10) * ord + 30 > jnp.finfo(accumulator(dtype)).maxexp
+
+
+def _smallest_trusted(dtype: Any, size: int) -> float:
+    """The smallest sum of `size` powers that underflow of some of them cannot have changed visibly."""
+    info = jnp.finfo(dtype)
+    return size * float(info.tiny) / float(info.eps)
+
+
+def _or_one(x: jax.Array) -> jax.Array:
+    """x where one can divide by it, else 1."""
+    return jnp.where((x > 0) & jnp.isfinite(x), x, jnp.ones_like(x))
+
+
+def _saturate(norm: jax.Array, scale: jax.Array) -> jax.Array:
+    """norm * scale, at most the largest number unless `norm` is infinite itself."""
+    scaled = norm * scale
+    return jnp.where(jnp.isfinite(norm), jnp.minimum(scaled, jnp.finfo(scaled.dtype).max), scaled)

@@ -1,0 +1,122 @@
+"""How much is permitted: the Thresholds that `clip_by` takes.
+
+Bounds may be numbers, arrays (traced, injected by `optax.inject_hyperparams`), optax schedules, or prefix pytrees of
+these where the norm has one entry per leaf or group. A threshold with a schedule counts its steps in a
+`bounds.ScheduleState`; the others here have `optax.EmptyState`.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optaxclip import bounds, checks, groups
+from optaxclip.core import Norms, State, Threshold
+
+Band: TypeAlias = tuple[Any, Any]  # its lower and its upper end
+ParamNorms: TypeAlias = Callable[[], Norms]
+
+
+def constant(max_norm: bounds.Bound) -> Threshold:
+    """Every norm may be at most `max_norm`: at least 0, in the units of the norm; inf for no bound."""
+    checks.bound("max_norm", max_norm)
+    return _from_bounds(lambda norms, param_norms, high: (0.0, high), max_norm=max_norm)
+
+
+def between(min_norm: bounds.Bound, max_norm: bounds.Bound) -> Threshold:
+    """Every norm but 0 is brought to at least `min_norm` and to at most `max_norm` (which wins where they cross)."""
+    checks.bound("min_norm", min_norm, finite=True)
+    checks.bound("max_norm", max_norm)
+    checks.ordered("min_norm", min_norm, "max_norm", max_norm)
+    return _from_bounds(lambda norms, param_norms, low, high: (low, high), min_norm=min_norm, max_norm=max_norm)
+
+
+def exactly(norm: bounds.Bound) -> Threshold:
+    """Every norm but 0 becomes `norm`: normalised descent."""
+    checks.bound("norm", norm, finite=True)
+    return _from_bounds(lambda norms, param_norms, goal: (goal, goal), norm=norm)
+
+
+def smooth(max_norm: bounds.Bound) -> Threshold:
+    r"""A norm n becomes :math:`n c / (n + c)`, c being `max_norm`: below the bound everywhere, and without a kink."""
+    checks.bound("max_norm", max_norm)
+    return _from_bounds(
+        lambda norms, param_norms, high: (0.0, groups.over_groups(_harmonic, norms, high)), max_norm=max_norm
+    )
+
+
+def relative_to_params(ratio: bounds.Bound, *, floor: Any = 0.0, offset: Any = 0.0) -> Threshold:
+    r"""A norm may be at most :math:`ratio \cdot \max(\|w\|, floor) + offset`, w being the parameters of its group.
+
+    Args:
+      ratio: share of the parameters' norm; at least 0. A bound of any kind.
+      floor: parameters with a smaller norm count as this large, so that zero-initialised ones can move.
+      offset: what is permitted besides, in the units of the norm.
+    """
+    checks.bound("ratio", ratio)
+    checks.bound("floor", floor)
+    checks.bound("offset", offset)
+
+    def permitted(norm: jax.Array, share: Any) -> jax.Array:
+        low, more, share = (bounds.as_array(value, norm.dtype) for value in (floor, offset, share))
+        return share * jnp.maximum(norm, low) + more
+
+    return _from_bounds(
+        lambda norms, param_norms, share: (0.0, groups.over_groups(permitted, param_norms(), share)), ratio=ratio
+    )
+
+
+def chain(*thresholds: Threshold) -> Threshold:
+    """What all of `thresholds` permit: the largest lower and the smallest upper end. Each sees the measured norms.
+
+    The state is a tuple of theirs, or `optax.EmptyState` if none has any.
+    """
+
+    def init(norms: Norms) -> State:
+        states = tuple(threshold.init(norms) for threshold in thresholds)
+        return states if jax.tree.leaves(states) else optax.EmptyState()
+
+    def limit(norms: Norms, state: State, param_norms: ParamNorms, **extra_args: Any) -> tuple[Band, State]:
+        stateless = not jax.tree.leaves(state)
+        lower, upper = 0.0, jnp.inf
+        states: list[State] = []
+        for threshold, before in zip(thresholds, [state] * len(thresholds) if stateless else state, strict=True):
+            (low, high), after = threshold.limit(norms, before, param_norms, **extra_args)
+            lower = groups.over_groups(_larger, norms, lower, low)
+            upper = groups.over_groups(_smaller, norms, upper, high)
+            states.append(after)
+        return (lower, upper), state if stateless else tuple(states)
+
+    return Threshold(init, limit)
+
+
+def _from_bounds(band: Callable[..., Band], **named: bounds.Bound) -> Threshold:
+    """A threshold whose band follows from its bounds, which are called by their arguments' names in messages."""
+
+    def init(norms: Norms) -> State:
+        return bounds.init(named, norms)
+
+    def limit(norms: Norms, state: State, param_norms: ParamNorms, **extra_args: Any) -> tuple[Band, State]:
+        del extra_args
+        resolved, state = bounds.resolve(named, state, norms)
+        return band(norms, param_norms, *resolved), state
+
+    return Threshold(init, limit)
+
+
+def _harmonic(norm: jax.Array, high: Any) -> jax.Array:
+    """n c / (n + c), without the product and the sum that could overflow."""
+    high = jnp.maximum(bounds.as_array(high, norm.dtype), jnp.zeros_like(norm))
+    small, large = jnp.minimum(norm, high), jnp.maximum(norm, high)
+    return small / (1 + small / jnp.where(large > 0, large, jnp.ones_like(large)))
+
+
+# In both, NaN bounds nothing, so the other end holds.
+def _larger(norm: jax.Array, one: Any, other: Any) -> jax.Array:
+    return jnp.fmax(bounds.as_array(one, norm.dtype), bounds.as_array(other, norm.dtype))
+
+
+def _smaller(norm: jax.Array, one: Any, other: Any) -> jax.Array:
+    return jnp.fmin(bounds.as_array(one, norm.dtype), bounds.as_array(other, norm.dtype))
