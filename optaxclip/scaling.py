@@ -31,7 +31,22 @@ def factors(norms: Any, permitted: Any) -> Any:
 
 
 def _factor(norm: jax.Array, permitted: jax.Array) -> Factor:
-    keep = (permitted == norm) | ~(norm > 0) | ~jnp.isfinite(norm) | ~jnp.isfinite(permitted)
+    # The branch is there for the compiler. Without it XLA fuses this calculation, and that of the norm before it, into
+    # the loop over the coordinates of every leaf: it compiles it a thousand times, and runs it for every coordinate.
+    return jax.lax.cond(jnp.all(_is_kept(norm, permitted)), _keep_all, _scale_some, norm, permitted)
+
+
+def _is_kept(norm: jax.Array, permitted: jax.Array) -> jax.Array:
+    return (permitted == norm) | ~(norm > 0) | ~jnp.isfinite(norm) | ~jnp.isfinite(permitted)
+
+
+def _keep_all(norm: jax.Array, permitted: jax.Array) -> Factor:
+    one = jnp.where(norm == permitted, jnp.ones_like(norm), jnp.ones_like(norm))  # of the same variation over mesh axes
+    return Factor(one > 0, one, one)
+
+
+def _scale_some(norm: jax.Array, permitted: jax.Array) -> Factor:
+    keep = _is_kept(norm, permitted)
     # Where a group is kept the factor is not used, but its derivative is multiplied by 0 and must be finite.
     one = jnp.ones_like(norm)
     norm, permitted = jnp.where(keep, one, norm), jnp.where(keep, one, permitted)
@@ -52,8 +67,7 @@ def rescale(leaf: jax.Array, factor: Factor) -> jax.Array:
     leaf = jnp.asarray(leaf)
     wide = leaf.astype(sums.wide(leaf.dtype))
     scaled = wide * factor.first.astype(wide.dtype) * factor.second.astype(wide.dtype)
-    if not jnp.iscomplexobj(leaf):
-        # Scaled up, or rounded to a narrower dtype, a number may pass the largest there is.
+    if wide.dtype != leaf.dtype:  # scaled up, or rounded, a number may pass the largest of a narrower dtype
         largest = float(jnp.finfo(leaf.dtype).max)
         scaled = jnp.clip(scaled, -largest, largest)
     return jnp.where(factor.keep, leaf, scaled.astype(leaf.dtype))
