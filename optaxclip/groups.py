@@ -5,6 +5,7 @@ each small operation on them, and XLA compiles every copy. So scalars of one typ
 taken apart.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -52,9 +53,12 @@ def _apply(fn: Callable[..., Any], columns: list[list[Any]]) -> list[Any]:
     if count == 1:
         return [fn(*(column[0] for column in columns))]
     stacked = fn(*(column[0] if _is_one(column) else jnp.stack(column) for column in columns))
-    return [
-        jax.tree.map(lambda each, i=i: jax.lax.index_in_dim(each, i, keepdims=False), stacked) for i in range(count)
-    ]
+    return [jax.tree.map(functools.partial(_entry, i), stacked) for i in range(count)]
+
+
+def _entry(i: int, stacked: jax.Array) -> jax.Array:
+    """The i-th of stacked results; a result that depends on no group is the same for all."""
+    return stacked if stacked.ndim == 0 else jax.lax.index_in_dim(stacked, i, keepdims=False)
 
 
 def _is_one(column: list[Any]) -> bool:

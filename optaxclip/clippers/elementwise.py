@@ -145,9 +145,9 @@ def _clip_leaf(leaf: Any, ends: list[Any], interval: Callable[..., tuple[Any, An
     if jnp.iscomplexobj(leaf):
         return _clip_modulus(leaf, low, high)
     low, high = low.astype(leaf.dtype), high.astype(leaf.dtype)
-    # Selects, where min and max would flush subnormals. A comparison with NaN is false: it passes, and as a bound it
-    # bounds nothing.
-    return jnp.where(leaf > high, high, jnp.where(leaf < low, low, leaf))
+    # A comparison with NaN is false: it passes, and as a bound it bounds nothing. `>=` picks the edge because with `>` twice
+    # the compiler makes a minimum and a maximum of these selects, which flush subnormals.
+    return jnp.where((leaf > high) | (leaf < low), jnp.where(leaf >= high, high, low), leaf)
 
 
 def _clip_modulus(leaf: jax.Array, low: Any, high: Any) -> jax.Array:

@@ -1,0 +1,59 @@
+"""How far the job is, on stderr: a bar on a terminal, a line per row anywhere else."""
+
+import sys
+import time
+from types import TracebackType
+from typing import Self
+
+
+class ProgressError(Exception):
+    """Progress can't be shown; the message says why."""
+
+
+class Progress:
+    """The progress of the whole job, as a context.
+
+    Args:
+      rows: how many rows will be trained.
+      steps: how many steps each of them takes.
+
+    Raises:
+      ProgressError: if tqdm is missing.
+    """
+
+    def __init__(self, rows: int, steps: int) -> None:
+        try:
+            # An extra of the package, which --list and --help do without.
+            from tqdm import tqdm  # noqa: PLC0415
+        except ModuleNotFoundError as error:
+            raise ProgressError("the progress bar needs tqdm: pip install 'optaxclip[demo]'") from error
+        self._rows, self._steps = rows, steps
+        self._row, self._started = 0, 0.0
+        # delay: nothing is drawn until the first row begins. disable=None: no bar where stderr is not a terminal.
+        self._bar = tqdm(total=rows * steps, unit="step", leave=False, dynamic_ncols=True, disable=None, delay=1e-9)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._bar.close()
+
+    def start_row(self, shown: str) -> None:
+        """A row begins."""
+        self._started = time.monotonic()
+        self._bar.set_postfix_str("", refresh=False)
+        self._bar.set_description(shown)
+
+    def report(self, done: int, loss: float) -> None:
+        """The row has done this many steps, the last one with this loss."""
+        self._bar.set_postfix_str(f"loss {loss:.3g}", refresh=False)
+        self._bar.update(self._row * self._steps + done - self._bar.n)
+
+    def finish_row(self, shown: str) -> None:
+        """The row is measured."""
+        self._row += 1
+        if self._bar.disable:
+            seconds = time.monotonic() - self._started
+            print(f"[{self._row}/{self._rows}] {shown}: {self._steps} steps in {seconds:.1f} s", file=sys.stderr)

@@ -1,0 +1,37 @@
+"""Settings for every test: eight CPU devices, no silent rank promotion, fixed seeds."""
+
+import os
+
+# jax reads both when it starts its backend, so they come before its import. Ours is appended: of two, the last counts.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import hashlib
+from collections.abc import Iterator
+
+import hypothesis
+import jax
+import numpy as np
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Compiling takes longer than any deadline; a failure in CI must come back with the same examples.
+hypothesis.settings.register_profile(
+    "optaxclip", deadline=None, print_blob=True, derandomize=os.environ.get("CI") == "true"
+)
+hypothesis.settings.load_profile("optaxclip")
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    """A generator seeded by the test's id: the same numbers alone, in the whole suite, and on every worker."""
+    digest = hashlib.sha256(request.node.nodeid.encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:8], "little"))
+
+
+@pytest.fixture
+def strict_promotion() -> Iterator[None]:
+    """Strict dtype promotion, for updates of ours alone: optax's Adam fails under it."""
+    with jax.numpy_dtype_promotion("strict"):
+        yield
