@@ -24,14 +24,8 @@ class ScheduleState(NamedTuple):
     schedule_step: jax.Array
 
 
-def init(named: Mapping[str, Bound], tree: Any) -> ScheduleState | optax.EmptyState:
-    """The state that bounds need. A bound that does not fit `tree` is better found here than at the first update.
-
-    Args:
-      named: the bounds by their arguments' names, which messages use.
-      tree: what the bounds are for: norms, or updates.
-    """
-    _spread(named, tree)
+def init(named: Mapping[str, Bound]) -> ScheduleState | optax.EmptyState:
+    """The state that bounds need, given by their arguments' names."""
     if any(callable(leaf) for leaf in jax.tree.leaves(tuple(named.values()))):
         return ScheduleState(jnp.zeros((), jnp.int32))
     return optax.EmptyState()

@@ -16,6 +16,7 @@ Names that are not bound where we run (outside `shard_map`) are dropped, as are 
 vary.
 """
 
+import math
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -36,6 +37,15 @@ class Split(NamedTuple):
     path: str
     axes: tuple[str, ...]
     by_dim: tuple[tuple[str, ...], ...] | None
+
+    def whole_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the whole leaf, given that of this device's piece; where it is not known, no length is 1."""
+        if not self.axes:
+            return shape
+        if self.by_dim is None:
+            return tuple(max(length, 2) for length in shape)
+        sizes = [math.prod(jax.lax.axis_size(name) for name in names) for names in self.by_dim]
+        return tuple(length * size for length, size in zip(shape, sizes, strict=True))
 
     def over(self, dims: tuple[int, ...], ndim: int) -> tuple[str, ...]:
         """The mesh axes to sum over when the dimensions `dims` of this leaf of rank `ndim` are reduced."""

@@ -85,6 +85,9 @@ def group_norm(labels: Any, ord: float = 2) -> Norm:
         for each, label in zip(_with_split(updates, split), label_of(updates), strict=True):
             if label is not None:
                 members.setdefault(label, []).append(each)
+        # Labels that are known beforehand have a norm of 0 where a mask leaves no leaf, so that bounds and states fit.
+        known = [] if callable(labels) else jax.tree.leaves(labels)
+        members.update({label: [] for label in known if label not in members})
         return {
             label: sums.total_norm([leaf for leaf, _ in group], [at.axes for _, at in group], p)
             for label, group in members.items()
@@ -187,25 +190,21 @@ def relative_change(relative: Any, absolute: Any) -> Norm:
 
 def _by_leaf(dims_of: DimsOf, ord: float, stacked: Any, *, keepdims: bool = False, mean: bool = False) -> Norm:
     """A Norm with groups of their own in each leaf, extending over the dimensions `dims_of(shape, path)`."""
-    checks.static("stacked", stacked, lambda value: isinstance(value, int) or callable(value), "a number of axes")
+    checks.static("stacked", stacked, _is_axis_count, "a number of axes, at least 0")
 
-    def dims_in(tree: Updates) -> list[tuple[int, ...] | None]:
+    def dims_in(tree: Updates, shape_of: Callable[[Any, int], tuple[int, ...]]) -> list[tuple[int, ...] | None]:
+        flat = zip(jax.tree.leaves(tree), leaves.paths(tree), leaves.values("stacked", stacked, tree), strict=True)
         return [
-            _behind_stacked(dims_of, jnp.shape(leaf), path, 0 if layers is None else layers)
-            if sums.is_counted(leaf)
-            else None
-            for leaf, path, layers in zip(
-                jax.tree.leaves(tree), leaves.paths(tree), leaves.values("stacked", stacked, tree), strict=True
-            )
+            _behind_stacked(dims_of, shape_of(leaf, i), path, layers or 0) if sums.is_counted(leaf) else None
+            for i, (leaf, path, layers) in enumerate(flat)
         ]
 
     def measure(updates: Updates, params: Any, split: list[mesh.Split]) -> Norms:
         del params
         flat, treedef = jax.tree.flatten(updates)
+        dims_of_leaf = dims_in(updates, lambda leaf, i: split[i].whole_shape(jnp.shape(leaf)))
         counted = [
-            (i, dims, split[i].over(dims, jnp.ndim(flat[i])))
-            for i, dims in enumerate(dims_in(updates))
-            if dims is not None
+            (i, dims, split[i].over(dims, jnp.ndim(flat[i]))) for i, dims in enumerate(dims_of_leaf) if dims is not None
         ]
         measured = sums.separate_norms(
             [flat[i] for i, _, _ in counted], [dims for _, dims, _ in counted], [axes for _, _, axes in counted], ord
@@ -221,11 +220,15 @@ def _by_leaf(dims_of: DimsOf, ord: float, stacked: Any, *, keepdims: bool = Fals
         if not keepdims:  # stacked layers: back to the rank of the leaf
             factors = [
                 None if dims is None else jax.tree.map(lambda each, dims=dims: jnp.expand_dims(each, dims), factor)
-                for factor, dims in zip(factors, dims_in(updates), strict=True)
+                for factor, dims in zip(factors, dims_in(updates, lambda leaf, _: jnp.shape(leaf)), strict=True)
             ]
         return _rescale_each(updates, factors)
 
     return Norm(measure, scale)
+
+
+def _is_axis_count(value: Any) -> bool:
+    return callable(value) or (isinstance(value, int) and value >= 0)
 
 
 def _behind_stacked(dims_of: DimsOf, shape: tuple[int, ...], path: str, layers: int) -> tuple[int, ...]:
@@ -274,9 +277,12 @@ def _worst_ratio(update: Any, param: Any, relative: Any, absolute: Any) -> jax.A
     dtype = sums.accumulator(update.dtype)
     size = sums.modulus(update)
     limit = jnp.asarray(relative, dtype) * sums.modulus(param).astype(dtype) + jnp.asarray(absolute, dtype)
-    # Where the update is 0 the quotient is not used, but its derivative must be finite.
-    ratio = size / jnp.where(size > 0, limit, jnp.ones_like(limit))
-    ratio = jnp.where(jnp.isfinite(size), jnp.minimum(ratio, jnp.finfo(dtype).max), ratio)
+    largest = jnp.finfo(dtype).max
+    # Where a quotient is not used its derivative must be finite all the same.
+    fits = size <= limit * largest
+    ratio = sums.quotient(jnp.where(fits, size, 0), jnp.where(fits & (size > 0), limit, jnp.ones_like(limit)))
+    ratio = jnp.where(fits, ratio, jnp.where(jnp.isfinite(size), largest, size))
+    ratio = jnp.where(jnp.isnan(limit), limit, ratio)
     return jnp.max(ratio, initial=0)
 
 

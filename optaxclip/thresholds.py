@@ -12,39 +12,37 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip import bounds, checks, groups
+from optaxclip import bounds, checks, groups, sums
 from optaxclip.core import Norms, State, Threshold
 
 Band: TypeAlias = tuple[Any, Any]  # its lower and its upper end
 ParamNorms: TypeAlias = Callable[[], Norms]
 
 
-def constant(max_norm: bounds.Bound) -> Threshold:
-    """Every norm may be at most `max_norm`: at least 0, in the units of the norm; inf for no bound."""
-    checks.bound("max_norm", max_norm)
-    return _from_bounds(lambda norms, param_norms, high: (0.0, high), max_norm=max_norm)
+def constant(c: bounds.Bound) -> Threshold:
+    """Every norm may be at most `c`: at least 0, in the units of the norm; inf for no bound."""
+    checks.bound("c", c)
+    return _from_bounds(lambda norms, param_norms, high: (0.0, high), c=c)
 
 
-def between(min_norm: bounds.Bound, max_norm: bounds.Bound) -> Threshold:
-    """Every norm but 0 is brought to at least `min_norm` and to at most `max_norm` (which wins where they cross)."""
-    checks.bound("min_norm", min_norm, finite=True)
-    checks.bound("max_norm", max_norm)
-    checks.ordered("min_norm", min_norm, "max_norm", max_norm)
-    return _from_bounds(lambda norms, param_norms, low, high: (low, high), min_norm=min_norm, max_norm=max_norm)
+def between(lo: bounds.Bound, hi: bounds.Bound) -> Threshold:
+    """Every norm but 0 is brought to at least `lo` and to at most `hi` (which wins where they cross)."""
+    checks.bound("lo", lo, finite=True)
+    checks.bound("hi", hi)
+    checks.ordered("lo", lo, "hi", hi)
+    return _from_bounds(lambda norms, param_norms, low, high: (low, high), lo=lo, hi=hi)
 
 
-def exactly(norm: bounds.Bound) -> Threshold:
-    """Every norm but 0 becomes `norm`: normalised descent."""
-    checks.bound("norm", norm, finite=True)
-    return _from_bounds(lambda norms, param_norms, goal: (goal, goal), norm=norm)
+def exactly(c: bounds.Bound) -> Threshold:
+    """Every norm but 0 becomes `c`: normalised descent."""
+    checks.bound("c", c, finite=True)
+    return _from_bounds(lambda norms, param_norms, goal: (goal, goal), c=c)
 
 
-def smooth(max_norm: bounds.Bound) -> Threshold:
-    r"""A norm n becomes :math:`n c / (n + c)`, c being `max_norm`: below the bound everywhere, and without a kink."""
-    checks.bound("max_norm", max_norm)
-    return _from_bounds(
-        lambda norms, param_norms, high: (0.0, groups.over_groups(_harmonic, norms, high)), max_norm=max_norm
-    )
+def smooth(c: bounds.Bound) -> Threshold:
+    r"""A norm n becomes :math:`n c / (n + c)`: below `c` everywhere, and without a kink."""
+    checks.bound("c", c)
+    return _from_bounds(lambda norms, param_norms, high: (0.0, groups.over_groups(_harmonic, norms, high)), c=c)
 
 
 def relative_to_params(ratio: bounds.Bound, *, floor: Any = 0.0, offset: Any = 0.0) -> Threshold:
@@ -96,7 +94,8 @@ def _from_bounds(band: Callable[..., Band], **named: bounds.Bound) -> Threshold:
     """A threshold whose band follows from its bounds, which are called by their arguments' names in messages."""
 
     def init(norms: Norms) -> State:
-        return bounds.init(named, norms)
+        del norms
+        return bounds.init(named)
 
     def limit(norms: Norms, state: State, param_norms: ParamNorms, **extra_args: Any) -> tuple[Band, State]:
         del extra_args
@@ -110,7 +109,7 @@ def _harmonic(norm: jax.Array, high: Any) -> jax.Array:
     """n c / (n + c), without the product and the sum that could overflow."""
     high = jnp.maximum(bounds.as_array(high, norm.dtype), jnp.zeros_like(norm))
     small, large = jnp.minimum(norm, high), jnp.maximum(norm, high)
-    return small / (1 + small / jnp.where(large > 0, large, jnp.ones_like(large)))
+    return small / (1 + sums.quotient(small, jnp.where(large > 0, large, jnp.ones_like(large))))
 
 
 # In both, NaN bounds nothing, so the other end holds.

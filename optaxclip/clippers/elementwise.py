@@ -124,7 +124,8 @@ def _clip_values(interval: Callable[..., tuple[Any, Any]], **named: Bound) -> op
     """A clip of each coordinate to `interval(*bounds, dtype)`; the bounds have their arguments' names, for messages."""
 
     def init(params: Any) -> State:
-        return bounds.init(named, params)
+        del params
+        return bounds.init(named)
 
     def update(updates: Updates, state: State, params: Any = None, **extra_args: Any) -> tuple[Updates, State]:
         del params, extra_args
@@ -145,7 +146,7 @@ def _clip_leaf(leaf: Any, ends: list[Any], interval: Callable[..., tuple[Any, An
     if jnp.iscomplexobj(leaf):
         return _clip_modulus(leaf, low, high)
     low, high = low.astype(leaf.dtype), high.astype(leaf.dtype)
-    # A comparison with NaN is false: it passes, and as a bound it bounds nothing. `>=` picks the edge because with `>` twice
+    # A comparison with NaN is false: it passes, and as a bound it bounds nothing. `>=` picks the edge: with `>` twice
     # the compiler makes a minimum and a maximum of these selects, which flush subnormals.
     return jnp.where((leaf > high) | (leaf < low), jnp.where(leaf >= high, high, low), leaf)
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import optax
 
-from optaxclip import norms, thresholds
+from optaxclip import checks, norms, thresholds
 from optaxclip.bounds import Bound
 from optaxclip.core import Norm, clip_by
 from optaxclip.mesh import Axes
@@ -64,6 +64,7 @@ def clip_by_global_norm(
     See also:
       `smooth_clip_by_global_norm`, `clip_by_norm_range`, `clip_by_leaf_norm`; `global_norm` to log the norm.
     """
+    checks.bound("max_norm", max_norm)
     return clip_by(norms.global_norm(2 if ord is None else ord), thresholds.constant(max_norm), axes=axes)
 
 
@@ -113,6 +114,7 @@ def clip_by_leaf_norm(
     See also:
       `clip_by_global_norm`, `clip_by_block_rms`; `norms.group_norm` for groups of several leaves.
     """
+    checks.bound("max_norm", max_norm)
     norm = norms.leaf_norm(2 if ord is None else ord, stacked=stacked)
     return clip_by(norm, thresholds.constant(max_norm), axes=axes)
 
@@ -163,6 +165,7 @@ def clip_by_block_rms(
     See also:
       `clip_by_leaf_norm`.
     """
+    checks.bound("threshold", threshold)
     return clip_by(norms.leaf_rms(stacked=stacked), thresholds.constant(threshold), axes=axes)
 
 
@@ -212,6 +215,9 @@ def clip_by_norm_range(
     See also:
       `clip_by_global_norm`; `thresholds.exactly` for a norm that is always the same.
     """
+    checks.bound("min_norm", min_norm, finite=True)
+    checks.bound("max_norm", max_norm)
+    checks.ordered("min_norm", min_norm, "max_norm", max_norm)
     return clip_by(norm, thresholds.between(min_norm, max_norm), axes=axes)
 
 
@@ -267,4 +273,5 @@ def smooth_clip_by_global_norm(max_norm: Bound, *, axes: Axes = "auto") -> optax
     See also:
       `clip_by_global_norm`; `thresholds.smooth` for the same with any other norm.
     """
+    checks.bound("max_norm", max_norm)
     return clip_by(norms.global_norm(), thresholds.smooth(max_norm), axes=axes)

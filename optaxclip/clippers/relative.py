@@ -4,7 +4,7 @@ from typing import Any
 
 import optax
 
-from optaxclip import norms, thresholds
+from optaxclip import checks, norms, thresholds
 from optaxclip.bounds import Bound
 from optaxclip.core import clip_by
 from optaxclip.mesh import Axes
@@ -74,6 +74,8 @@ def adaptive_grad_clip(
     See also:
       `clippy` for a bound on every coordinate; `thresholds.relative_to_params` with any other norm.
     """
+    checks.bound("clipping", clipping)
+    checks.bound("eps", eps)
     norm = norms.unit_norm(units, axis=axis, stacked=stacked)
     return clip_by(norm, thresholds.relative_to_params(clipping, floor=eps), axes=axes)
 
