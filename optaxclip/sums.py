@@ -96,9 +96,9 @@ def across(norms: Sequence[jax.Array], axes: Sequence[tuple[str, ...]], ord: flo
     norms = list(norms)
     sets: dict[Any, list[int]] = {}
     for i, (norm, names) in enumerate(zip(norms, axes, strict=True)):
-        if names:
-            sets.setdefault((names, norm.dtype), []).append(i)
-    for (names, _), at in sets.items():
+        if names:  # units of one leaf may lie on different devices: those that do must not make others vary as well
+            sets.setdefault((names, norm.dtype, mesh.varying(norm)), []).append(i)
+    for (names, *_), at in sets.items():
         together = norm_of_norms(jnp.concatenate([norms[i].reshape(1, -1) for i in at], axis=1), names, ord)
         ends = list(itertools.accumulate(norms[i].size for i in at))
         for i, piece in zip(at, jnp.split(together, ends[:-1]), strict=True):

@@ -1,0 +1,28 @@
+"""Benchmarks: one script per claim. Each is run from the repository root with `python -m tests.benchmarks.<name>`."""
+
+import platform
+from pathlib import Path
+
+import jax
+import jaxlib
+import optax
+
+
+def environment() -> dict[str, str]:
+    """What the numbers depend on: the processor or accelerator, its cores, and the versions."""
+    device = jax.devices()[0]
+    return {
+        "device": _processor() if device.platform == "cpu" else device.device_kind,
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "optax": optax.__version__,
+    }
+
+
+def _processor() -> str:
+    # platform.processor() is empty on many Linux systems, where /proc/cpuinfo has the name and one entry per core.
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{len(names)} x {names[0]}" if names else platform.processor() or platform.machine()

@@ -1,0 +1,483 @@
+"""One row for every public transformation: how it is built, what it bounds, and what it promises.
+
+The tests run over these rows, so a new method is tested by writing its row. What a method needs or cannot do is a
+field of its row, never an `if` in a test.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import optaxclip as oc
+from tests.reference import fixed
+
+DTYPES = ("float32", "bfloat16", "float16", "complex64")
+
+Leaves = dict[str, np.ndarray]
+Band = tuple[float, float]
+
+
+# The tree on which the rows are tested.
+
+
+def numbers(seed: int, shape: tuple[int, ...], dtype: str, scale: float = 1.0) -> jax.Array:
+    """Numbers of modulus between `scale / 2` and `2 * scale`, of either sign or of any phase."""
+    rng = np.random.default_rng(seed)
+    size = scale * rng.uniform(0.5, 2.0, shape)
+    if dtype == "complex64":
+        return jnp.asarray((size * np.exp(2j * np.pi * rng.uniform(size=shape))).astype(dtype))
+    return jnp.asarray((size * rng.choice([-1.0, 1.0], shape)).astype(jnp.dtype(dtype)))
+
+
+def tree(seed: int, dtype: str, scale: float = 1.0) -> dict[str, Any]:
+    return {
+        "dense": {"kernel": numbers(seed, (4, 3), dtype, scale), "bias": numbers(seed + 1, (3,), dtype, scale)},
+        "scale": numbers(seed + 2, (), dtype, scale),
+    }
+
+
+def params(dtype: str) -> dict[str, Any]:
+    return tree(100, dtype)
+
+
+def by_path(tree: Any) -> Leaves:
+    """The leaves as float64 or complex128, by "a/b/0" paths."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): fixed.wide(leaf) for path, leaf in leaves}
+
+
+# How a method divides the coordinates of a tree into groups, each with a norm of its own: name -> the group's numbers.
+
+
+def together(leaves: Leaves) -> Leaves:
+    return {"all": np.concatenate([np.ravel(leaf) for leaf in leaves.values()])}
+
+
+def per_leaf(leaves: Leaves) -> Leaves:
+    return {path: np.ravel(leaf) for path, leaf in leaves.items()}
+
+
+def per_label(label: Callable[[str], str]) -> Callable[[Leaves], Leaves]:
+    def split(leaves: Leaves) -> Leaves:
+        labels = {label(path) for path in leaves}
+        return {one: together({p: x for p, x in leaves.items() if label(p) == one})["all"] for one in labels}
+
+    return split
+
+
+def per_unit(units: str, stacked: Callable[[str], int] = lambda _: 0) -> Callable[[Leaves], Leaves]:
+    def split(leaves: Leaves) -> Leaves:
+        groups = {}
+        for path, leaf in leaves.items():
+            first = leaf.shape[: stacked(path)]
+            for index in np.ndindex(*first):
+                layer = leaf[index]
+                axes = fixed.unit_axes(layer.shape, units)
+                rows = np.moveaxis(layer, axes, range(-len(axes), 0)) if axes else layer
+                kept = layer.ndim - len(axes)
+                for unit in np.ndindex(*rows.shape[:kept]):
+                    groups[f"{path}{[*index, *unit]}"] = np.ravel(rows[unit])
+        return groups
+
+    return split
+
+
+def per_coordinate(leaves: Leaves) -> Leaves:
+    return {f"{path}{list(i)}": np.ravel(leaf[i]) for path, leaf in leaves.items() for i in np.ndindex(*leaf.shape)}
+
+
+# What is measured of a group of updates u with parameters w.
+
+
+def norm(ord: float = 2) -> Callable[[np.ndarray, np.ndarray], float]:
+    return lambda u, _: fixed.vector_norm(u, ord)
+
+
+def rms(u: np.ndarray, _: np.ndarray) -> float:
+    return fixed.vector_norm(u) / np.sqrt(u.size)
+
+
+def change(relative: float, absolute: float) -> Callable[[np.ndarray, np.ndarray], float]:
+    return lambda u, w: fixed.relative_change(u, w, relative, absolute)
+
+
+# The band in which the norm of a group must lie, from the group's name and its parameters.
+
+
+def within(low: float, high: float) -> Callable[[str, np.ndarray], Band]:
+    return lambda _name, _w: (low, high)
+
+
+def at_most(high: float) -> Callable[[str, np.ndarray], Band]:
+    return within(0.0, high)
+
+
+def at_most_each(highs: Mapping[str, float]) -> Callable[[str, np.ndarray], Band]:
+    """The bound of the first entry that the group's name starts with."""
+    return lambda name, _: next((0.0, high) for start, high in highs.items() if name.startswith(start))
+
+
+def at_most_part_of_w(ratio: float, floor: float = 0.0, offset: float = 0.0) -> Callable[[str, np.ndarray], Band]:
+    return lambda _, w: (0.0, ratio * max(fixed.vector_norm(w), floor) + offset)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Row:
+    """A transformation and what it promises.
+
+    Attributes:
+      name: the test id.
+      public: the name in `optaxclip.__all__` that the row stands for.
+      factory: called with `args` and `kwargs`, it builds the transformation.
+      groups: how the coordinates are divided into groups.
+      measure: the norm of one group.
+      band: where that norm lies after the first step.
+      needs_params: whether `update` needs the parameters.
+      static_args: the arguments that `optax.inject_hyperparams` must not inject.
+      direction_preserving: each group is multiplied by a positive number.
+      idempotent: a second application changes nothing more.
+      elementwise: bounds values and not norms, so that inf is clipped and NaN is not contagious.
+      stateless: the state is `optax.EmptyState()`.
+      any_tree: works for trees of every structure; no bound or label is tied to the tree of this file.
+      inside: gradients of this scale lie inside every band and pass unchanged; None where nothing passes unchanged.
+      untouched: paths of leaves that are neither counted nor changed.
+      dtypes: which dtypes the method is for.
+    """
+
+    name: str
+    public: str
+    factory: Callable[..., Any]
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    groups: Callable[[Leaves], Leaves]
+    measure: Callable[[np.ndarray, np.ndarray], float] = dataclasses.field(default_factory=norm)
+    band: Callable[[str, np.ndarray], Band]
+    needs_params: bool = False
+    static_args: tuple[str, ...] = ()
+    direction_preserving: bool = True
+    idempotent: bool = True
+    elementwise: bool = False
+    stateless: bool = True
+    any_tree: bool = True
+    inside: float | None = 1e-3
+    untouched: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = DTYPES
+
+    def make(self) -> Any:
+        return self.factory(*self.args, **self.kwargs)
+
+    def split(self, tree: Any) -> Leaves:
+        """The groups of `tree`, by name."""
+        leaves = {path: leaf for path, leaf in by_path(tree).items() if path not in self.untouched}
+        return self.groups(leaves)
+
+    def measured(self, updates: Any, params: Any) -> dict[str, tuple[float, float, float]]:
+        """Of each group: its norm, and the band in which that has to lie."""
+        weights = self.split(params)
+        return {name: (self.measure(u, weights[name]), *self.band(name, weights[name]))
+                for name, u in self.split(updates).items()}  # fmt: skip
+
+
+# Arguments for the rows. Labels and the like are given once as a function of the path and once as a prefix pytree.
+
+BOUNDS = {"dense": 0.5, "scale": 0.1}
+
+
+def halving(count: jax.Array) -> jax.Array:
+    """A schedule: 1, 1/2, 1/3, ..."""
+    return 1.0 / (1.0 + jnp.asarray(count, jnp.float32))
+
+
+def top(path: str) -> str:
+    return path.split("/", maxsplit=1)[0]
+
+
+def kernels(path: str) -> int:
+    """The first axis of a kernel indexes layers."""
+    return int(path.endswith("kernel"))
+
+
+ROWS = (
+    # The names of optax.
+    Row(
+        name="clip",
+        public="clip",
+        factory=oc.clip,
+        args=(1.0,),
+        groups=per_coordinate,
+        band=at_most(1.0),
+        direction_preserving=False,
+        elementwise=True,
+    ),
+    Row(
+        name="clip_by_global_norm",
+        public="clip_by_global_norm",
+        factory=oc.clip_by_global_norm,
+        args=(1.0,),
+        groups=together,
+        band=at_most(1.0),
+    ),
+    Row(
+        name="clip_by_global_norm-p1",
+        public="clip_by_global_norm",
+        factory=oc.clip_by_global_norm,
+        args=(1.0,),
+        kwargs={"ord": 1},
+        static_args=("ord",),
+        groups=together,
+        measure=norm(1),
+        band=at_most(1.0),
+    ),
+    Row(
+        name="clip_by_global_norm-scheduled",
+        public="clip_by_global_norm",
+        factory=oc.clip_by_global_norm,
+        args=(halving,),
+        groups=together,
+        band=at_most(1.0),
+        idempotent=False,
+        stateless=False,
+    ),
+    Row(
+        name="clip_by_block_rms",
+        public="clip_by_block_rms",
+        factory=oc.clip_by_block_rms,
+        args=(0.5,),
+        groups=per_leaf,
+        measure=rms,
+        band=at_most(0.5),
+    ),
+    Row(
+        name="adaptive_grad_clip",
+        public="adaptive_grad_clip",
+        factory=oc.adaptive_grad_clip,
+        args=(0.1,),
+        groups=per_unit("io"),
+        band=at_most_part_of_w(0.1, floor=1e-3),
+        needs_params=True,
+    ),
+    Row(
+        name="adaptive_grad_clip-oi",
+        public="adaptive_grad_clip",
+        factory=oc.adaptive_grad_clip,
+        args=(0.1, 1e-3),
+        kwargs={"units": "oi"},
+        groups=per_unit("oi"),
+        band=at_most_part_of_w(0.1, floor=1e-3),
+        needs_params=True,
+    ),
+    Row(
+        name="adaptive_grad_clip-leaf-scheduled",
+        public="adaptive_grad_clip",
+        factory=oc.adaptive_grad_clip,
+        args=(halving,),
+        kwargs={"units": "leaf"},
+        groups=per_leaf,
+        band=at_most_part_of_w(1.0, floor=1e-3),
+        needs_params=True,
+        idempotent=False,
+        stateless=False,
+        inside=1e-2,
+    ),
+    # Fixed thresholds.
+    Row(
+        name="clip_by_value",
+        public="clip_by_value",
+        factory=oc.clip_by_value,
+        args=(-0.5, 1.0),
+        groups=per_coordinate,
+        # The signed number itself where it is real, and the modulus, which is at most 1, where it is complex.
+        measure=lambda u, _: float(np.abs(u[0]) if np.iscomplexobj(u) else u[0]),
+        band=within(-0.5, 1.0),
+        direction_preserving=False,
+        elementwise=True,
+    ),
+    Row(
+        name="clip_by_leaf_norm",
+        public="clip_by_leaf_norm",
+        factory=oc.clip_by_leaf_norm,
+        args=(0.5,),
+        groups=per_leaf,
+        band=at_most(0.5),
+    ),
+    Row(
+        name="clip_by_leaf_norm-bound_per_leaf",
+        public="clip_by_leaf_norm",
+        factory=oc.clip_by_leaf_norm,
+        args=(BOUNDS,),
+        groups=per_leaf,
+        band=at_most_each(BOUNDS),
+        any_tree=False,
+    ),
+    Row(
+        name="clip_by_leaf_norm-stacked",
+        public="clip_by_leaf_norm",
+        factory=oc.clip_by_leaf_norm,
+        args=(0.5,),
+        kwargs={"stacked": kernels},
+        static_args=("stacked",),
+        groups=per_unit("leaf", kernels),
+        band=at_most(0.5),
+    ),
+    Row(
+        name="clip_by_norm_range",
+        public="clip_by_norm_range",
+        factory=oc.clip_by_norm_range,
+        args=(0.01, 1.0),
+        groups=together,
+        band=within(0.01, 1.0),
+        inside=0.1,
+    ),
+    Row(
+        name="clip_by_norm_range-leaf_norm",
+        public="clip_by_norm_range",
+        factory=lambda low, high: oc.clip_by_norm_range(low, high, norm=oc.norms.leaf_norm()),
+        args=(0.25, 0.5),
+        groups=per_leaf,
+        band=within(0.25, 0.5),
+        inside=None,
+    ),
+    Row(
+        name="smooth_clip_by_global_norm",
+        public="smooth_clip_by_global_norm",
+        factory=oc.smooth_clip_by_global_norm,
+        args=(1.0,),
+        groups=together,
+        band=at_most(1.0),
+        idempotent=False,
+        inside=None,
+    ),
+    Row(
+        name="clippy",
+        public="clippy",
+        factory=oc.clippy,
+        args=(0.1, 1e-7),
+        groups=per_leaf,
+        measure=change(0.1, 1e-7),
+        band=at_most(1.0),
+        needs_params=True,
+    ),
+    # Any norm with any threshold.
+    Row(
+        name="clip_by-leaf_norm-between",
+        public="clip_by",
+        factory=lambda low, high: oc.clip_by(oc.norms.leaf_norm(), oc.thresholds.between(low, high)),
+        args=(0.01, 1.0),
+        groups=per_leaf,
+        band=within(0.01, 1.0),
+        inside=0.1,
+    ),
+    Row(
+        name="clip_by-inf_norm-exactly",
+        public="clip_by",
+        factory=lambda c: oc.clip_by(oc.norms.global_norm(ord=np.inf), oc.thresholds.exactly(c)),
+        args=(0.5,),
+        groups=together,
+        measure=norm(np.inf),
+        band=within(0.5, 0.5),
+        inside=None,
+    ),
+    Row(
+        name="clip_by-leaf_rms-exactly",
+        public="clip_by",
+        factory=lambda c: oc.clip_by(oc.norms.leaf_rms(), oc.thresholds.exactly(c)),
+        args=(halving,),
+        groups=per_leaf,
+        measure=rms,
+        band=within(1.0, 1.0),
+        idempotent=False,
+        stateless=False,
+        inside=None,
+    ),
+    Row(
+        name="clip_by-group_norm-constant",
+        public="clip_by",
+        factory=lambda c: oc.clip_by(oc.norms.group_norm(top), oc.thresholds.constant(c)),
+        args=(0.5,),
+        groups=per_label(top),
+        band=at_most(0.5),
+    ),
+    Row(
+        name="clip_by-group_norm-bound_per_group",
+        public="clip_by",
+        factory=lambda labels, c: oc.clip_by(oc.norms.group_norm(labels), oc.thresholds.constant(c)),
+        args=({"dense": "body", "scale": "head"}, {"body": 0.5, "head": halving}),
+        groups=per_label(top),
+        band=at_most_each({"dense": 0.5, "scale": 1.0}),
+        idempotent=False,
+        stateless=False,
+        any_tree=False,
+    ),
+    Row(
+        name="clip_by-unit_norm-relative_to_params",
+        public="clip_by",
+        factory=lambda ratio, offset: oc.clip_by(
+            oc.norms.unit_norm("io", stacked=kernels), oc.thresholds.relative_to_params(ratio, offset=offset)
+        ),
+        args=(0.1, 0.01),
+        groups=per_unit("io", kernels),
+        band=at_most_part_of_w(0.1, offset=0.01),
+        needs_params=True,
+    ),
+    Row(
+        name="clip_by-leaf_norm-relative_to_params-constant",
+        public="clip_by",
+        factory=lambda ratio, c: oc.clip_by(
+            oc.norms.leaf_norm(),
+            oc.thresholds.chain(oc.thresholds.relative_to_params(ratio, floor=1e-3), oc.thresholds.constant(c)),
+        ),
+        args=(0.1, halving),
+        groups=per_leaf,
+        # The parameters' norms are far below 10, so it is their tenth that holds at the first step.
+        band=at_most_part_of_w(0.1, floor=1e-3),
+        needs_params=True,
+        idempotent=False,
+        stateless=False,
+    ),
+    Row(
+        name="clip_by-leaf_norm-mixed_bounds",
+        public="clip_by",
+        factory=lambda c: oc.clip_by(oc.norms.leaf_norm(stacked=kernels), oc.thresholds.constant(c)),
+        args=({"dense": halving, "scale": np.float32(0.1)},),
+        groups=per_unit("leaf", kernels),
+        band=at_most_each({"dense": 1.0, "scale": 0.1}),
+        idempotent=False,
+        stateless=False,
+        any_tree=False,
+    ),
+    Row(
+        name="clip_by-included-smooth",
+        public="clip_by",
+        factory=lambda c: oc.clip_by(
+            oc.norms.global_norm(include=lambda path: path != "scale"), oc.thresholds.smooth(c)
+        ),
+        args=(1.0,),
+        groups=together,
+        band=at_most(1.0),
+        idempotent=False,
+        inside=None,
+        untouched=("scale",),
+    ),
+    Row(
+        name="clip_by-relative_change-between",
+        public="clip_by",
+        factory=lambda low, high: oc.clip_by(oc.norms.relative_change(0.1, 1e-3), oc.thresholds.between(low, high)),
+        args=(0.5, 1.0),
+        groups=per_leaf,
+        measure=change(0.1, 1e-3),
+        band=within(0.5, 1.0),
+        needs_params=True,
+        inside=None,
+    ),
+)
+
+# Public callables that transform nothing, each with what it is instead.
+NOT_TRANSFORMATIONS = {
+    "Norm": "the type of what is measured",
+    "Threshold": "the type of what is permitted",
+    "global_norm": "measures a tree",
+}

@@ -1,0 +1,338 @@
+"""Bad arguments raise where they are given, and the message says which argument, which value, which leaf."""
+
+import inspect
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from optax._src.base import NO_PARAMS_MSG
+
+import optaxclip as oc
+from optaxclip import norms, thresholds
+from tests.table import ROWS, kernels, params, tree
+
+NAN = math.nan
+
+
+def updates():
+    return {"a": jnp.ones(2), "b": {"c": jnp.ones((2, 3))}}
+
+
+# Static arguments. Each case: the call, what is called, its bad argument, and that argument's value.
+
+BAD = [
+    (oc.clip, {"max_delta": -1.5}, "max_delta"),
+    (oc.clip, {"max_delta": NAN}, "max_delta"),
+    (oc.clip_by_value, {"min_value": NAN}, "min_value"),
+    (oc.clip_by_value, {"min_value": -1.0, "max_value": NAN}, "max_value"),
+    (oc.clip_by_global_norm, {"max_norm": -1.5}, "max_norm"),
+    (oc.clip_by_global_norm, {"max_norm": -1}, "max_norm"),
+    (oc.clip_by_global_norm, {"max_norm": np.float64(-1.5)}, "max_norm"),
+    (oc.clip_by_global_norm, {"max_norm": NAN}, "max_norm"),
+    (oc.clip_by_global_norm, {"max_norm": 1.0, "ord": 0}, "ord"),
+    (oc.clip_by_global_norm, {"max_norm": 1.0, "ord": -2}, "ord"),
+    (oc.clip_by_global_norm, {"max_norm": 1.0, "ord": NAN}, "ord"),
+    (oc.clip_by_leaf_norm, {"max_norm": -1.5}, "max_norm"),
+    (oc.clip_by_leaf_norm, {"max_norm": NAN}, "max_norm"),
+    (oc.clip_by_leaf_norm, {"max_norm": 1.0, "ord": -2}, "ord"),
+    (oc.clip_by_leaf_norm, {"max_norm": 1.0, "stacked": -1}, "stacked"),
+    (oc.clip_by_block_rms, {"threshold": -1.5}, "threshold"),
+    (oc.clip_by_block_rms, {"threshold": NAN}, "threshold"),
+    (oc.clip_by_block_rms, {"threshold": 1.0, "stacked": -1}, "stacked"),
+    (oc.clip_by_norm_range, {"min_norm": -1.5, "max_norm": 1.0}, "min_norm"),
+    (oc.clip_by_norm_range, {"min_norm": 0.5, "max_norm": NAN}, "max_norm"),
+    (oc.smooth_clip_by_global_norm, {"max_norm": -1.5}, "max_norm"),
+    (oc.smooth_clip_by_global_norm, {"max_norm": NAN}, "max_norm"),
+    (oc.adaptive_grad_clip, {"clipping": -0.5}, "clipping"),
+    (oc.adaptive_grad_clip, {"clipping": NAN}, "clipping"),
+    (oc.adaptive_grad_clip, {"clipping": 0.1, "eps": -1e-3}, "eps"),
+    (oc.adaptive_grad_clip, {"clipping": 0.1, "units": "hwio"}, "units"),
+    (oc.adaptive_grad_clip, {"clipping": 0.1, "stacked": -1}, "stacked"),
+    (oc.clippy, {"relative": -0.5}, "relative"),
+    (oc.clippy, {"relative": NAN}, "relative"),
+    (oc.clippy, {"absolute": -1e-7}, "absolute"),
+    (oc.global_norm, {"tree": {}, "ord": -2}, "ord"),
+    (norms.global_norm, {"ord": -2}, "ord"),
+    (norms.group_norm, {"labels": "all", "ord": NAN}, "ord"),
+    (norms.leaf_norm, {"ord": 0}, "ord"),
+    (norms.leaf_norm, {"stacked": -1}, "stacked"),
+    (norms.leaf_norm, {"stacked": {"a": 0, "b": -1}}, "stacked"),
+    (norms.leaf_rms, {"stacked": -1}, "stacked"),
+    (norms.unit_norm, {"units": "hwio"}, "units"),
+    (norms.unit_norm, {"stacked": -1}, "stacked"),
+    (norms.relative_change, {"relative": -0.5, "absolute": 0.0}, "relative"),
+    (norms.relative_change, {"relative": 0.5, "absolute": NAN}, "absolute"),
+    (thresholds.constant, {"c": -1.5}, "c"),
+    (thresholds.constant, {"c": NAN}, "c"),
+    (thresholds.between, {"lo": -1.5, "hi": 1.0}, "lo"),
+    (thresholds.between, {"lo": 0.5, "hi": NAN}, "hi"),
+    (thresholds.exactly, {"c": -1.5}, "c"),
+    (thresholds.smooth, {"c": NAN}, "c"),
+    (thresholds.relative_to_params, {"ratio": -0.5}, "ratio"),
+    (thresholds.relative_to_params, {"ratio": NAN}, "ratio"),
+    (thresholds.relative_to_params, {"ratio": 0.5, "floor": -1e-3}, "floor"),
+    (thresholds.relative_to_params, {"ratio": 0.5, "offset": NAN}, "offset"),
+]
+
+
+@pytest.mark.parametrize(
+    ("factory", "arguments", "bad"),
+    [
+        pytest.param(*case, id=f"{case[0].__module__}.{case[0].__name__}-{case[2]}-{number}")
+        for number, case in enumerate(BAD)
+    ],
+)
+def test_a_bad_argument_is_named_with_its_value(factory, arguments, bad):
+    value = arguments[bad]
+    shown = value if not isinstance(value, dict) else min(value.values())
+    with pytest.raises(ValueError, match=rf"\b{bad}\b") as error:
+        factory(**arguments)
+    assert str(shown) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("build", "names"),
+    [
+        (oc.clip_by_value, ("min_value", "max_value")),
+        (lambda: oc.clip_by_value(2.0, 1.5), ("min_value", "2.0", "max_value", "1.5")),
+        (lambda: oc.clip_by_norm_range(2.0, 1.5), ("min_norm", "2.0", "max_norm", "1.5")),
+        (lambda: thresholds.between(2.0, 1.5), ("lo", "2.0", "hi", "1.5")),
+        (lambda: thresholds.constant({"a": 1.0, "b": -1.5}), ("c", "-1.5")),
+        (lambda: oc.clip_by_leaf_norm({"a": 1.0, "b": {"c": NAN}}), ("max_norm", "nan")),
+    ],
+    ids=["no_bound", "crossed_values", "crossed_norms", "crossed_band", "bound_in_a_tree", "nan_in_a_tree"],
+)
+def test_bounds_that_do_not_go_together_are_named(build, names):
+    with pytest.raises(ValueError, match=names[0]) as error:
+        build()
+    for name in names:
+        assert name in str(error.value)
+
+
+def test_0_and_inf_are_bounds_like_any_other():
+    given = updates()
+    nothing = oc.clip_by_global_norm(0).update(given, optax.EmptyState())[0]
+    everything = oc.clip_by_global_norm(math.inf).update(given, optax.EmptyState())[0]
+    assert all(np.all(np.asarray(leaf) == 0) for leaf in jax.tree.leaves(nothing))
+    jax.tree.map(np.testing.assert_array_equal, everything, given)
+
+
+# Bounds that arrive as arrays are not checked: they act in a way that can do no harm.
+
+TRACED = [
+    pytest.param(oc.clip, id="clip"),
+    pytest.param(oc.clip_by_global_norm, id="clip_by_global_norm"),
+    pytest.param(oc.clip_by_leaf_norm, id="clip_by_leaf_norm"),
+    pytest.param(oc.clip_by_block_rms, id="clip_by_block_rms"),
+    pytest.param(oc.smooth_clip_by_global_norm, id="smooth_clip_by_global_norm"),
+    pytest.param(oc.adaptive_grad_clip, id="adaptive_grad_clip"),
+    pytest.param(lambda c: oc.clip_by(norms.leaf_norm(), thresholds.exactly(c)), id="exactly"),
+    pytest.param(lambda c: oc.clip_by(norms.leaf_norm(), thresholds.between(0.0, c)), id="between"),
+]
+
+
+def stepped(build):
+    """The first updates as a function of the bound."""
+    weights = params("float32")
+
+    def step(bound):
+        tx = build(bound)
+        return tx.update(tree(0, "float32"), tx.init(weights), weights)[0]
+
+    return jax.jit(step)
+
+
+@pytest.mark.parametrize("build", TRACED)
+def test_a_traced_negative_bound_acts_as_0(build):
+    for leaf in jax.tree.leaves(stepped(build)(-1.0)):
+        np.testing.assert_array_equal(leaf, np.zeros_like(leaf))
+
+
+@pytest.mark.parametrize("build", TRACED)
+def test_a_traced_nan_bounds_nothing(build):
+    jax.tree.map(np.testing.assert_array_equal, stepped(build)(NAN), tree(0, "float32"))
+
+
+# Parameters.
+
+
+@pytest.mark.parametrize("row", [pytest.param(row, id=row.name) for row in ROWS if row.needs_params])
+def test_missing_parameters_raise_what_optax_says(row):
+    tx = row.make()
+    state = tx.init(params("float32"))
+    with pytest.raises(ValueError) as error:  # noqa: PT011  # the whole message is compared below
+        tx.update(tree(0, "float32"), state)
+    assert NO_PARAMS_MSG in str(error.value)
+
+
+# Trees that do not fit each other.
+
+WITHOUT_C = {"a": 1.0, "b": {}}
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        pytest.param(lambda: oc.clip_by_leaf_norm(WITHOUT_C), id="bound"),
+        pytest.param(lambda: oc.clip_by_leaf_norm({"a": 1.0}), id="bound_without_a_branch"),
+        pytest.param(lambda: oc.clip_by_leaf_norm(1.0, stacked={"a": 0, "b": {}}), id="stacked"),
+        pytest.param(lambda: oc.clip_by(norms.group_norm({"a": "x", "b": {}}), thresholds.constant(1.0)), id="labels"),
+        pytest.param(
+            lambda: oc.clip_by(norms.global_norm(include={"a": True, "b": {}}), thresholds.constant(1.0)), id="include"
+        ),
+    ],
+)
+def test_a_prefix_that_does_not_fit_names_the_path(build):
+    with pytest.raises(ValueError, match=r"\bb\b"):
+        step(build())
+
+
+def step(tx):
+    return tx.update(updates(), tx.init(updates()), updates())
+
+
+@pytest.mark.parametrize("row", [pytest.param(row, id=row.name) for row in ROWS if row.needs_params])
+def test_parameters_that_do_not_fit_the_updates_name_the_path(row):
+    tx = row.make()
+    given, weights = tree(0, "float32"), params("float32")
+    state = tx.init(weights)
+    del weights["dense"]["bias"]
+    with pytest.raises(ValueError, match=r"(?s)dense.*bias"):
+        tx.update(given, state, weights)
+
+
+def test_a_group_without_a_bound_is_named():
+    tx = oc.clip_by(norms.group_norm({"a": "body", "b": "head"}), thresholds.constant({"body": 1.0}))
+    with pytest.raises(ValueError, match="head"):
+        step(tx)
+
+
+def test_units_of_a_rank_without_a_convention_ask_for_axis():
+    kernel = {"k": jnp.ones((1, 2, 1, 2, 1, 2))}
+    tx = oc.adaptive_grad_clip(0.1)
+    with pytest.raises(ValueError, match="axis"):
+        tx.update(kernel, tx.init(kernel), kernel)
+
+
+# optax.inject_hyperparams.
+
+
+@pytest.mark.parametrize(
+    ("factory", "arguments", "structural"),
+    [
+        pytest.param(oc.clip_by_leaf_norm, {"max_norm": 1.0, "stacked": 1}, "stacked", id="clip_by_leaf_norm-stacked"),
+        pytest.param(oc.clip_by_leaf_norm, {"max_norm": 1.0, "ord": 1}, "ord", id="clip_by_leaf_norm-ord"),
+        pytest.param(oc.clip_by_global_norm, {"max_norm": 1.0, "ord": 1}, "ord", id="clip_by_global_norm-ord"),
+        pytest.param(oc.clip_by_block_rms, {"threshold": 1.0, "stacked": 1}, "stacked", id="clip_by_block_rms-stacked"),
+        pytest.param(oc.adaptive_grad_clip, {"clipping": 0.1, "axis": 0}, "axis", id="adaptive_grad_clip-axis"),
+        pytest.param(
+            oc.adaptive_grad_clip, {"clipping": 0.1, "stacked": 1}, "stacked", id="adaptive_grad_clip-stacked"
+        ),
+    ],
+)
+def test_a_structural_argument_that_was_injected_asks_for_static_args(factory, arguments, structural):
+    given = {"k": jnp.ones((2, 4, 3))}
+    injected = optax.inject_hyperparams(factory)(**arguments)
+    with pytest.raises((TypeError, ValueError), match=rf"{structural}.*static_args=\('{structural}',\)"):
+        jax.jit(injected.init)(given)
+    static = optax.inject_hyperparams(factory, static_args=(structural,))(**arguments)
+    new_updates, _ = static.update(given, static.init(given), given)
+    plain = factory(**arguments)
+    expected, _ = plain.update(given, plain.init(given), given)
+    np.testing.assert_allclose(new_updates["k"], expected["k"], rtol=1e-6)
+
+
+def test_a_schedule_can_be_injected_and_a_number_changed_by_hand():
+    given = {"a": jnp.full(4, 10.0)}
+
+    def norm_after(state):
+        new_updates, state = update(given, state, given)
+        return float(jnp.linalg.norm(new_updates["a"])), state
+
+    scheduled = optax.inject_hyperparams(oc.clip_by_global_norm)(optax.linear_schedule(4.0, 2.0, 2))
+    update, state = jax.jit(scheduled.update), scheduled.init(given)
+    for expected in (4.0, 3.0, 2.0, 2.0):
+        size, state = norm_after(state)
+        assert size == pytest.approx(expected, rel=1e-5)
+
+    by_hand = optax.inject_hyperparams(oc.clip_by_global_norm)(max_norm=4)
+    update, state = jax.jit(by_hand.update), by_hand.init(given)
+    state.hyperparams["max_norm"] = jnp.asarray(3)
+    size, _ = norm_after(state)
+    assert size == pytest.approx(3.0, rel=1e-5)
+
+
+def test_a_schedule_needs_no_injection():
+    given = {"a": jnp.full(4, 10.0)}
+    tx = oc.clip_by_global_norm(optax.linear_schedule(4.0, 2.0, 2))
+    state = tx.init(given)
+    for expected in (4.0, 3.0, 2.0, 2.0):
+        new_updates, state = tx.update(given, state)
+        assert float(jnp.linalg.norm(new_updates["a"])) == pytest.approx(expected, rel=1e-5)
+
+
+def test_norms_and_thresholds_are_not_callable():
+    # inject_hyperparams would take them for schedules.
+    assert not callable(norms.leaf_norm())
+    assert not callable(thresholds.constant(1.0))
+    tx = optax.inject_hyperparams(oc.clip_by)(norms.leaf_norm(stacked=kernels), thresholds.constant(1.0))
+    new_updates, _ = tx.update(updates(), tx.init(updates()), updates())
+    assert float(jnp.linalg.norm(new_updates["a"])) == pytest.approx(1.0, rel=1e-5)
+
+
+# Signatures.
+
+SIGNATURES = {
+    "clip_by": "(norm, threshold, *, axes='auto')",
+    "global_norm": "(tree, *, ord=2, axes='auto')",
+    "clip": "(max_delta)",
+    "clip_by_value": "(min_value=None, max_value=None)",
+    "clip_by_global_norm": "(max_norm, *, ord=None, axes='auto')",
+    "clip_by_leaf_norm": "(max_norm, *, ord=None, stacked=None, axes='auto')",
+    "clip_by_block_rms": "(threshold, *, stacked=None, axes='auto')",
+    "smooth_clip_by_global_norm": "(max_norm, *, axes='auto')",
+    "adaptive_grad_clip": "(clipping, eps=0.001, axis=None, *, units='io', stacked=None, axes='auto')",
+    "clippy": "(relative=0.1, absolute=1e-07, *, axes='auto')",
+    "norms.global_norm": "(ord=2, *, include=None)",
+    "norms.group_norm": "(labels, ord=2)",
+    "norms.leaf_norm": "(ord=2, *, stacked=None)",
+    "norms.leaf_rms": "(*, stacked=None)",
+    "norms.unit_norm": "(units='io', *, axis=None, stacked=None)",
+    "norms.relative_change": "(relative, absolute)",
+    "thresholds.constant": "(c)",
+    "thresholds.between": "(lo, hi)",
+    "thresholds.exactly": "(c)",
+    "thresholds.smooth": "(c)",
+    "thresholds.relative_to_params": "(ratio, *, floor=0.0, offset=0.0)",
+    "thresholds.chain": "(*thresholds)",
+}
+
+
+def without_annotations(function):
+    signature = inspect.signature(function)
+    parameters = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in signature.parameters.values()]
+    return str(signature.replace(parameters=parameters, return_annotation=inspect.Signature.empty))
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signatures_are_the_published_ones(name):
+    *module, function = name.split(".")
+    owner = {"norms": norms, "thresholds": thresholds}[module[0]] if module else oc
+    assert without_annotations(getattr(owner, function)) == SIGNATURES[name]
+
+
+def test_the_norm_of_a_range_is_a_keyword():
+    parameters = inspect.signature(oc.clip_by_norm_range).parameters
+    assert list(parameters) == ["min_norm", "max_norm", "norm", "axes"]
+    assert parameters["norm"].kind is inspect.Parameter.KEYWORD_ONLY
+
+
+@pytest.mark.parametrize("name", ["clip", "clip_by_global_norm", "clip_by_block_rms", "adaptive_grad_clip"])
+def test_optax_names_take_optax_positional_arguments(name):
+    ours = list(inspect.signature(getattr(oc, name)).parameters.values())
+    theirs = list(inspect.signature(getattr(optax, name)).parameters.values())
+    assert [(p.name, p.kind, p.default) for p in ours[: len(theirs)]] == [(p.name, p.kind, p.default) for p in theirs]
+    assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in ours[len(theirs) :])

@@ -1,0 +1,99 @@
+"""optax 0.2.8 and ours give the same float32 numbers wherever optax is right, on 200 random trees.
+
+optax is right where no square leaves the normal range (so scales stay within 1e-15 to 1e15), where the norm is not 0,
+and, for AGC, where a unit's norm is above its 1e-6.
+"""
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+import optaxclip as oc
+from tests.reference import fixed, trees
+
+TREES = 200
+BLOCKS = 4
+RTOL = 1e-6
+
+
+def assert_agree(ours, theirs, updates, params=None):
+    mine, other = (trees.update(tx, updates, params) for tx in (ours, theirs))
+    assert jax.tree.structure(mine) == jax.tree.structure(other)
+    for a, b in zip(trees.numpy_leaves(mine), trees.numpy_leaves(other), strict=True):
+        assert a.dtype == b.dtype == np.float32
+        # Results below the normal range are flushed by both, not always alike.
+        np.testing.assert_allclose(a, b, rtol=RTOL, atol=trees.TINY)
+
+
+def random_bound(rng, norm):
+    """Around the norm, on both sides, over four powers of ten."""
+    return float(norm * 10 ** rng.uniform(-3, 1))
+
+
+@pytest.mark.parametrize("block", range(BLOCKS))
+def test_two_hundred_random_trees(rng, block):
+    del block  # the rng differs by it
+    for _ in range(TREES // BLOCKS):
+        updates = trees.random_tree(rng, np.float32, scale=10 ** rng.uniform(-12, 12), spread=rng.uniform(0, 3))
+        bound = random_bound(rng, np.abs(trees.numpy_leaves(updates)[0]).max())
+        assert_agree(oc.clip(bound), optax.clip(bound), updates)
+        bound = random_bound(rng, optax.tree.norm(updates))
+        assert_agree(oc.clip_by_global_norm(bound), optax.clip_by_global_norm(bound), updates)
+        bound = random_bound(rng, np.sqrt(np.mean(trees.numpy_leaves(updates)[0] ** 2)))
+        assert_agree(oc.clip_by_block_rms(bound), optax.clip_by_block_rms(bound), updates)
+
+
+@pytest.mark.parametrize("block", range(BLOCKS))
+def test_two_hundred_random_trees_agc(rng, block):
+    del block
+    for _ in range(TREES // BLOCKS):
+        # Leaves of scale 1e-2 and up: a Gaussian unit's norm is then above optax's 1e-6, also where it is one number.
+        updates = trees.random_tree(rng, np.float32, scale=10 ** rng.uniform(0, 6), spread=rng.uniform(0, 2))
+        params = trees.like(rng, updates, scale=10 ** rng.uniform(-4, 2))
+        clipping, eps = 10 ** rng.uniform(-4, 1), 10 ** rng.uniform(-5, -1)
+        assert_agree(oc.adaptive_grad_clip(clipping, eps), optax.adaptive_grad_clip(clipping, eps), updates, params)
+
+
+@pytest.mark.parametrize("axis", [-1, (0, 1)])
+def test_agc_axis(rng, axis):
+    for scale in (1e-2, 1.0, 1e3):
+        updates = trees.shuffled_tree(rng, np.float32, [(3, 5), (2, 3, 4)], scale=scale)
+        params = trees.like(rng, updates)
+        assert_agree(oc.adaptive_grad_clip(0.01, axis=axis), optax.adaptive_grad_clip(0.01, axis=axis), updates, params)
+
+
+def test_agc_wants_an_axis_above_rank_five(rng):
+    updates = trees.random_tree(rng, np.float32, shapes=[(2, 1, 2, 1, 2, 2)])
+    for tx in (oc.adaptive_grad_clip(0.01), optax.adaptive_grad_clip(0.01)):
+        with pytest.raises(ValueError, match="axis"):
+            trees.update(tx, updates, updates)
+    ours, theirs = (module.adaptive_grad_clip(0.01, axis=(0, 1, 2)) for module in (oc, optax))
+    assert_agree(ours, theirs, updates, updates)
+
+
+def test_agc_wants_params_in_optax_words(rng):
+    updates = trees.random_tree(rng, np.float32)
+    messages = []
+    for tx in (oc.adaptive_grad_clip(0.01), optax.adaptive_grad_clip(0.01)):
+        with pytest.raises(ValueError, match="params") as error:
+            tx.update(updates, tx.init(updates), None)
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
+
+
+def test_the_transcriptions_are_optaxs(rng):
+    """In float64 both are right to the last digits."""
+    with jax.enable_x64(True):
+        shapes = [(), (3, 5), (2, 2, 3, 4)]
+        updates, params = ([trees.normal(rng, shape, np.float64) for shape in shapes] for _ in range(2))
+        for bound in (0.3, 1.0, 1e3):
+            pairs = [
+                (optax.clip(bound), fixed.clip(updates, bound)),
+                (optax.clip_by_global_norm(bound), fixed.clip_by_global_norm(updates, bound)),
+                (optax.clip_by_block_rms(bound), fixed.clip_by_block_rms(updates, bound)),
+                (optax.adaptive_grad_clip(bound, 1e-2), fixed.adaptive_grad_clip(updates, params, bound, 1e-2)),
+            ]
+            for theirs, expected in pairs:
+                for a, b in zip(trees.update(theirs, updates, params), expected, strict=True):
+                    np.testing.assert_allclose(a, b, rtol=1e-13)

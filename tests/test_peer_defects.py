@@ -1,0 +1,363 @@
+"""What goes wrong elsewhere and must not here. The numbers are those of the project's list of defects.
+
+"optax" is optax 0.2.8. Norms are compared with float64 ones.
+"""
+
+import functools
+import re
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import optaxclip as oc
+from optaxclip import norms, thresholds
+from tests.reference import fixed
+from tests.reference.trees import assert_same_bits
+from tests.table import ROWS, halving
+
+EPS16 = float(jnp.finfo(jnp.float16).eps)
+BEPS = float(jnp.finfo(jnp.bfloat16).eps)
+
+
+def once(tx, updates, params=None):
+    return tx.update(updates, tx.init(updates if params is None else params), params)[0]
+
+
+def clip(max_norm, updates):
+    return once(oc.clip_by_global_norm(max_norm), updates)
+
+
+def size(tree):
+    """The global norm in float64."""
+    return fixed.global_norm(jax.tree.leaves(tree))
+
+
+def test_01_a_norm_whose_square_overflows():
+    # optax: the norm is inf and the updates are 0, silently.
+    big = jnp.full(4, 1e20)
+    assert float(oc.global_norm(big)) == pytest.approx(2e20, rel=1e-5)
+    np.testing.assert_allclose(clip(1.0, big), 0.5, rtol=1e-5)
+    half = jnp.full(10, 300.0, jnp.float16)
+    assert float(oc.global_norm(half)) == pytest.approx(300 * 10**0.5, rel=1e-5)
+    np.testing.assert_allclose(np.asarray(clip(1.0, half), np.float64), 10**-0.5, rtol=EPS16)
+
+
+def test_02_a_norm_whose_square_underflows():
+    # optax and jax_privacy: the norm is 0 and a norm of .0316 is not clipped to .01.
+    small = jnp.full(100_000, 1e-4, jnp.float16)
+    assert float(oc.global_norm(small)) == pytest.approx(size(small), rel=1e-5)
+    rounding_to_subnormals = 2**-25 * 100_000**0.5
+    assert size(clip(0.01, small)) == pytest.approx(0.01, rel=4 * EPS16, abs=rounding_to_subnormals)
+
+
+def test_03_a_sum_over_leaves_in_bfloat16():
+    # optax: norm 5.66 instead of 7.88, and 1.39 after clipping to 1.
+    tree = [jnp.ones(32, jnp.bfloat16)] + [jnp.full(10, 0.1, jnp.bfloat16)] * 300
+    norm, clipped = jax.jit(lambda updates: (oc.global_norm(updates), clip(1.0, updates)))(tree)
+    assert size(tree) == pytest.approx(7.88, abs=5e-3)
+    assert float(norm) == pytest.approx(size(tree), rel=1e-5)
+    assert size(clipped) == pytest.approx(1.0, rel=4 * BEPS)
+
+
+def test_04_float16_leaves_beside_float32_ones():
+    # optax: 0 and nan.
+    tree = {"a": jnp.array([1e5]), "b": jnp.array([1000.0], jnp.float16)}
+    clipped = clip(9e4, tree)
+    assert {name: leaf.dtype for name, leaf in clipped.items()} == {"a": jnp.float32, "b": jnp.float16}
+    assert size(clipped) == pytest.approx(9e4, rel=1e-5)
+    assert float(clipped["b"][0]) == pytest.approx(900, rel=2 * EPS16)
+
+
+@pytest.mark.parametrize("spec", [P("x", None), P(None, "x")], ids=["rows", "columns"])
+@pytest.mark.parametrize("units", ["io", "leaf"])
+def test_06_adaptive_grad_clip_on_an_explicit_mesh(units, spec):
+    # optax: ShardingTypeError.
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))
+    updates, kernel = (jnp.asarray(np.random.default_rng(i).normal(size=(16, 8)), jnp.float32) for i in range(2))
+    tx = oc.adaptive_grad_clip(0.01, units=units)
+    expected = once(tx, updates, kernel)
+    with jax.set_mesh(mesh):
+        placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x in (updates, kernel)]
+        clipped = jax.jit(functools.partial(once, tx))(*placed)
+    assert clipped.sharding.is_equivalent_to(placed[0].sharding, 2)
+    np.testing.assert_allclose(clipped, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_07_one_leaf_that_is_not_finite(value):
+    # optax: every leaf is NaN, or the others are 0, silently.
+    tree = {"bad": jnp.array([value, 1.0]), "good": jnp.array([3.0, 4.0])}
+    assert_same_bits(clip(1.0, tree), tree)
+    per_leaf = once(oc.clip_by_leaf_norm(1.0), tree)
+    assert_same_bits(per_leaf["bad"], tree["bad"])
+    np.testing.assert_allclose(per_leaf["good"], [0.6, 0.8], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "factory",
+    [oc.clip_by_global_norm, oc.clip_by_leaf_norm, oc.clip_by_block_rms, oc.smooth_clip_by_global_norm, oc.clip],
+)
+def test_08_bounds_that_are_0_negative_or_nan(factory):
+    # optax: NaN at zero gradients, ascent, NaN.
+    for updates in (jnp.zeros(3), jnp.ones(3)):
+        np.testing.assert_array_equal(once(factory(0.0), updates), np.zeros(3))
+        np.testing.assert_array_equal(once(factory(jnp.float32(0.0)), updates), np.zeros(3))
+    with pytest.raises(ValueError, match="-1"):
+        factory(-1.0)
+    with pytest.raises(ValueError, match="nan"):
+        factory(np.nan)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("bound", [np.float32(1.0), halving], ids=["array", "schedule"])
+@pytest.mark.parametrize(
+    "factory",
+    [
+        oc.clip,
+        lambda c: oc.clip_by_value(None, c),
+        oc.clip_by_global_norm,
+        oc.clip_by_leaf_norm,
+        oc.clip_by_block_rms,
+        lambda c: oc.clip_by_norm_range(0.0, c),
+        oc.smooth_clip_by_global_norm,
+        oc.adaptive_grad_clip,
+        lambda c: oc.clip_by(norms.leaf_norm(), thresholds.exactly(c)),
+    ],
+    ids=["clip", "value", "global", "leaf", "rms", "range", "smooth", "adaptive", "exactly"],
+)
+def test_09_16_bit_gradients_with_a_float32_bound(factory, bound, dtype):
+    # optax: TypeError, or a silent promotion to float32.
+    updates = jnp.full(4, 8.0, dtype)
+    bound = bound if callable(bound) else jnp.asarray(bound)
+    clipped = once(factory(bound), updates, jnp.full(4, 0.5, dtype))
+    assert clipped.dtype == dtype
+    assert size(clipped) < size(updates)
+
+
+def test_10_leaves_that_are_not_numbers():
+    # optax: TypeError, NotImplementedError, a structure error.
+    key, no_gradient = jax.random.key(0), np.zeros(3, jax.dtypes.float0)
+    tree = {
+        "w": jnp.array([3.0, 4.0]),
+        "i": jnp.arange(3),
+        "b": jnp.array([True]),
+        "0": no_gradient,
+        "k": key,
+        "n": None,
+    }
+    weights = tree | {"n": jnp.ones(2)}
+    for tx in (oc.clip_by_global_norm(1.0), oc.clip_by_block_rms(1 / 2**0.5), oc.clip_by_leaf_norm(1.0)):
+        clipped = once(tx, tree, weights)
+        np.testing.assert_allclose(clipped["w"], [0.6, 0.8], rtol=1e-6)
+        assert clipped["n"] is None
+        assert clipped["0"].dtype == jax.dtypes.float0
+        assert clipped["k"] == key
+        for name in ("i", "b"):
+            assert_same_bits(clipped[name], tree[name])
+
+
+@pytest.mark.parametrize(
+    "name", ["clip_by_global_norm", "clip_by_block_rms", "adaptive_grad_clip", "clip_by_leaf_norm"]
+)
+def test_11_the_derivative_at_zero_gradients(name):
+    # optax: NaN for four transformations. Every other row is in test_conformance.
+    tx = getattr(oc, name)(0.1)
+    weights = jnp.array([[1.0, 2.0], [3.0, 4.0]])
+    slope = jax.jit(jax.grad(lambda updates: jnp.sum(once(tx, updates, weights))))(jnp.zeros((2, 2)))
+    # Near zero nothing is clipped: each coordinate passes, with slope 1.
+    np.testing.assert_allclose(slope, np.ones((2, 2)), rtol=1e-6)
+
+
+def test_14_one_of_several_stacked_layers_explodes():
+    # optax: the healthy layer is scaled from 1e-4 to 1.4e-7.
+    weights = jnp.ones((2, 4, 3))
+    updates = jnp.full((2, 4, 3), 1e-4).at[1].set(1e3)
+    for tx in (
+        oc.adaptive_grad_clip(0.01, stacked=1),
+        oc.clip_by_leaf_norm(0.02, stacked=1),
+        oc.clip_by_block_rms(0.02, stacked=1),
+    ):
+        clipped = once(tx, updates, weights)
+        assert_same_bits(clipped[0], updates[0])
+        assert 0 < float(jnp.max(clipped[1])) < 0.05
+
+
+def test_23_a_state_that_is_donated():
+    # A state whose init returned one array twice: "Attempt to donate the same buffer twice".
+    weights = {"a": jnp.ones(3), "b": jnp.ones((2, 2))}
+    per_leaf = thresholds.constant({"a": halving, "b": halving})
+    tx = optax.chain(
+        oc.clip_by_global_norm(halving),
+        oc.clip_by(norms.leaf_norm(), thresholds.chain(per_leaf, thresholds.between(halving, halving))),
+        optax.adam(1e-3),
+    )
+
+    @functools.partial(jax.jit, donate_argnums=(1, 2))
+    def step(updates, state, weights):
+        new_updates, state = tx.update(updates, state, weights)
+        return state, optax.apply_updates(weights, new_updates)
+
+    state = tx.init(weights)
+    buffers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves((state, weights))]
+    assert len(set(buffers)) == len(buffers)
+    for _ in range(3):
+        state, weights = step({"a": jnp.ones(3), "b": jnp.ones((2, 2))}, state, weights)
+    assert int(optax.tree.get(state, "count")) == 3
+
+
+def gpt2_like(layers, width):
+    """Shapes and dtypes of a small transformer."""
+    layer = [(width, 3 * width), (3 * width,), (width, width), (width,), (width, 4 * width), (4 * width, width)]
+    return {
+        f"{i}/{j}": jax.ShapeDtypeStruct(shape, jnp.float32) for i in range(layers) for j, shape in enumerate(layer)
+    }
+
+
+def temporary_bytes(clip, tree):
+    tx = optax.chain(clip, optax.adam(1e-3))
+    state = jax.eval_shape(tx.init, tree)
+    step = jax.jit(tx.update, donate_argnums=(0, 1))
+    return step.lower(tree, state, tree).compile().memory_analysis().temp_size_in_bytes
+
+
+def normalise(updates, params):
+    """The least that any clip by norm does: one multiplication by a number that depends on all gradients."""
+    del params
+    factor = 1 / optax.tree.norm(updates)
+    return jax.tree.map(lambda update: update * factor, updates)
+
+
+def test_26_a_clip_before_adam_allocates_no_second_gradient():
+    # optax: its division per element keeps XLA from fusing the clip into Adam, so all gradients are written anew.
+    tree = gpt2_like(layers=2, width=512)
+    gradients = sum(4 * leaf.size for leaf in jax.tree.leaves(tree))
+    # Not against Adam alone: the XLA of jax 0.8 fuses not even a multiplication into it. That of 0.10 does.
+    assert temporary_bytes(oc.clip_by_global_norm(1.0), tree) < (
+        temporary_bytes(optax.stateless(normalise), tree) + 0.1 * gradients
+    )
+
+
+def test_27_many_small_leaves_share_their_reductions():
+    # optax: a reduction per leaf; with 1000 leaves the clip doubles the time it takes to compile a step.
+    leaves = 200
+    tree = [jax.ShapeDtypeStruct((32, 32), jnp.float32)] * leaves
+    tx = oc.clip_by_global_norm(1.0)
+    program = jax.jit(lambda updates: tx.update(updates, optax.EmptyState())[0]).lower(tree).as_text()
+    # 20 is far below one per leaf and leaves room for a second try at other scales.
+    assert len(re.findall(r"stablehlo\.reduce\b", program)) < 20
+    assert len(re.findall(r"stablehlo\.(?:case|if)\b", program)) < 5
+
+
+@pytest.mark.parametrize(
+    ("values", "low", "high"),
+    [
+        ([3e38], 0.0, 1.0),
+        ([1e38], 0.0, 1.0),
+        ([1e36], 0.0, 1e-3),
+        ([6e35, -8e35], 0.0, 1e-3),
+        ([2e-38], 10.0, np.inf),
+        ([2e-38, 0.0, -2e-38], 1e30, np.inf),
+    ],
+    ids=["3e38", "1e38", "1e36", "two", "tiny", "tiny_to_huge"],
+)
+def test_31_a_factor_that_float32_cannot_hold(values, low, high):
+    # One float32 factor c/n is 0 or inf here: zeros or NaN, silently.
+    updates = jnp.asarray(values, jnp.float32)
+    expected = np.asarray(updates, np.float64)
+    expected *= (high if low == 0 else low) / fixed.vector_norm(updates)
+    for compiled in (False, True):
+        tx = oc.clip_by_norm_range(low, high)
+        step = jax.jit(functools.partial(once, tx)) if compiled else functools.partial(once, tx)
+        np.testing.assert_allclose(step(updates), expected, rtol=1e-5)
+        if low == 0:
+            np.testing.assert_allclose(clip(high, updates), expected, rtol=1e-5)
+
+
+def seconds(call, *arguments):
+    start = time.perf_counter()
+    jax.block_until_ready(call(*arguments))
+    return time.perf_counter() - start
+
+
+def test_32_a_leaf_of_zeros_is_no_slower():
+    # A guarded norm with one branch for all leaves takes its slow path at every step: 42.9 ms instead of 18.8.
+    rng = np.random.default_rng(0)
+    ordinary = [jnp.asarray(rng.normal(size=(512, 1024)), jnp.float32) for _ in range(6)]
+    with_zeros = [jnp.zeros((64, 64)), *ordinary]
+    without = [jnp.ones((64, 64)), *ordinary]
+    norm = jax.jit(oc.global_norm)
+    jax.block_until_ready((norm(with_zeros), norm(without)))
+    # The least of many, taken in turns: what else the machine does can only add to it.
+    pairs = [(seconds(norm, without), seconds(norm, with_zeros)) for _ in range(40)]
+    assert min(slow for _, slow in pairs) < 1.5 * min(fast for fast, _ in pairs)
+
+
+def test_33_an_eager_clip_compiles_once():
+    # A guarded norm that makes new closures: 2.7 s a call, every call.
+    updates = {str(i): jnp.ones((3, 1 + i % 4)) for i in range(20)}
+    tx = oc.clip_by_global_norm(1.0)
+    state = tx.init(updates)
+    jax.block_until_ready(tx.update(updates, state))
+    assert np.median([seconds(tx.update, updates, state) for _ in range(9)]) < 0.05
+
+
+def test_33_a_new_transformation_compiles_nothing_either():
+    # inject_hyperparams builds the transformation anew at every step.
+    updates = {str(i): jnp.ones((3, 1 + i % 4)) for i in range(20)}
+    jax.block_until_ready(clip(1.0, updates))
+    assert np.median([seconds(clip, 1.0 + i, updates) for i in range(9)]) < 0.05
+
+
+def test_34_a_stacked_axis_that_is_split():
+    # Elsewhere: one norm of 28.57 for eight layers with norms 2 to 16, silently.
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    sizes = jnp.arange(2.0, 17.0, 2.0)[:, None]
+    layers = sizes * jnp.full((8, 4), 0.5)
+
+    def sharded(tx):
+        update = functools.partial(once, tx)
+        return jax.jit(jax.shard_map(update, mesh=mesh, in_specs=P("x"), out_specs=P("x")))(layers)
+
+    with pytest.raises(ValueError, match="PartitionSpec"):
+        sharded(oc.clip_by_leaf_norm(3.0, stacked=1))
+    clipped = sharded(oc.clip_by_leaf_norm(3.0, stacked=1, axes=P("x")))
+    np.testing.assert_allclose(jnp.linalg.norm(clipped, axis=1), [2, 3, 3, 3, 3, 3, 3, 3], rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [8, 16])
+def test_34_unit_norms_of_a_split_kernel(rows):
+    # The same trap: which dimension is split decides whether a unit is whole. With one row on each device a kernel even
+    # looks like a vector.
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    updates, kernel = (
+        jnp.asarray(np.random.default_rng(seed).normal(size=(rows, 8)), jnp.float32) for seed in range(2)
+    )
+    expected = once(oc.adaptive_grad_clip(0.1), updates, kernel)
+
+    def sharded(tx, spec):
+        update = functools.partial(once, tx)
+        return jax.jit(jax.shard_map(update, mesh=mesh, in_specs=(spec, spec), out_specs=spec))(updates, kernel)
+
+    with pytest.raises(ValueError, match="PartitionSpec"):
+        sharded(oc.adaptive_grad_clip(0.1), P("x"))
+    for spec in (P("x", None), P(None, "x")):
+        clipped = sharded(oc.adaptive_grad_clip(0.1, axes=spec), spec)
+        np.testing.assert_allclose(clipped, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("row", [pytest.param(row, id=row.name) for row in ROWS if not row.stateless and row.any_tree])
+def test_35_the_count_of_the_optimizer_is_found(row):
+    # A clip whose state has a `count` too: optax.tree.get raises, for two were found.
+    weights = {"w": jnp.ones(3)}
+    tx = optax.chain(row.make(), optax.adam(1e-3))
+    state = tx.init(weights)
+    for _ in range(2):
+        _, state = tx.update(weights, state, weights)
+    assert int(optax.tree.get(state, "count")) == 2
+    assert int(optax.tree.get(state, "schedule_step")) == 2

@@ -1,0 +1,56 @@
+"""Numbers that can be checked by hand: AGC by its three kinds of unit, and clippy."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import optaxclip as oc
+from tests.reference import fixed, trees
+
+WEIGHTS = [[3.0, 4.0], [0.0, 0.0], [1.0, 2.0]]
+GRADIENTS = [[0.3, 0.4], [3e-4, 4e-4], [0.0, 0.01]]
+
+# ratio 0.05, eps 1e-3; "io" from optax as run, "oi" from timm as run, "leaf" by hand. Beside each trace half a unit of
+# the last digit that it gives: in its large entries, and in its second row.
+AGC = {
+    "io": ([[0.158114, 0.223537], [1.581e-4, 2.235e-4], [0, 0.005588]], 5e-7, 5e-8),
+    "oi": ([[0.15, 0.2], [3e-5, 4e-5], [0, 0.01]], 5e-7, 5e-10),
+    "leaf": ([[0.164284, 0.219045], [1.64284e-4, 2.19045e-4], [0, 0.005476]], 5e-7, 5e-10),
+}
+
+# (updates, parameters, relative, absolute) -> the factor. The last two are tensorflow/recommenders' own tests.
+CLIPPY = [
+    ([0.02, -0.4, 0.0], [1.0, -2.0, 0.0], 0.1, 1e-7, 0.5),
+    ([0.02, -0.4, 0.01], [1.0, -2.0, 0.0], 0.1, 1e-7, 1e-5),
+    ([0.02, -0.4, 0.01], [1.0, -2.0, 0.0], 0.5, 1e-2, 1.0),
+    ([1.0, 1.0], [1.0, 0.1], 0.1, 0.01, 0.02),
+    (2.0, 4.0, 0.1, 0.02, 0.21),
+]
+
+
+@pytest.mark.parametrize("units", AGC)
+def test_agc(units):
+    trace, half_unit, small_half_unit = AGC[units]
+    room = np.array([[half_unit] * 2, [small_half_unit] * 2, [half_unit] * 2])
+    reference = fixed.adaptive_grad_clip([np.array(GRADIENTS)], [np.array(WEIGHTS)], 0.05, 1e-3, units=units)[0]
+    ours = trees.update(oc.adaptive_grad_clip(0.05, 1e-3, units=units), jnp.array(GRADIENTS), jnp.array(WEIGHTS))
+    assert np.all(np.abs(reference - trace) <= room)
+    assert np.all(np.abs(np.asarray(ours, np.float64) - trace) <= room)
+
+
+@pytest.mark.parametrize(("updates", "params", "relative", "absolute", "factor"), CLIPPY)
+def test_clippy(updates, params, relative, absolute, factor):
+    expected = np.array(updates) * factor
+    reference = fixed.clippy([np.array(updates)], [np.array(params)], relative, absolute)[0]
+    ours = trees.update(oc.clippy(relative, absolute), jnp.array(updates), jnp.array(params))
+    # The traces give six digits: the first factor is (0.1 * 2 + 1e-7) / 0.4 = 0.50000025.
+    np.testing.assert_allclose(reference, expected, rtol=1e-6)
+    np.testing.assert_allclose(np.asarray(ours, np.float64), expected, rtol=1e-6)
+
+
+def test_clippy_defaults_are_those_of_tensorflow_recommenders():
+    updates, params = jnp.array([0.02, -0.4, 0.0]), jnp.array([1.0, -2.0, 0.0])
+    trees.assert_same_bits(
+        trees.update(oc.clippy(), updates, params), trees.update(oc.clippy(0.1, 1e-7), updates, params)
+    )
+    np.testing.assert_allclose(trees.update(oc.clippy(), updates, params), [0.01, -0.2, 0.0], rtol=1e-6)
