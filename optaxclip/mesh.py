@@ -56,7 +56,7 @@ class Split(NamedTuple):
                 f"leaf {self.path!r} is split over mesh axes {self.axes}, and it is not known which of its dimensions "
                 f"are: a norm over its dimensions {dims} alone needs axes= to be a PartitionSpec or a pytree of them"
             )
-        return tuple(name for dim in dims for name in self.by_dim[dim])
+        return tuple(sorted(name for dim in dims for name in self.by_dim[dim]))
 
 
 def split_of(tree: Any, params: Any = None, axes: Axes = "auto") -> list[Split]:
@@ -65,7 +65,7 @@ def split_of(tree: Any, params: Any = None, axes: Axes = "auto") -> list[Split]:
     Args:
       tree: gradients, updates or parameters.
       params: the parameters, where known. A gradient that varies over an axis that its parameter does not vary over, at
-        the same shape, is a sum not yet taken: with `axes="auto"` that is an error.
+        the same shape, is a sum not yet taken: an error, unless `axes` is None or names axes.
       axes: see the module's docstring.
 
     Returns:
@@ -76,13 +76,14 @@ def split_of(tree: Any, params: Any = None, axes: Axes = "auto") -> list[Split]:
     leaves = [leaf for _, leaf in flat]
     if axes is None:
         return [Split(path, (), None) for path in paths]
-    if isinstance(axes, str) and axes == "auto":
-        _refuse_unreduced(leaves, paths, treedef, params)
-        return [Split(path, tuple(sorted(varying(leaf))), None) for leaf, path in zip(leaves, paths, strict=True)]
     tracked = _Tracked()
-    if _is_names(axes):
+    is_auto = isinstance(axes, str) and axes == "auto"
+    if _is_names(axes) and not is_auto:
         names = (axes,) if isinstance(axes, str) else tuple(axes)
         return [Split(path, tracked.keep(names, leaf), None) for leaf, path in zip(leaves, paths, strict=True)]
+    _refuse_unreduced(leaves, paths, treedef, params)
+    if is_auto:
+        return [Split(path, tuple(sorted(varying(leaf))), None) for leaf, path in zip(leaves, paths, strict=True)]
     specs = jax.tree.leaves(jax.tree.broadcast(axes, tree, is_leaf=_is_spec), is_leaf=_is_spec)
     return [_split_by_spec(*each, tracked) for each in zip(specs, leaves, paths, strict=True)]
 
@@ -139,7 +140,8 @@ def _split_by_spec(spec: Any, leaf: Any, path: str, tracked: _Tracked) -> Split:
     entries = [*spec, *([None] * (ndim - len(spec)))]
     named = [entry if isinstance(entry, tuple) else (entry,) for entry in entries]
     by_dim = tuple(tracked.keep(tuple(n for n in names if isinstance(n, str)), leaf) for names in named)
-    return Split(path, tuple(name for names in by_dim for name in names), by_dim)
+    # In one order for all leaves: a set of axes in two orders would be two collectives.
+    return Split(path, tuple(sorted(name for names in by_dim for name in names)), by_dim)
 
 
 def _refuse_unreduced(leaves: list[Any], paths: list[str], treedef: Any, params: Any) -> None:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 # Ranks 0 to 5, with the shapes on which unit conventions differ. Few shapes, so that kernels are compiled once.
-SHAPES = [(), (1,), (33,), (3, 5), (4, 1), (2, 3, 4), (2, 2, 3, 4), (2, 1, 2, 3, 2)]
+SHAPES = [(), (33,), (3, 5), (4, 1), (1, 6), (2, 3, 4), (2, 2, 3, 4), (2, 1, 2, 3, 2)]
 TINY = float(np.finfo(np.float32).tiny)
 
 
