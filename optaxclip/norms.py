@@ -222,7 +222,7 @@ def _by_leaf(dims_of: DimsOf, ord: float, stacked: Any, *, keepdims: bool = Fals
                 None if dims is None else jax.tree.map(lambda each, dims=dims: jnp.expand_dims(each, dims), factor)
                 for factor, dims in zip(factors, dims_in(updates, lambda leaf, _: jnp.shape(leaf)), strict=True)
             ]
-        return _rescale_each(updates, factors)
+        return _rescale_each(updates, factors, saturate=mean)
 
     return Norm(measure, scale)
 
@@ -290,9 +290,12 @@ def _with_split(updates: Updates, split: list[mesh.Split]) -> list[tuple[Any, me
     return list(zip(jax.tree.leaves(updates), split, strict=True))
 
 
-def _rescale_each(updates: Updates, factors: Sequence[scaling.Factor | None]) -> Updates:
+def _rescale_each(updates: Updates, factors: Sequence[scaling.Factor | None], *, saturate: bool = False) -> Updates:
     """Each leaf by its factor; as it is where that is None."""
     flat, treedef = jax.tree.flatten(updates)
     return treedef.unflatten(
-        [leaf if factor is None else scaling.rescale(leaf, factor) for leaf, factor in zip(flat, factors, strict=True)]
+        [
+            leaf if factor is None else scaling.rescale(leaf, factor, saturate=saturate)
+            for leaf, factor in zip(flat, factors, strict=True)
+        ]
     )

@@ -5,6 +5,7 @@ reads the result. A factor outside the normal range of floats (3e38 clipped to 1
 inf: it is applied as its square root, twice. Which of the two it is, is again a number per group.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -56,18 +57,25 @@ def _scale_some(norm: jax.Array, permitted: jax.Array) -> Factor:
     return Factor(keep, jnp.where(extreme, root, one), jnp.where(extreme, root, whole))
 
 
-@jax.jit  # at module level: eager calls must not compile anew
-def rescale(leaf: jax.Array, factor: Factor) -> jax.Array:
+# At module level and jitted, so that eager calls do not compile anew.
+@functools.partial(jax.jit, static_argnames="saturate")
+def rescale(leaf: jax.Array, factor: Factor, saturate: bool = False) -> jax.Array:
     """A leaf times its factor, calculated in float32 or wider, of the leaf's own dtype and finite where the leaf is.
 
     Args:
       leaf: floats of any shape.
       factor: scalars, or arrays that broadcast to the leaf's shape.
+      saturate: whether a coordinate may come to lie beyond the permitted norm, and so beyond the largest float.
     """
     leaf = jnp.asarray(leaf)
     wide = leaf.astype(sums.wide(leaf.dtype))
     scaled = wide * factor.first.astype(wide.dtype) * factor.second.astype(wide.dtype)
-    if wide.dtype != leaf.dtype:  # scaled up, or rounded, a number may pass the largest of a narrower dtype
-        largest = float(jnp.finfo(leaf.dtype).max)
-        scaled = jnp.clip(scaled, -largest, largest)
+    if saturate or wide.dtype != leaf.dtype:  # rounded, a number may pass the largest of a narrower dtype
+        scaled = _saturated(scaled, float(jnp.finfo(leaf.dtype).max))
     return jnp.where(factor.keep, leaf, scaled.astype(leaf.dtype))
+
+
+def _saturated(x: jax.Array, largest: float) -> jax.Array:
+    if jnp.iscomplexobj(x):
+        return jax.lax.complex(_saturated(jnp.real(x), largest), _saturated(jnp.imag(x), largest))
+    return jnp.clip(x, -largest, largest)

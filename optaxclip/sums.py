@@ -132,10 +132,9 @@ def _all_dims(leaf: Any) -> tuple[int, ...]:
 def _norm_of_array(x: jax.Array, dims: tuple[int, ...], ord: float) -> jax.Array:
     """The norm of one array over its dimensions `dims`."""
     size = math.prod(x.shape[dim] for dim in dims)
-    if size == 1:
-        return jax.lax.squeeze(modulus(x), dims)
-    if ord == math.inf:
-        return jnp.max(modulus(x), axis=dims, initial=0)
+    if size == 1 or ord == math.inf:
+        largest = jnp.max(modulus(x), axis=dims, initial=0)
+        return jnp.where(largest < jnp.finfo(largest.dtype).tiny, jnp.zeros_like(largest), largest)  # subnormal
     total = jnp.sum(_power(x, ord), axis=dims)
     if not _can_leave_range(x.dtype, ord):
         return _root(total, ord)
@@ -242,9 +241,12 @@ def wide(dtype: Any) -> Any:
 
 
 def modulus(x: Any) -> jax.Array:
-    """The absolute value, in `accumulator` of the dtype."""
+    """The absolute value, in `accumulator` of the dtype; that of finite complex numbers saturates."""
     x = jnp.asarray(x)
-    return jnp.abs(x.astype(wide(x.dtype)))
+    size = jnp.abs(x.astype(wide(x.dtype)))
+    return (
+        jnp.where(jnp.isfinite(x), jnp.minimum(size, jnp.finfo(size.dtype).max), size) if jnp.iscomplexobj(x) else size
+    )
 
 
 def _real(x: jax.Array) -> jax.Array:

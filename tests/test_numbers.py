@@ -1,5 +1,7 @@
 """What the numbers promise: right norms, bounds that hold, and nothing lost, over each dtype's whole range."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -148,7 +150,7 @@ def test_the_bound_holds(rng, dtype, name):
     shapes = [(), (6, 4), (400,)]
     params = [jnp.asarray(trees.normal(rng, shape, dtype)) for shape in shapes]
     step = trees.compiled(make)
-    for scale in scales(dtype, 425, 1)[1:]:
+    for scale in scales(dtype, 425, 1)[1::2]:
         numbers = [signed(rng, shape, dtype) * scale for shape in shapes]
         updates = [jnp.asarray(np.asarray(x).astype(dtype)) for x in numbers]
         for bound in (1e-30, 1e-6, 0.1, 1.0, 1e3, 1e30):
@@ -169,7 +171,7 @@ def test_what_is_clipped_lands_on_the_bound(rng, dtype, name):
     for shape in ((), (5, 8)):
         numbers = signed(rng, shape, dtype)
         top = scales(dtype, max(1, int(np.prod(shape))), 1)
-        for scale in top[1:]:
+        for scale in top[2::2]:
             updates = [jnp.asarray(np.asarray(numbers * scale).astype(dtype))]
             for bound in (b for b in top[1:] if b < 0.4 * scale and b / 80 > float(info.tiny)):
                 ours = measure(trees.wide_leaves(step(bound, updates)), None)
@@ -286,8 +288,8 @@ def odd_numbers(dtype):
 
 @pytest.mark.parametrize(
     ("dtype", "compiled"),
-    [(jnp.float32, True), (jnp.float32, False), (jnp.bfloat16, True), (jnp.float16, True), (jnp.complex64, False)],
-    ids=["float32-jit", "float32-eager", "bfloat16-jit", "float16-jit", "complex64-eager"],
+    [(jnp.float32, True), (jnp.bfloat16, True), (jnp.float16, True), (jnp.complex64, False)],
+    ids=["float32-jit", "bfloat16-jit", "float16-jit", "complex64-eager"],
 )
 @pytest.mark.parametrize("name", INSIDE)
 def test_inside_the_band_nothing_changes(dtype, compiled, name):
@@ -319,8 +321,8 @@ ZERO = {
 
 @pytest.mark.parametrize(
     ("dtype", "traced"),
-    [(jnp.float32, False), (jnp.float32, True), (jnp.bfloat16, True), (jnp.float16, True)],
-    ids=["float32-number", "float32-traced", "bfloat16-traced", "float16-traced"],
+    [(jnp.float32, False), (jnp.float32, True), (jnp.float16, True)],
+    ids=["float32-number", "float32-traced", "float16-traced"],
 )
 @pytest.mark.parametrize("name", ZERO)
 def test_bound_zero_gives_zeros(dtype, traced, name):
@@ -429,9 +431,16 @@ def hostile_leaves(dtype):
         yield [jnp.asarray(np.asarray(x * unit).astype(dtype)) for x in leaves]
 
 
-@pytest.mark.parametrize("dtype", [*FLOATS, jnp.complex64], ids=id_of)
-@pytest.mark.parametrize("name", HOSTILE)
-def test_finite_in_finite_out(dtype, name):
+# The other two dtypes differ from these in what they round, not in their range: the plainest of each kind will do.
+PLAIN = ["clip", "global", "rms", "range of leaves", "smooth", "exactly, rms", "clippy, no floor"]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*itertools.product(HOSTILE, [jnp.float32, jnp.float16]), *itertools.product(PLAIN, [jnp.bfloat16, jnp.complex64])],
+    ids=id_of,
+)
+def test_finite_in_finite_out(name, dtype):
     step = trees.compiled(HOSTILE[name])
     everything = list(hostile_leaves(dtype))
     for bound in [0.0, 1e-45, 1e-30, 1.0, 1e6, 1e38, 3.4028234e38, np.inf]:

@@ -298,20 +298,48 @@ def test_32_a_leaf_of_zeros_is_no_slower():
     assert min(slow for _, slow in pairs) < 1.5 * min(fast for fast, _ in pairs)
 
 
-def test_33_an_eager_clip_compiles_once():
+def twenty_leaves():
+    return {str(i): jnp.ones((3, 1 + i % 4)) for i in range(20)}
+
+
+def test_33_an_eager_clip_takes_milliseconds():
     # A guarded norm that makes new closures: 2.7 s a call, every call.
-    updates = {str(i): jnp.ones((3, 1 + i % 4)) for i in range(20)}
-    tx = oc.clip_by_global_norm(1.0)
+    updates = twenty_leaves()
+    tx = oc.clip_by_global_norm(0.5)
     state = tx.init(updates)
-    jax.block_until_ready(tx.update(updates, state))
-    assert np.median([seconds(tx.update, updates, state) for _ in range(9)]) < 0.05
+
+    def processor_seconds():  # on a busy machine the clock on the wall says little
+        start = time.process_time()
+        jax.block_until_ready(tx.update(updates, state))
+        return time.process_time() - start
+
+    processor_seconds()
+    assert np.median([processor_seconds() for _ in range(9)]) < 0.05
 
 
-def test_33_a_new_transformation_compiles_nothing_either():
+@pytest.fixture
+def compilations():
+    """How long each compilation took, in a list that grows."""
+    events = []
+
+    def listen(event, duration, **_):
+        if event.endswith("backend_compile_duration"):
+            events.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    return events  # jax 0.8 cannot take one listener away again; this one is never read after the test
+
+
+def test_33_a_transformation_built_anew_compiles_nothing(compilations):
     # inject_hyperparams builds the transformation anew at every step.
-    updates = {str(i): jnp.ones((3, 1 + i % 4)) for i in range(20)}
-    jax.block_until_ready(clip(1.0, updates))
-    assert np.median([seconds(clip, 1.0 + i, updates) for i in range(9)]) < 0.05
+    updates = twenty_leaves()
+    clip(0.5, updates)
+    jax.jit(lambda x: x + 1)(1.0)
+    assert compilations  # so they are noticed
+    compilations.clear()
+    for i in range(3):
+        clip(1.0 + i, updates)
+    assert not compilations
 
 
 def test_34_a_stacked_axis_that_is_split():

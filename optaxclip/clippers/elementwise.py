@@ -145,10 +145,12 @@ def _clip_leaf(leaf: Any, ends: list[Any], interval: Callable[..., tuple[Any, An
     low, high = interval(*ends, sums.accumulator(leaf.dtype))
     if jnp.iscomplexobj(leaf):
         return _clip_modulus(leaf, low, high)
-    low, high = low.astype(leaf.dtype), high.astype(leaf.dtype)
-    # A comparison with NaN is false: it passes, and as a bound it bounds nothing. `>=` picks the edge: with `>` twice
-    # the compiler makes a minimum and a maximum of these selects, which flush subnormals.
-    return jnp.where((leaf > high) | (leaf < low), jnp.where(leaf >= high, high, low), leaf)
+    low, high = (jnp.asarray(bounds.as_array(end, leaf.dtype)) for end in (low, high))
+    # Each end is compared with the next number beyond it. Compared with the end itself, these selects are a minimum and
+    # a maximum to the compiler, and those flush subnormals. NaN is neither: it passes, and as a bound it bounds nothing.
+    above = leaf >= jnp.nextafter(high, jnp.full_like(high, jnp.inf))
+    below = leaf <= jnp.nextafter(low, jnp.full_like(low, -jnp.inf))
+    return jnp.where(above | below, jnp.where(above, high, low), leaf)
 
 
 def _clip_modulus(leaf: jax.Array, low: Any, high: Any) -> jax.Array:
