@@ -23,6 +23,8 @@ def values(name: str, value: Any, tree: Any) -> list[Any]:
     Raises:
       ValueError: naming the argument and the path where the structures part.
     """
+    if not jax.tree.leaves(tree):  # as when `optax.tree.map_params` looks for the parameters in a state
+        return []
     if callable(value):
         return [value(path) for path in paths(tree)]
     boxes = jax.tree.map(_Box, value, is_leaf=_is_none)

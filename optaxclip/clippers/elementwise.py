@@ -147,7 +147,7 @@ def _clip_leaf(leaf: Any, ends: list[Any], interval: Callable[..., tuple[Any, An
         return _clip_modulus(leaf, low, high)
     low, high = (jnp.asarray(bounds.as_array(end, leaf.dtype)) for end in (low, high))
     # Each end is compared with the next number beyond it. Compared with the end itself, these selects are a minimum and
-    # a maximum to the compiler, and those flush subnormals. NaN is neither: it passes, and as a bound it bounds nothing.
+    # a maximum to the compiler, which flush subnormals. NaN is neither: it passes, and as a bound it bounds nothing.
     above = leaf >= jnp.nextafter(high, jnp.full_like(high, jnp.inf))
     below = leaf <= jnp.nextafter(low, jnp.full_like(low, -jnp.inf))
     return jnp.where(above | below, jnp.where(above, high, low), leaf)

@@ -38,7 +38,8 @@ def clip_by_global_norm(
 
     Placement:
       Before the optimizer. Two of these inside `optax.partition` bound two norms, and the norm of the whole by the root
-      of the sum of squares of the bounds: clip outside the partition for one bound on everything.
+      of the sum of squares of the bounds: clip outside the partition for one bound on
+      everything, or use `clip_by` with `norms.group_norm` for a bound per group.
 
     Raises:
       ValueError: if `max_norm` is negative or NaN, or `ord` is below 1.
