@@ -148,9 +148,14 @@ def _clip_leaf(leaf: Any, ends: list[Any], interval: Callable[..., tuple[Any, An
     low, high = (jnp.asarray(bounds.as_array(end, leaf.dtype)) for end in (low, high))
     # Each end is compared with the next number beyond it. Compared with the end itself, these selects are a minimum and
     # a maximum to the compiler, which flush subnormals. NaN is neither: it passes, and as a bound it bounds nothing.
-    above = leaf >= jnp.nextafter(high, jnp.full_like(high, jnp.inf))
-    below = leaf <= jnp.nextafter(low, jnp.full_like(low, -jnp.inf))
+    above = leaf >= _next(high, jnp.inf)
+    below = leaf <= _next(low, -jnp.inf)
     return jnp.where(above | below, jnp.where(above, high, low), leaf)
+
+
+def _next(end: jax.Array, towards: float) -> jax.Array:
+    end = jax.lax.stop_gradient(end)  # `nextafter` has no derivative, and a comparison needs none
+    return jnp.nextafter(end, jnp.full_like(end, towards))
 
 
 def _clip_modulus(leaf: jax.Array, low: Any, high: Any) -> jax.Array:
