@@ -1,6 +1,7 @@
 """optaxclip: gradient clipping for JAX and optax.
 
-Every clipper is an optax `GradientTransformation`: chain it before the optimizer, inside a jitted train step.
+Every clipper is an optax `GradientTransformation`: chain it with the optimizer, inside a jitted train step;
+its docstring says at which place.
 
 ====================  =============================================================================================
 `clip_by`             the mechanism: a norm (how big is each group?) and a threshold (how big may it be?)
