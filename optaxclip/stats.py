@@ -5,7 +5,6 @@ last k steps. It costs no pass over the updates: the norms are there already, an
 not finite are the leaves searched. `clip_stats` finds the records in any optimizer state and says what is in them.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -279,9 +278,7 @@ def _search_if(wanted: jax.Array, updates: list[Any]) -> jax.Array:
     names = {name for i in counted for name in mesh.varying(updates[i])}
 
     def search(updates: list[Any]) -> jax.Array:
-        found = [updates[i] for i in counted]
-        largest = sums.separate_norms(found, [sums.all_dims(leaf) for leaf in found], [()] * len(found), math.inf)
-        bad = ~jnp.stack([jnp.isfinite(norm) for norm in largest])
+        bad = jnp.stack([sums.has_nonfinite(jnp.asarray(updates[i])) for i in counted])
         number = jnp.asarray(counted, jnp.int32)[jnp.argmax(bad)]
         return mesh.varying_over(jnp.where(jnp.any(bad), number, _NONE), names)
 

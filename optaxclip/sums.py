@@ -134,7 +134,7 @@ def _norm_of_array(x: jax.Array, dims: tuple[int, ...], ord: float) -> jax.Array
     """The norm of one array over its dimensions `dims`."""
     number = math.prod(x.shape[dim] for dim in dims)
     if number == 1 or ord == math.inf:
-        size = largest(modulus(x), dims)
+        size = largest(x, dims)
         return jnp.where(size < jnp.finfo(size.dtype).tiny, jnp.zeros_like(size), size)  # subnormal
     total = jnp.sum(_power(x, ord), axis=dims)
     if not _can_leave_range(x.dtype, ord):
@@ -240,9 +240,17 @@ def _sum_across(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     return jax.lax.psum(total, axes) if axes else total
 
 
-def largest(sizes: jax.Array, dims: tuple[int, ...] | None = None) -> jax.Array:
-    """The largest of sizes, which are at least 0. It is inf where one is NaN: a maximum over devices may lose a NaN."""
-    return jnp.max(jnp.where(jnp.isnan(sizes), jnp.full_like(sizes, jnp.inf), sizes), axis=dims, initial=0)
+def largest(x: jax.Array, dims: tuple[int, ...] | None = None) -> jax.Array:
+    """The largest modulus. It is inf where an entry is NaN: a maximum over devices may lose a NaN."""
+    return jnp.where(has_nonfinite(x, dims), jnp.inf, jnp.max(modulus(x), axis=dims, initial=0))
+
+
+def has_nonfinite(x: jax.Array, dims: tuple[int, ...] | None = None) -> jax.Array:
+    """Whether an entry is infinite or NaN: x - x is 0 unless it is NaN.
+
+    XLA fuses this sum into one pass, where it would write a mask of flags to memory; and a sum over devices keeps NaN.
+    """
+    return jnp.isnan(jnp.sum(x - x, axis=dims))
 
 
 def wide(dtype: Any) -> Any:
