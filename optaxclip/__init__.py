@@ -7,7 +7,7 @@ its docstring says at which place.
 `clip_by`             the mechanism: a norm (how big is each group?) and a threshold (how big may it be?)
 `norms`               what can be measured: all leaves, groups, leaves, units, relative change
 `thresholds`          what can be permitted: fixed, relative to the parameters, from the history of the norms
-values                `clip`, `clip_by_value`
+values                `clip`, `clip_by_value`, `zero_nonfinite`
 a fixed bound         `clip_by_global_norm`, `clip_by_leaf_norm`, `clip_by_block_rms`, `clip_by_norm_range`,
                       `smooth_clip_by_global_norm`
 relative to weights   `adaptive_grad_clip`, `clippy`
@@ -17,15 +17,16 @@ the norms so far      `autoclip`, `percentile_clip`, `clip_by_tracked_quantile`:
 coordinates that      `spam_clip`, `adaptive_spike_clip` (with `scale_by_adaptive_norm`)
 spike
 inside momentum       `clipped_momentum`, `mixed_clip`; `scale_by_acclip`, `scale_by_stable_adam`
-around an optimizer   `reset_state_every`
-to log                `clip_stats`: what a clipper with `record=` did; `global_norm`: range-safe, and global on every
-                      mesh
+around an optimizer   `skip_nonfinite`, `skip_spikes`: steps that are not taken; `reset_state_every`
+around a clipper      `with_carry`: no bias; `as_function`: for what knows nothing of optax
+to log                `clip_stats`: what a clipper with `record=`, or a skip, did; `global_norm`: range-safe, and
+                      global on every mesh
 ====================  =============================================================================================
 """
 
 from optaxclip import norms, thresholds
 from optaxclip.clippers.averages import adagc, aggc, clip_by_history, clip_norm_growth, zclip
-from optaxclip.clippers.elementwise import clip, clip_by_value
+from optaxclip.clippers.elementwise import clip, clip_by_value, zero_nonfinite
 from optaxclip.clippers.fixed import (
     clip_by_block_rms,
     clip_by_global_norm,
@@ -39,9 +40,13 @@ from optaxclip.clippers.relative import adaptive_grad_clip, clippy
 from optaxclip.clippers.scale_by import scale_by_acclip, scale_by_stable_adam
 from optaxclip.clippers.spikes import adaptive_spike_clip, scale_by_adaptive_norm, spam_clip
 from optaxclip.core import Norm, Threshold, clip_by
-from optaxclip.stats import ClipStats, clip_stats
+from optaxclip.recorder import ClipStats
+from optaxclip.stats import clip_stats
 from optaxclip.sums import global_norm
-from optaxclip.wrappers import reset_state_every
+from optaxclip.wrappers.carry import with_carry
+from optaxclip.wrappers.functions import as_function
+from optaxclip.wrappers.resets import reset_state_every
+from optaxclip.wrappers.skips import skip_nonfinite, skip_spikes
 
 __version__ = "0.1.0"
 
@@ -53,6 +58,7 @@ __all__ = [
     "adaptive_grad_clip",
     "adaptive_spike_clip",
     "aggc",
+    "as_function",
     "autoclip",
     "clip",
     "clip_by",
@@ -75,8 +81,12 @@ __all__ = [
     "scale_by_acclip",
     "scale_by_adaptive_norm",
     "scale_by_stable_adam",
+    "skip_nonfinite",
+    "skip_spikes",
     "smooth_clip_by_global_norm",
     "spam_clip",
     "thresholds",
+    "with_carry",
     "zclip",
+    "zero_nonfinite",
 ]

@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip import bounds, checks, groups, leaves, mesh, stats, sums
+from optaxclip import bounds, checks, groups, leaves, mesh, recorder, sums
 
 Updates: TypeAlias = Any  # a pytree of arrays
 Norms: TypeAlias = Any  # a pytree with one real array, float32 or wider, per group
@@ -83,7 +83,7 @@ class RecordedState(NamedTuple):
     """
 
     threshold_state: State
-    clip_stats: stats.ClipStats
+    clip_stats: recorder.ClipStats
 
 
 def clip_by(
@@ -137,40 +137,61 @@ def clip_by(
     def init(params: Any) -> State:
         norms = jax.eval_shape(lambda tree: norm.measure(tree, tree, mesh.split_of(tree, tree, axes)), params)
         state = threshold.init(norms)
-        return RecordedState(state, stats.init(norms, params, length)) if length else state
+        return RecordedState(state, recorder.init(norms, params, length)) if length else state
 
     def update(updates: Updates, state: State, params: Any = None, **extra_args: Any) -> tuple[Updates, State]:
         filled = fill_missing(updates, params)
-        stats.require_state(state, RecordedState, length)
+        recorder.require_state(state, RecordedState, length)
         before = state.threshold_state if length else state
-        clipped = into_band(norm, threshold, filled, before, params, axes, extra_args)
-        after = clipped.state
+        clipped, judged = into_band(norm, threshold, filled, before, params, axes, extra_args)
+        after = judged.state
         if length:
-            measured = (clipped.norms, clipped.limits, clipped.permitted)
-            after = RecordedState(after, stats.advance(state.clip_stats, *measured, filled, clipped.splits))
-        return drop_missing(updates, clipped.updates), after
+            measured = (judged.norms, judged.limits, judged.permitted)
+            after = RecordedState(after, recorder.advance(state.clip_stats, *measured, filled, judged.splits))
+        return drop_missing(updates, clipped), after
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-class Clipped(NamedTuple):
-    """What came of one application of a norm and a threshold.
+class Judged(NamedTuple):
+    """What was measured, and what of it is permitted.
 
     Attributes:
-      updates: each group brought into its band.
-      state: the threshold's.
       norms: what was measured.
       limits: the upper end of the band, of the structure of `norms`.
-      permitted: what each norm became, likewise.
+      permitted: what each norm is to become, likewise.
+      state: the threshold's.
       splits: over which mesh axes each leaf is split.
     """
 
-    updates: Updates
-    state: State
     norms: Norms
     limits: Norms
     permitted: Norms
+    state: State
     splits: list[mesh.Split]
+
+
+def judge(
+    norm: Norm,
+    threshold: Threshold,
+    updates: Updates,
+    state: State,
+    params: Any,
+    axes: mesh.Axes,
+    extra_args: Mapping[str, Any] = MappingProxyType({}),
+) -> Judged:
+    """Measures, and asks the threshold."""
+    splits = mesh.split_of(updates, params, axes)
+    norms = norm.measure(updates, params, splits)
+
+    def param_norms() -> Norms:
+        require_params(updates, params)
+        return norm.measure(params, params, mesh.split_of(params, params, axes))
+
+    (lower, upper), state = threshold.limit(norms, state, param_norms, **extra_args)
+    limits = groups.over_groups(upper_end, norms, upper)
+    permitted = groups.over_groups(_between, norms, lower, limits)
+    return Judged(norms, limits, permitted, state, splits)
 
 
 def into_band(
@@ -181,19 +202,10 @@ def into_band(
     params: Any,
     axes: mesh.Axes,
     extra_args: Mapping[str, Any] = MappingProxyType({}),
-) -> Clipped:
-    """Measures, asks the threshold, and brings every group into its band: one step of `clip_by`."""
-    splits = mesh.split_of(updates, params, axes)
-    norms = norm.measure(updates, params, splits)
-
-    def param_norms() -> Norms:
-        require_params(updates, params)
-        return norm.measure(params, params, mesh.split_of(params, params, axes))
-
-    (lower, upper), state = threshold.limit(norms, state, param_norms, **extra_args)
-    limits = groups.over_groups(_upper_end, norms, upper)
-    permitted = groups.over_groups(_between, norms, lower, limits)
-    return Clipped(norm.scale(updates, norms, permitted), state, norms, limits, permitted, splits)
+) -> tuple[Updates, Judged]:
+    """One step of `clip_by`: judges, and brings every group into its band."""
+    judged = judge(norm, threshold, updates, state, params, axes, extra_args)
+    return norm.scale(updates, judged.norms, judged.permitted), judged
 
 
 def require_params(updates: Updates, params: Any) -> None:
@@ -211,7 +223,8 @@ def _between(norm: jax.Array, lower: Any, upper: jax.Array) -> jax.Array:
     return jnp.minimum(jnp.maximum(norm, jnp.where(jnp.isnan(lower), jnp.zeros_like(lower), lower)), upper)
 
 
-def _upper_end(norm: jax.Array, upper: Any) -> jax.Array:
+def upper_end(norm: jax.Array, upper: Any) -> jax.Array:
+    """The upper end of the band of some norms, as numbers that norms can be compared with."""
     upper = bounds.as_array(upper, norm.dtype)
     # A traced bound can't be refused when it is negative. As 0 it at least turns no gradient around.
     upper = jnp.where(jnp.isnan(upper), jnp.full_like(upper, jnp.inf), jnp.maximum(upper, jnp.zeros_like(upper)))

@@ -386,6 +386,7 @@ def test_masked_leaves_count_for_nothing(row, way):
     assert masked["scale"] == {"masked": updates["scale"], "partition": 0.0}[way]
 
 
+@pytest.mark.slow
 @rows()
 def test_multi_steps_transforms_the_mean(row):
     weights = params("float32")

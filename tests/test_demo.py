@@ -152,6 +152,7 @@ def test_figures_are_pngs_of_a_readable_size(finished):
         assert (width > 1000, height > 400) == (True, True)
 
 
+@pytest.mark.slow
 def test_the_seed_decides_the_table(capsys, monkeypatch):
     monkeypatch.setattr(job, "relative_step_times", lambda programs, *_, **__: dict.fromkeys(programs, 1.0))
     arguments = ["--steps", "3", "--clippers", "none", "--learning-rate", "0.001", "--seed"]
@@ -427,6 +428,7 @@ def test_list_names_every_row(capsys):
     assert [each.split()[0] for each in out.splitlines()] == list(rows.ROWS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", rows.ROWS.values(), ids=rows.ROWS)
 def test_every_row_is_an_optimizer_whose_clip_is_seen_and_recorded(row):
     optimizer = row.optimizer(0.1, 3)

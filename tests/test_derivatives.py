@@ -10,6 +10,7 @@ import pytest
 import optaxclip as oc
 from tests.reference import fixed, trees
 
+pytestmark = pytest.mark.slow
 SHAPES = [(3,), (2, 2), ()]
 SIZE = 8
 # float32 Jacobians of a few products and one norm, against float64 differences with a step of 1e-6 of the norm.

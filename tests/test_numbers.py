@@ -286,6 +286,7 @@ def odd_numbers(dtype):
     return np.array([0.0, -0.0, least, -least, tiny / 2, -3 * least, tiny, 1.0, -2.5, 1000.0]).astype(dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "compiled"),
     [(jnp.float32, True), (jnp.bfloat16, True), (jnp.float16, True), (jnp.complex64, False)],

@@ -11,6 +11,7 @@ import optaxclip as oc
 from tests.reference import fixed, trees
 
 # DESIGN §5 promises norms to 1e-5. What a dtype rounds comes on top, in trees.assert_close.
+pytestmark = pytest.mark.slow
 RTOL = 1e-5
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16, jnp.complex64, jnp.float64, jnp.complex128]
 # Where an argument takes many values: one dtype of each kind, so that the kernels to compile stay few.

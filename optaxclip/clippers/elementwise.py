@@ -10,6 +10,7 @@ import optax
 from optaxclip import bounds, checks, groups, scaling, sums
 from optaxclip.bounds import Bound
 from optaxclip.core import State, Updates
+from optaxclip.each_leaf import each_leaf
 
 
 def clip(max_delta: Bound) -> optax.GradientTransformationExtraArgs:
@@ -118,6 +119,51 @@ def clip_by_value(
         low,
         high,
     )
+
+
+def zero_nonfinite() -> optax.GradientTransformationExtraArgs:
+    r"""Sets every coordinate that is infinite or NaN to 0.
+
+    .. math:: u_i \leftarrow u_i \text{ if finite, else } 0
+
+    Returns:
+      A stateless transformation (`optax.EmptyState`).
+
+    Guarantees:
+      Finite coordinates are returned bit for bit, and dtypes are kept.
+
+    Edge cases:
+      A complex coordinate is finite if both of its parts are. Integer, boolean, float0 and key leaves pass untouched.
+
+    Placement:
+      Before the clipper: `chain(zero_nonfinite(), clip_by_global_norm(1.0), adam(1e-3))`. It hides what goes wrong, and
+      a gradient with holes points elsewhere; `skip_nonfinite` leaves out the whole step and counts it.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optaxclip
+      >>> tx = optaxclip.zero_nonfinite()
+      >>> updates, _ = tx.update(jnp.array([1.0, jnp.nan, -jnp.inf]), tx.init(None))
+      >>> print(updates)
+      [1. 0. 0.]
+
+    References:
+      `optax.zero_nans`, which lets infinity pass.
+
+    See also:
+      `skip_nonfinite`, `clip`.
+    """
+
+    def init(params: Any) -> State:
+        del params
+        return optax.EmptyState()
+
+    def update(updates: Updates, state: State, params: Any = None, **extra_args: Any) -> tuple[Updates, State]:
+        del params, extra_args
+        (zeroed,) = each_leaf(lambda leaf: (jnp.where(jnp.isfinite(leaf), leaf, jnp.zeros_like(leaf)),), updates)
+        return zeroed, state
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _clip_values(interval: Callable[..., tuple[Any, Any]], *given: Bound) -> optax.GradientTransformationExtraArgs:

@@ -8,8 +8,8 @@ import optax
 
 from optaxclip import bounds, checks, mesh, norms, sums, thresholds
 from optaxclip.bounds import Bound
-from optaxclip.clippers.each_leaf import each_leaf, zeros_like
-from optaxclip.core import Clipped, Threshold, Updates, drop_missing, fill_missing, into_band
+from optaxclip.core import Judged, Threshold, Updates, drop_missing, fill_missing, into_band
+from optaxclip.each_leaf import each_leaf, zeros_like
 
 
 class ClippedMomentumState(NamedTuple):
@@ -88,11 +88,11 @@ def clipped_momentum(
         del extra
         filled = fill_missing(updates, params)
         average = _average(filled, state.clipped_average, decay)
-        clipped = _clip_together(threshold, average, state.bound_state, params, axes)
-        finite = jnp.isfinite(clipped.norms)
-        kept = _where(finite, clipped.updates, state.clipped_average)
-        out = _where(finite, _in_dtypes_of(filled, clipped.updates), filled)
-        return drop_missing(updates, out), ClippedMomentumState(kept, clipped.state)
+        clipped, judged = _clip_together(threshold, average, state.bound_state, params, axes)
+        finite = jnp.isfinite(judged.norms)
+        kept = _where(finite, clipped, state.clipped_average)
+        out = _where(finite, _in_dtypes_of(filled, clipped), filled)
+        return drop_missing(updates, out), ClippedMomentumState(kept, judged.state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -181,8 +181,9 @@ def mixed_clip(
         del extra
         filled = fill_missing(updates, params)
         average = _average(filled, state.mixed_average, decay)
-        both = [_clip_together(threshold, each, state.bound_state, params, axes) for each in (average, filled)]
-        finite = jnp.isfinite(both[0].norms)
+        clipped_average, judged = _clip_together(threshold, average, state.bound_state, params, axes)
+        clipped, _ = _clip_together(threshold, filled, state.bound_state, params, axes)
+        finite = jnp.isfinite(judged.norms)
         kept = _where(finite, average, state.mixed_average)
 
         def one(grad: Any, old: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -191,13 +192,15 @@ def mixed_clip(
             mixed = share.astype(wide) * old.astype(wide) + (1 - share).astype(wide) * jnp.asarray(grad).astype(wide)
             return mixed.astype(jnp.result_type(grad)), old
 
-        mixed, _ = each_leaf(one, both[1].updates, both[0].updates)
-        return drop_missing(updates, _where(finite, mixed, filled)), MixedClipState(kept, both[0].state)
+        mixed, _ = each_leaf(one, clipped, clipped_average)
+        return drop_missing(updates, _where(finite, mixed, filled)), MixedClipState(kept, judged.state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _clip_together(threshold: Threshold, updates: Updates, state: Any, params: Any, axes: mesh.Axes) -> Clipped:
+def _clip_together(
+    threshold: Threshold, updates: Updates, state: Any, params: Any, axes: mesh.Axes
+) -> tuple[Updates, Judged]:
     return into_band(norms.global_norm(), threshold, updates, state, params, axes)
 
 

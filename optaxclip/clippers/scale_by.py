@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import optax
 
 from optaxclip import checks, mesh, sums
-from optaxclip.clippers.each_leaf import each_leaf, power_mean, sizes_like, zeros_like
 from optaxclip.core import Updates, drop_missing, fill_missing
+from optaxclip.each_leaf import each_leaf, power_mean, sizes_like, zeros_like
 
 
 class AcclipState(NamedTuple):

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import optax
 
 from optaxclip import checks, norms, scaling, sums, thresholds
-from optaxclip.clippers.each_leaf import each_leaf, power_mean, sizes_like
 from optaxclip.core import Updates, clip_by, drop_missing, fill_missing
+from optaxclip.each_leaf import each_leaf, power_mean, sizes_like
 from optaxclip.mesh import Axes
 
 

@@ -1,5 +1,6 @@
 """The quantile of a whole history in a fixed number of bytes: a histogram of the logarithms."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -58,12 +59,14 @@ def quantile_of_all(q: Any) -> Threshold:
     return per_group(Rule(init, limit), max_groups=_MAX_GROUPS)
 
 
+@jax.jit
 def _bin_of(norm: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Octave and part of it. What float64 has beyond the range of float32 goes to the ends."""
     flat = jnp.floor((jnp.log2(norm) - _FIRST_OCTAVE) * _BINS).astype(jnp.int32)
     return jnp.divmod(jnp.clip(flat, 0, _OCTAVES * _BINS - 1), _BINS)
 
 
+@functools.partial(jax.jit, static_argnames="dtype")
 def _value_at(histogram: jax.Array, by_octave: jax.Array, rank: jax.Array, dtype: Any) -> jax.Array:
     """The middle of the bin with the norm of this rank, counted from 0."""
     octave, rest = _place(by_octave, rank)

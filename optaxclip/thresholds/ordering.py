@@ -58,6 +58,8 @@ def _digits(q: Any) -> list[jax.Array]:
     return digits
 
 
+# Jitted, as what follows in other files, so that eager calls do not compile operation by operation.
+@jax.jit
 def with_one_replaced(ordered: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
     """An ascending array with one value taken out and another put in: two shifts, where sorting takes far longer."""
     places = jnp.arange(ordered.size)

@@ -1,5 +1,6 @@
 """Thresholds from a window: the last norms of each group, in a ring and where need be also in order."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -94,6 +95,7 @@ def mean_std(
     return per_group(Rule(init, limit))
 
 
+@functools.partial(jax.jit, static_argnames="ddof")
 def _mean_and_std(ring: jax.Array, number: jax.Array, ddof: int) -> tuple[jax.Array, jax.Array]:
     """Mean and standard deviation of the first `number` values, whose squares may lie outside the float range."""
     there = jnp.arange(ring.size) < number

@@ -1,4 +1,4 @@
-"""Transformations around other transformations."""
+"""An optimizer that forgets from time to time."""
 
 from typing import Any, NamedTuple
 

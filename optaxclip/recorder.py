@@ -1,0 +1,228 @@
+"""The flight recorder: what a clipper did, what blew up first, and which steps were left out.
+
+Everything that `clip_by` makes takes `record=k` and then keeps, in its own state, what it measured and permitted in the
+last k steps. It costs no pass over the updates: the norms are there already, and only in the first step whose norm is
+not finite are the leaves searched. `stats.clip_stats` reads the records.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optaxclip import leaves, mesh, scaling, sums
+
+
+class ClipStats(NamedTuple):
+    """What a clipper measured and did. G is the number of groups: 1 for a global norm, else one per leaf or label.
+
+    Of the units or stacked layers of one leaf, the one that is furthest beyond its limit stands for the leaf.
+
+    Attributes:
+      clip_steps: int32 of shape (k,), the step that each row of the rings belongs to, counted from 1; 0 for none yet.
+      clip_norm: floats of shape (k, G), the norms.
+      clip_limit: floats of shape (k, G), the upper end of the band.
+      clip_scale: floats of shape (k, G), by what the group was multiplied.
+      clipped_steps: int32 scalar, the number of steps in which some group was scaled.
+      nonfinite_steps: int32 scalar, the number of steps in which some norm was infinite or NaN.
+      first_nonfinite_step: int32 scalar, the first of these; 0 for none yet.
+      first_nonfinite_leaf: int32 scalar, the first leaf that was not finite in that step; -1 for none yet.
+      group_names: uint8 vector, the paths of the G groups. They are here as bytes so that they pass through jit, scan
+        and checkpoints like any other array.
+      leaf_names: uint8 vector, the paths of the leaves.
+    """
+
+    clip_steps: jax.Array
+    clip_norm: jax.Array
+    clip_limit: jax.Array
+    clip_scale: jax.Array
+    clipped_steps: jax.Array
+    nonfinite_steps: jax.Array
+    first_nonfinite_step: jax.Array
+    first_nonfinite_leaf: jax.Array
+    group_names: jax.Array
+    leaf_names: jax.Array
+
+
+class SkipStats(NamedTuple):
+    """Which steps a wrapper left out. All are int32 scalars.
+
+    Attributes:
+      skip_steps: the number of steps so far.
+      skipped_in_row: the number of steps left out in a row up to now.
+      skipped_nonfinite: the number left out because a gradient or the loss was infinite or NaN.
+      skipped_norm: the number left out because a norm was above its threshold.
+      skipped_loss: the number left out because the loss was, and no norm.
+    """
+
+    skip_steps: jax.Array
+    skipped_in_row: jax.Array
+    skipped_nonfinite: jax.Array
+    skipped_norm: jax.Array
+    skipped_loss: jax.Array
+
+
+def init(norms: Any, updates: Any, length: int) -> ClipStats:
+    """An empty record of `length` steps, of norms like `norms`, of which only structure and types matter."""
+    entries = jax.tree.leaves(norms)
+    rings = (length, max(len(entries), 1))  # without groups one of norm 0 stands in: checkpoints refuse empty arrays
+    dtype = jnp.result_type(jnp.float32, *(entry.dtype for entry in entries))
+    return ClipStats(
+        clip_steps=jnp.zeros(length, jnp.int32),
+        clip_norm=jnp.zeros(rings, dtype),
+        clip_limit=jnp.full(rings, jnp.inf, dtype),
+        clip_scale=jnp.ones(rings, dtype),
+        clipped_steps=jnp.zeros((), jnp.int32),
+        nonfinite_steps=jnp.zeros((), jnp.int32),
+        first_nonfinite_step=jnp.zeros((), jnp.int32),
+        first_nonfinite_leaf=jnp.full((), -1, jnp.int32),
+        group_names=_encoded(leaves.paths(norms)),
+        leaf_names=_encoded(leaves.paths(updates)),
+    )
+
+
+def require_state(state: Any, recorded: type, length: int) -> None:
+    """Raises unless a state has a record of `length` steps in it, or none if that is 0."""
+    has = state.clip_stats.clip_steps.shape[-1] if isinstance(state, recorded) else 0
+    if has != length:
+        raise ValueError(f"the clipper was built with record={length}, and its state has a record of {has} steps")
+
+
+def advance(
+    stats: ClipStats, norms: Any, limits: Any, permitted: Any, updates: Any, splits: Sequence[mesh.Split]
+) -> ClipStats:
+    """The record with one step more.
+
+    Args:
+      stats: the record so far.
+      norms: what was measured.
+      limits: the upper end of the band, of the structure of `norms`.
+      permitted: what each norm became, likewise.
+      updates: the updates that were measured.
+      splits: over which mesh axes each of their leaves is split.
+    """
+    # Counts start at 0 and so, with every step that is written, does the largest.
+    step = jnp.asarray(optax.safe_increment(jnp.max(stats.clip_steps)))
+    row = (step - 1) % len(stats.clip_steps)
+    if max(len(jax.tree.leaves(norms)), 1) != stats.clip_norm.shape[-1]:
+        raise ValueError(
+            f"the record is of {stats.clip_norm.shape[-1]} groups, and the updates have {len(jax.tree.leaves(norms))}: "
+            "init saw another tree"
+        )
+    norm, limit, goal, clipped = _by_entry(norms, limits, permitted, splits, stats.clip_norm.dtype)
+    kept = scaling.is_kept(norm, goal)
+    scale = sums.quotient(jnp.where(kept, jnp.ones_like(goal), goal), jnp.where(kept, jnp.ones_like(norm), norm))
+    nonfinite = ~jnp.all(jnp.isfinite(norm))
+    is_first = nonfinite & (stats.first_nonfinite_step == 0)
+    leaf = _search_if(is_first, jax.tree.leaves(updates))
+    # The devices agree outside of the branch: inside it a collective would hang if they ever took different ones.
+    if axes := mesh.may_vary_over(leaf, splits):
+        leaf = jax.lax.pmin(leaf, axes)
+
+    def into(ring: jax.Array, new: jax.Array) -> jax.Array:
+        return ring.at[row].set(new.astype(ring.dtype))
+
+    return stats._replace(
+        clip_steps=into(stats.clip_steps, step),
+        clip_norm=into(stats.clip_norm, norm),
+        clip_limit=into(stats.clip_limit, limit),
+        clip_scale=into(stats.clip_scale, scale),
+        clipped_steps=_counted(stats.clipped_steps, clipped),
+        nonfinite_steps=_counted(stats.nonfinite_steps, nonfinite),
+        first_nonfinite_step=jnp.where(is_first, step, stats.first_nonfinite_step),
+        first_nonfinite_leaf=jnp.where(is_first & (leaf < _NONE), leaf, stats.first_nonfinite_leaf),
+    )
+
+
+def no_skips() -> SkipStats:
+    """The counters before the first step."""
+    return SkipStats(*(jnp.zeros((), jnp.int32) for _ in SkipStats._fields))
+
+
+def count_skip(stats: SkipStats, skipped: jax.Array, nonfinite: jax.Array, high_norm: jax.Array) -> SkipStats:
+    """The counters one step on: whether it was left out, and the reasons that were there."""
+    in_row = jnp.asarray(optax.safe_increment(stats.skipped_in_row))
+    return SkipStats(
+        skip_steps=jnp.asarray(optax.safe_increment(stats.skip_steps)),
+        skipped_in_row=jnp.where(skipped, in_row, jnp.zeros_like(in_row)),
+        skipped_nonfinite=_counted(stats.skipped_nonfinite, skipped & nonfinite),
+        skipped_norm=_counted(stats.skipped_norm, skipped & ~nonfinite & high_norm),
+        skipped_loss=_counted(stats.skipped_loss, skipped & ~nonfinite & ~high_norm),
+    )
+
+
+def _by_entry(
+    norms: Any, limits: Any, permitted: Any, splits: Sequence[mesh.Split], dtype: Any
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Norm, limit and permitted norm of each entry of `norms`, as vectors; and whether any of them is scaled."""
+    trees = [jax.tree.leaves(tree) for tree in (norms, limits, permitted)]
+    rows: list[tuple[jax.Array, ...]] = []
+    for norm, limit, goal in zip(*trees, strict=True):
+        clipped = ~scaling.is_kept(norm, goal)
+        row = (norm, limit, goal, clipped)
+        rows.append(row if norm.ndim == 0 else _worst_unit(*row, mesh.may_vary_over(norm, splits)))
+    if not rows:
+        return jnp.zeros(1, dtype), jnp.full(1, jnp.inf, dtype), jnp.zeros(1, dtype), jnp.zeros((), jnp.bool_)
+    norm, limit, goal, clipped = (jnp.stack(column) for column in zip(*rows, strict=True))
+    return norm.astype(dtype), limit.astype(dtype), goal.astype(dtype), jnp.any(clipped)
+
+
+def _worst_unit(norm: Any, limit: Any, goal: Any, clipped: Any, axes: tuple[str, ...]) -> tuple[jax.Array, ...]:
+    """Of many groups in one array, on all devices, the one that is furthest beyond its limit."""
+    beyond = excess(jnp, norm, limit, jnp.where(clipped, goal / jnp.where(clipped, norm, 1), 1))
+    worst = jnp.max(beyond, initial=0)
+    worst = jax.lax.pmax(worst, axes) if axes else worst
+
+    def there(x: jax.Array) -> jax.Array:
+        largest = sums.largest(jnp.where(beyond == worst, x, jnp.zeros_like(x)))
+        return jax.lax.pmax(largest, axes) if axes else largest
+
+    some = jnp.any(clipped)
+    return there(norm), there(limit), there(goal), jax.lax.pmax(some, axes) if axes else some
+
+
+def excess(xp: Any, norm: Any, limit: Any, scale: Any) -> Any:
+    """By what factor a norm is outside its band, on either side; below 1 inside, and inf if it is not finite."""
+    positive = xp.where(limit > 0, limit, xp.ones_like(limit))
+    ratio = xp.where(limit > 0, norm / positive, xp.where(norm > 0, xp.inf, 0))
+    ratio = xp.where(scale > 1, scale, ratio)
+    return xp.where(xp.isfinite(norm), ratio, xp.inf)
+
+
+# At module level and jitted, so that eager calls do not compile anew.
+@jax.jit
+def _search_if(wanted: jax.Array, updates: list[Any]) -> jax.Array:
+    """Which leaf is the first that is not finite, on this device: its number, or `_NONE`. Reads them only if wanted."""
+    counted = [i for i, leaf in enumerate(updates) if sums.is_counted(leaf)]
+    names = {name for i in counted for name in mesh.varying(updates[i])}
+
+    def search(updates: list[Any]) -> jax.Array:
+        bad = jnp.stack([sums.has_nonfinite(jnp.asarray(updates[i])) for i in counted])
+        number = jnp.asarray(counted, jnp.int32)[jnp.argmax(bad)]
+        return mesh.varying_over(jnp.where(jnp.any(bad), number, _NONE), names)
+
+    def skip(updates: list[Any]) -> jax.Array:
+        del updates
+        return mesh.varying_over(jnp.full((), _NONE, jnp.int32), names)
+
+    return jax.lax.cond(wanted, search, skip, updates) if counted else jnp.full((), _NONE, jnp.int32)
+
+
+_NONE = np.iinfo(np.int32).max
+
+
+def _counted(total: jax.Array, happened: jax.Array) -> jax.Array:
+    return jnp.where(happened, jnp.asarray(optax.safe_increment(total)), total)
+
+
+def _encoded(names: list[str]) -> jax.Array:
+    """The names as bytes, a zero after each."""
+    return jnp.asarray(np.frombuffer("".join(name + "\0" for name in names or [""]).encode(), np.uint8))
+
+
+def decoded(names: Any) -> list[str]:
+    """The names that `_encoded` made bytes of."""
+    return bytes(names).decode().split("\0")[:-1]

@@ -1,0 +1,125 @@
+"""What a clip takes away, kept for the next step."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optaxclip import sums
+from optaxclip.core import Updates, drop_missing, fill_missing
+from optaxclip.each_leaf import each_leaf, zeros_like
+
+
+class CarryState(NamedTuple):
+    """State of `with_carry`.
+
+    Attributes:
+      carry: like the parameters, what was taken away and not yet given back.
+      inner_state: the state of the wrapped transformation.
+    """
+
+    carry: Updates
+    inner_state: Any
+
+
+def with_carry(
+    inner: optax.GradientTransformation, *, state_dtype: Any = None
+) -> optax.GradientTransformationExtraArgs:
+    r"""Adds what a clipper took away to the next gradient, which removes the bias of clipping.
+
+    .. math:: u \leftarrow \operatorname{clip}(g + c), \qquad c \leftarrow g + c - u
+
+    Args:
+      inner: the clipper, or a chain of clippers. No optimizer: what that changes would be carried, too.
+      state_dtype: of the carry; None is that of each parameter. In 16 bits the carry is rounded at every step.
+
+    Returns:
+      An optax transformation. Its state is one number per coordinate and the inner one.
+
+    Guarantees:
+      The updates keep the bound of `inner`. All updates so far and the carry sum to the sum of the gradients so far, up
+      to rounding.
+
+    Edge cases:
+      A coordinate whose gradient, or whose update, is not finite keeps its carry and comes out as `inner` has it. If
+      `inner` lets the other coordinates of its group pass as they came, as a clip by norm does, they get rid of all
+      their carry in that step: where that can happen, `skip_nonfinite` belongs around it. A gradient plus carry past
+      the largest float is the largest float.
+
+      The carry is bounded while the *mean* gradient is inside the bound. If that is outside for good, as in the first
+      steps of a training that clips always, the carry grows by the difference in every step and is given back, long
+      after, at the speed that the bound allows.
+
+    Placement:
+      In place of the clipper: `chain(with_carry(clip(1.0)), sgd(1e-3))`. The proofs are for coordinates and for norms,
+      and for plain gradient descent.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optaxclip
+      >>> tx = optaxclip.with_carry(optaxclip.clip(2.0))
+      >>> state = tx.init(jnp.zeros(1))
+      >>> for grad in (5.0, -1.0, -1.0, -1.0):
+      ...     updates, state = tx.update(jnp.array([grad]), state)
+      ...     print(updates[0], state.carry[0])
+      2.0 3.0
+      2.0 0.0
+      -1.0 0.0
+      -1.0 0.0
+
+    References:
+      Elesedy, Hutter, U-Clip: on-average unbiased stochastic gradient clipping, 2023, arXiv:2302.02971.
+
+    Differs from the paper:
+      Nothing known.
+
+    See also:
+      `clip`, `clip_by_global_norm`.
+    """
+    wrapped = optax.with_extra_args_support(inner)
+
+    def init(params: Any) -> CarryState:
+        return CarryState(zeros_like(params, state_dtype), wrapped.init(params))
+
+    def update(updates: Updates, state: Any, params: Any = None, **extra_args: Any) -> tuple[Updates, CarryState]:
+        filled = fill_missing(updates, state.carry)
+        total, _ = each_leaf(lambda grad, carry: (_total(grad, carry).astype(_dtype(grad)), carry), filled, state.carry)
+        clipped, inner_state = wrapped.update(total, state.inner_state, params, **extra_args)
+        _, carry, _ = each_leaf(_left_over, filled, state.carry, clipped)
+        # A gradient that is missing gives its parameter no chance to get rid of anything.
+        carry = jax.tree.map(
+            lambda grad, old, new: old if grad is None else new,
+            updates,
+            state.carry,
+            carry,
+            is_leaf=lambda x: x is None,
+        )
+        return drop_missing(updates, clipped), CarryState(carry, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _dtype(leaf: Any) -> Any:
+    return jnp.result_type(leaf)
+
+
+def _total(grad: Any, carry: Any) -> Any:
+    """Gradient plus carry in the wider of their dtypes; finite, in the range of the gradient's, if the gradient is."""
+    wide = jnp.result_type(sums.wide(_dtype(grad)), sums.wide(_dtype(carry)))
+    grad = jnp.asarray(grad)
+    return jnp.where(jnp.isfinite(grad), _within(grad.astype(wide) + carry.astype(wide), grad.dtype), grad.astype(wide))
+
+
+def _left_over(grad: Any, carry: Any, clipped: Any) -> tuple[Any, Any, Any]:
+    rest = _within(_total(grad, carry) - clipped, carry.dtype).astype(carry.dtype)
+    usable = jnp.isfinite(jnp.asarray(grad)) & jnp.isfinite(clipped)
+    return grad, jnp.where(usable, rest, carry), clipped
+
+
+def _within(x: jax.Array, dtype: Any) -> jax.Array:
+    """`x`, no part of it beyond the largest number of `dtype`."""
+    highest = float(jnp.finfo(dtype).max)
+    if jnp.iscomplexobj(x):
+        return jax.lax.complex(jnp.clip(x.real, -highest, highest), jnp.clip(x.imag, -highest, highest))
+    return jnp.clip(x, -highest, highest)

@@ -1,0 +1,51 @@
+"""A transformation as a plain function."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from optaxclip.core import Updates
+
+
+def as_function(tx: optax.GradientTransformation, params: Any = None) -> Callable[[Updates], Updates]:
+    """A stateless transformation as a function of the gradients alone.
+
+    For what takes a function and knows nothing of optax: the `pre_clipping_transform` of jax-privacy's `clipped_grad`,
+    `jax.vmap` over examples.
+
+    Args:
+      tx: a transformation without state, or a chain of these.
+      params: the parameters, for transformations that need them.
+
+    Returns:
+      A function `gradients -> updates`.
+
+    Raises:
+      ValueError: when called, if `tx` has a state, which a function would forget.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import optaxclip
+      >>> clip = optaxclip.as_function(optaxclip.clip_by_global_norm(1.0))
+      >>> print(jax.vmap(clip)(jnp.array([[3.0, 4.0], [0.3, 0.4]])))  # each row by itself
+      [[0.6 0.8]
+       [0.3 0.4]]
+
+    See also:
+      `clip_by` with `axes=None`, for examples that are spread over the devices of a `shard_map`.
+    """
+
+    def apply(updates: Updates) -> Updates:
+        state = tx.init(updates if params is None else params)
+        if kept := jax.tree.leaves(state):
+            raise ValueError(
+                f"as_function needs a transformation without state, and this one keeps {len(kept)} arrays "
+                f"({type(state).__name__}), which every call would start anew: call its update yourself"
+            )
+        updates, _ = tx.update(updates, state, params)
+        return updates
+
+    return apply

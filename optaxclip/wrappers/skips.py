@@ -1,0 +1,255 @@
+"""Steps that are not taken: those that are not finite, and those that stand out."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optaxclip import checks, core, groups, mesh, norms, recorder, sums, thresholds
+from optaxclip.core import Norm, Threshold, Updates
+from optaxclip.wrappers.holding import update_or_hold
+
+
+class SkipState(NamedTuple):
+    """State of `skip_nonfinite` and `skip_spikes`.
+
+    Attributes:
+      skip_stats: how many steps were rejected, and why.
+      spikes_in_row: int32 scalar, the number of finite steps in a row that stood out, taken or not.
+      norm_threshold_state: the state of the threshold on the norms.
+      loss_threshold_state: the state of the threshold on the loss, `optax.EmptyState()` without one.
+      inner_state: the state of the wrapped transformation.
+    """
+
+    skip_stats: recorder.SkipStats
+    spikes_in_row: jax.Array
+    norm_threshold_state: Any
+    loss_threshold_state: Any
+    inner_state: Any
+
+
+def skip_nonfinite(
+    inner: optax.GradientTransformation, *, axes: mesh.Axes = "auto"
+) -> optax.GradientTransformationExtraArgs:
+    r"""Leaves out every step in which a gradient is infinite or NaN.
+
+    .. math:: (u, s) \leftarrow (0, s) \text{ if some } g_i \text{ is not finite, else } \mathrm{inner}(g, s)
+
+    Args:
+      inner: the optimizer, or any transformation.
+      axes: over which mesh axes the leaves are split; see `clip_by`. All devices take the same decision.
+
+    Returns:
+      An optax transformation. Its state is a `SkipState`: the inner one and a few counters.
+
+    Guarantees:
+      A step that is left out returns zeros in the dtypes that `inner` returns, and leaves the inner state as it was,
+      bit for bit. Any other step is that of `inner`, bit for bit. However many steps in a row are not finite, none is
+      taken.
+
+    Edge cases:
+      Gradients of 1e30 are finite: clip them inside, or use `skip_spikes`. Leaves that hold no floats are not looked
+      at; in a step that is left out integer updates are zeros too.
+
+    Placement:
+      Around everything: `skip_nonfinite(chain(clip_by_global_norm(1.0), adam(1e-3)))`. Inside `optax.MultiSteps` it
+      judges the accumulated gradient, around it every micro-batch.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import optaxclip
+      >>> tx = optaxclip.skip_nonfinite(optax.sgd(0.1))
+      >>> params = jnp.ones(2)
+      >>> state = tx.init(params)
+      >>> for grads in ([1.0, 2.0], [jnp.nan, 2.0], [3.0, 4.0]):
+      ...     updates, state = tx.update(jnp.array(grads), state, params)
+      ...     print(updates, end=" ")
+      [-0.1 -0.2] [0. 0.] [-0.3 -0.4]
+      >>> print(optaxclip.clip_stats(state)["skipped_nonfinite"])
+      1
+
+    References:
+      `optax.apply_if_finite`, which after `max_consecutive_errors` applies the NaN, and inside `shard_map` lets each
+      device decide for itself.
+
+    See also:
+      `skip_spikes`; `zero_nonfinite`, which keeps the coordinates that are finite.
+    """
+    # Nothing that is finite lies above infinity.
+    return skip_spikes(inner, thresholds.constant(float("inf")), axes=axes)
+
+
+# The default of `skip_spikes`. Whether a step is finite is read from it: a second norm is measured only beside another.
+_ALL = norms.global_norm()
+
+
+def skip_spikes(
+    inner: optax.GradientTransformation,
+    threshold: Threshold,
+    *,
+    norm: Norm = _ALL,
+    loss_threshold: Threshold | None = None,
+    max_consecutive: int = 20,
+    axes: mesh.Axes = "auto",
+) -> optax.GradientTransformationExtraArgs:
+    r"""Leaves out every step whose norm, or whose loss, is above its threshold, or is not finite.
+
+    .. math:: (u, s) \leftarrow (0, s) \text{ if } n_G > upper_G \text{ for some group, or the loss is above its own},
+        \text{ else } \mathrm{inner}(g, s)
+
+    Args:
+      inner: the optimizer, or any transformation.
+      threshold: from `optaxclip.thresholds`. A step stands out if some norm is above the upper end of its band; the
+        lower end plays no role.
+      norm: what is measured, from `optaxclip.norms`.
+      loss_threshold: a threshold for the loss, which then arrives as `tx.update(grads, state, params, value=loss)`. One
+        made for norms takes the loss for a number of at least 0.
+      max_consecutive: after so many finite steps left out in a row, those that stand out are taken, and enter the
+        statistics, until one does not stand out. At least 0; 20 is long for a spike and short for a new level.
+      axes: over which mesh axes the leaves are split; see `clip_by`. All devices take the same decision.
+
+    Returns:
+      An optax transformation. Its state is a `SkipState`: the inner one, the thresholds' and a few counters.
+
+    Guarantees:
+      As `skip_nonfinite`. What is left out does not enter the statistics of the thresholds.
+
+    Edge cases:
+      A step that is not finite, or with `loss_threshold` a loss that is not, is never taken, and counts neither for nor
+      against `max_consecutive`. A step is counted under the first reason that holds: not finite, norm, loss. While a
+      threshold warms up its band is open, and every finite step is taken.
+
+    Placement:
+      Around everything: `skip_spikes(chain(clip_by_global_norm(1.0), adam(1e-3)), thresholds.mean_std(6.0))`.
+
+    Raises:
+      ValueError: if an argument is something else; at update, if `loss_threshold` is there and `value` is not, or is no
+        scalar, or differs between the devices of a `shard_map`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import optaxclip
+      >>> from optaxclip import thresholds
+      >>> tx = optaxclip.skip_spikes(optax.sgd(0.1), thresholds.growth(2.0), max_consecutive=2)
+      >>> params = jnp.zeros(1)
+      >>> state = tx.init(params)
+      >>> for norm in (1.0, 1.5, 50.0, 2.0, 50.0, 50.0, 50.0, 60.0):  # a spike, then a new level
+      ...     updates, state = tx.update(jnp.array([norm]), state, params)
+      ...     print(updates[0].round(2), end=" ")
+      -0.1 -0.15 0.0 -0.2 0.0 0.0 -5.0 -6.0
+
+    References:
+      Walsh et al., 2 OLMo 2 Furious, COLM 2025, arXiv:2501.00656, whose code has it as SkipStepOptimizer:
+      `skip_spikes(inner, thresholds.mean_std(6.0), loss_threshold=thresholds.mean_std(6.0))`.
+
+    Differs from the published code:
+      That leaves out what is far below the mean, too; takes what it leaves out into its window, so that one spike opens
+      the band for 128 steps; multiplies by 0, so that a NaN stays one; and has no `max_consecutive`.
+
+    See also:
+      `skip_nonfinite`; `clip_by_history` and `zclip`, which shrink such steps instead.
+    """
+    checks.instance("threshold", threshold, Threshold, "thresholds.mean_std(6.0)")
+    checks.instance("norm", norm, Norm, "norms.global_norm()")
+    if loss_threshold is not None:
+        checks.instance("loss_threshold", loss_threshold, Threshold, "thresholds.mean_std(6.0)")
+    checks.whole("max_consecutive", max_consecutive, at_least=0)
+    wrapped = optax.with_extra_args_support(inner)
+
+    def init(params: Any) -> SkipState:
+        measured = jax.eval_shape(lambda tree: norm.measure(tree, tree, mesh.split_of(tree, tree, axes)), params)
+        no_loss = optax.EmptyState() if loss_threshold is None else loss_threshold.init(_LOSS)
+        return SkipState(
+            skip_stats=recorder.no_skips(),
+            spikes_in_row=jnp.zeros((), jnp.int32),
+            norm_threshold_state=threshold.init(measured),
+            loss_threshold_state=no_loss,
+            inner_state=wrapped.init(params),
+        )
+
+    def update(updates: Updates, state: Any, params: Any = None, **extra_args: Any) -> tuple[Updates, SkipState]:
+        filled = core.fill_missing(updates, params)
+        judged = core.judge(norm, threshold, filled, state.norm_threshold_state, params, axes, extra_args)
+        whole = judged.norms if norm is _ALL else _ALL.measure(filled, params, judged.splits)
+        finite, high = jnp.isfinite(whole), _is_any_above(judged)
+        high_loss, loss_state = jnp.zeros_like(finite), state.loss_threshold_state
+        if loss_threshold is not None:
+            loss = _loss(extra_args)
+            finite &= jnp.isfinite(loss)
+            high_loss, loss_state = _is_loss_above(loss, loss_threshold, loss_state, extra_args)
+
+        stands_out = finite & (high | high_loss)
+        is_open = state.spikes_in_row >= max_consecutive
+        rejected = ~finite | (stands_out & ~is_open)
+        # Zeros in place of what is rejected, so that no loop inside has to cope with NaN.
+        fed = jax.tree.map(lambda leaf: _zero_if(rejected, leaf) if sums.is_counted(leaf) else leaf, updates)
+        new_updates, inner_state = update_or_hold(
+            lambda fed, inner_state: wrapped.update(fed, inner_state, params, **extra_args),
+            rejected,
+            fed,
+            state.inner_state,
+        )
+        norm_state, loss_state = jax.tree.map(
+            lambda old, new: jnp.where(rejected, old, new),
+            (state.norm_threshold_state, state.loss_threshold_state),
+            (judged.state, loss_state),
+        )
+        in_row = jnp.where(stands_out, jnp.asarray(optax.safe_increment(state.spikes_in_row)), 0)
+        return jax.tree.map(lambda leaf: _zero_if(rejected, leaf), new_updates), SkipState(
+            skip_stats=recorder.count_skip(state.skip_stats, rejected, ~finite, high),
+            spikes_in_row=jnp.where(finite, in_row, state.spikes_in_row),
+            norm_threshold_state=norm_state,
+            loss_threshold_state=loss_state,
+            inner_state=inner_state,
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+_LOSS = jax.ShapeDtypeStruct((), jnp.float32)
+
+
+def _is_any_above(judged: core.Judged) -> jax.Array:
+    """Whether some norm, on any device, is above its limit."""
+    above = groups.over_groups(lambda norm, limit: norm > limit, judged.norms, judged.limits)
+    found = jnp.zeros((), jnp.int32)
+    for each in jax.tree.leaves(above):
+        one = jnp.any(each).astype(jnp.int32)
+        found = jnp.maximum(found, one)
+    axes = mesh.may_vary_over(found, judged.splits)
+    return (jax.lax.pmax(found, axes) if axes and any(x.ndim for x in jax.tree.leaves(above)) else found) > 0
+
+
+def _loss(extra_args: Mapping[str, Any]) -> jax.Array:
+    if extra_args.get("value") is None:
+        raise ValueError("loss_threshold needs the loss: call tx.update(updates, state, params, value=loss)")
+    loss = jnp.asarray(extra_args["value"])
+    if loss.shape:
+        raise ValueError(f"value must be one loss, a scalar, got an array of shape {loss.shape}")
+    if names := mesh.varying(loss):
+        raise ValueError(
+            f"value differs between the devices along mesh axes {tuple(sorted(names))}, so they would not all skip the "
+            "same steps: pass jax.lax.pmean(loss, axes)"
+        )
+    return loss.astype(jnp.float32)
+
+
+def _is_loss_above(
+    loss: jax.Array, threshold: Threshold, state: Any, extra_args: Mapping[str, Any]
+) -> tuple[jax.Array, Any]:
+    def no_param_norms() -> Any:
+        raise ValueError("loss_threshold must not depend on the parameters: a loss has no norm of them beside it")
+
+    (_, upper), state = threshold.limit(loss, state, no_param_norms, **extra_args)
+    return loss > groups.over_groups(core.upper_end, loss, upper), state
+
+
+def _zero_if(flag: jax.Array, leaf: Any) -> Any:
+    """Zeros if the flag is set, whatever the leaf holds; leaves that hold no numbers stay."""
+    dtype = getattr(leaf, "dtype", None)
+    is_number = dtype is None or (jnp.issubdtype(dtype, jnp.number) and dtype != jax.dtypes.float0)
+    return jnp.where(flag, jnp.zeros_like(leaf), leaf) if is_number else leaf
