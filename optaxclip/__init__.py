@@ -21,10 +21,11 @@ around an optimizer   `skip_nonfinite`, `skip_spikes`: steps that are not taken;
 around a clipper      `with_carry`: no bias; `as_function`: for what knows nothing of optax
 to log                `clip_stats`: what a clipper with `record=`, or a skip, did; `global_norm`: range-safe, and
                       global on every mesh
+`diagnostics`         what recorded norms say: a summary, which clipper and bound they speak for, plots
 ====================  =============================================================================================
 """
 
-from optaxclip import norms, thresholds
+from optaxclip import diagnostics, norms, thresholds
 from optaxclip.clippers.averages import adagc, aggc, clip_by_history, clip_norm_growth, zclip
 from optaxclip.clippers.elementwise import clip, clip_by_value, zero_nonfinite
 from optaxclip.clippers.fixed import (
@@ -73,6 +74,7 @@ __all__ = [
     "clip_stats",
     "clipped_momentum",
     "clippy",
+    "diagnostics",
     "global_norm",
     "mixed_clip",
     "norms",

@@ -1,4 +1,7 @@
-"""`python -m optaxclip`: trains a character model once per clipper and prints what each of them did."""
+"""`python -m optaxclip`: trains a character model once per clipper and prints what each of them did.
+
+`python -m optaxclip advise norms.csv` reads recorded norms, and says which clipper they speak for.
+"""
 
 import sys
 

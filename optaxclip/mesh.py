@@ -7,21 +7,27 @@ over: all of them, and no other (a replicated leaf must be counted once).
 `split_of` decides that for every leaf, once, from `axes`:
 
 - `"auto"`: the axes that the leaf varies over, which `shard_map` tracks in the types when `check_vma=True` (its
-  default). Nothing is known in `pmap` and with `check_vma=False`: name the axes there.
+  default). Nothing is known in `pmap` and with `check_vma=False`: there is a warning, and the axes must be named.
 - a name or a tuple of names: the same axes for every leaf.
 - a PartitionSpec or a prefix pytree of them: per leaf, and by dimension, which norms of single units need.
 - `None`: nothing is split; each device stands for itself.
 
 Names that are not bound where we run (outside `shard_map`) are dropped, as are names over which a leaf is known not to
-vary.
+vary. A gradient that is a sum not yet taken is refused: its norm on each device would be that of a summand.
 """
 
+import contextlib
+import functools
+import inspect
 import math
+import os
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
-from jax.sharding import PartitionSpec
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from optaxclip import leaves
 
@@ -79,20 +85,71 @@ def split_of(tree: Any, params: Any = None, axes: Axes = "auto") -> list[Split]:
     Returns:
       One Split per leaf, in the order of `jax.tree.leaves(tree)`.
     """
-    flat, treedef = jax.tree.flatten(tree)
-    paths = leaves.paths(tree)
+    flat, paths = jax.tree.leaves(tree), leaves.paths(tree)
+    is_auto = isinstance(axes, str) and axes == "auto"
+    is_chosen = axes is None or (_is_names(axes) and not is_auto)
+    require_reduced(tree, None if is_chosen else params, meant=_WHAT_CAN_BE_MEANT)
     if axes is None:
         return [Split(path, (), None) for path in paths]
     tracked = _Tracked()
-    is_auto = isinstance(axes, str) and axes == "auto"
-    if _is_names(axes) and not is_auto:
+    if is_chosen:
         names = (axes,) if isinstance(axes, str) else tuple(axes)
         return [Split(path, tracked.keep(names, leaf), None) for leaf, path in zip(flat, paths, strict=True)]
-    _refuse_unreduced(flat, paths, treedef, params)
     if is_auto:
+        if flat:
+            _warn_of_the_unseen(tracked)
         return [Split(path, tuple(sorted(varying(leaf))), None) for leaf, path in zip(flat, paths, strict=True)]
     specs = leaves.values("axes", axes, tree)
     return [_split_by_spec(*each, tracked) for each in zip(specs, flat, paths, strict=True)]
+
+
+_WHAT_CAN_BE_MEANT = (
+    ", or say what is meant: axes=None clips on each device alone, axes=<names> takes the norm over those axes"
+)
+
+
+def require_reduced(grads: Any, beside: Any = None, *, called: str = "parameter", meant: str = "") -> None:
+    """Raises where a gradient is a sum that has not been taken yet: the piece on each device is one summand of it.
+
+    Args:
+      grads: a pytree.
+      beside: of its structure, what tells how a reduced gradient would vary, the parameters say; None if nothing does.
+        A gradient that varies over an axis that the array beside it does not vary over, at the same shape, is refused.
+      called: what the message calls an array of `beside`.
+      meant: how the message goes on where the caller has a way to say that this is meant.
+    """
+    flat, treedef = jax.tree.flatten(grads)
+    for i, leaf in enumerate(flat):
+        if names := _unreduced(leaf):  # jax itself says so, in the type
+            raise ValueError(
+                f"{_the_gradient(grads, i)} is unreduced over mesh axes {names}: each device has one summand of it. "
+                "Reduce it first: under jit with jax.sharding.reshard to a PartitionSpec without `unreduced`, in "
+                "shard_map with jax.lax.psum"
+            )
+    if beside is None or not any(map(varying, flat)):
+        return
+    for i, (leaf, other) in enumerate(zip(flat, treedef.flatten_up_to(beside), strict=True)):
+        extra = varying(leaf) - varying(other)
+        if extra and jax.numpy.shape(leaf) == jax.numpy.shape(other):
+            raise ValueError(
+                f"{_the_gradient(grads, i)} varies over mesh axes {tuple(sorted(extra))} and its {called} does not: it "
+                f"has not been reduced yet. Reduce it first (jax.lax.psum or pmean){meant}"
+            )
+
+
+def _the_gradient(grads: Any, i: int) -> str:
+    path = leaves.paths(grads)[i]
+    return f"the gradient of {path!r}" if path else "the gradient"
+
+
+def _unreduced(leaf: Any) -> tuple[str, ...]:
+    """The mesh axes over which jax knows an array to be a sum not yet taken."""
+    if not hasattr(leaf, "aval"):
+        return ()
+    kind: Any = jax.typeof(leaf)
+    under_jit = getattr(_spec_of(leaf), "unreduced", frozenset())
+    in_shard_map = getattr(getattr(kind, "manual_axis_type", None), "unreduced", frozenset())
+    return tuple(sorted(under_jit | in_shard_map))
 
 
 def varying(leaf: Any) -> frozenset[str]:
@@ -122,19 +179,60 @@ def varying_over(value: jax.Array, names: Iterable[str]) -> jax.Array:
 
 def whole(array: jax.Array) -> jax.Array:
     """An array whose sharding is in its type, as on an Explicit mesh, with all of it on every device."""
-    spec = _spec_of(array)
-    return jax.sharding.reshard(array, PartitionSpec(*(None for _ in spec))) if any(spec) else array
+    dims = _dims_of(_spec_of(array))
+    return _resharded(array, PartitionSpec(*(None for _ in dims)), array) if any(dims) else array
 
 
 def like(array: jax.Array, other: jax.Array) -> jax.Array:
     """`array`, sharded as `other` is where the sharding is in the type."""
-    spec = _spec_of(other)
-    return jax.sharding.reshard(array, spec) if any(spec) else array
+    dims = _dims_of(_spec_of(other))
+    return _resharded(array, PartitionSpec(*dims), other) if any(dims) else array
+
+
+def _resharded(array: jax.Array, spec: PartitionSpec, other: jax.Array) -> jax.Array:
+    """`array` on the mesh of `other`, which need not be that of the context."""
+    kind: Any = jax.typeof(other)
+    return jax.sharding.reshard(array, NamedSharding(kind.sharding.mesh, spec))
 
 
 def _spec_of(array: jax.Array) -> PartitionSpec:
     kind: Any = jax.typeof(array)
     return kind.sharding.spec
+
+
+def _dims_of(spec: PartitionSpec) -> tuple[Any, ...]:
+    """What a spec says of each dimension. With `reduced` axes in it, newer jax refuses to iterate over it."""
+    return spec.partitions if hasattr(spec, "partitions") else tuple(spec)
+
+
+def _warn_of_the_unseen(tracked: "_Tracked") -> None:
+    """One warning where `"auto"` finds nothing because this `shard_map` (or `pmap`, which is one) tracks nothing."""
+    # A named axis of `vmap` is no axis of the mesh, and one norm for each of its entries is what people want of it.
+    names = tuple(name for name in jax.sharding.get_abstract_mesh().manual_axes if tracked(name) is False)
+    if names:
+        warnings.warn(
+            f"axes='auto' sees nothing along mesh axes {names}: in pmap, and in shard_map with check_vma=False, jax "
+            "does not track over which axes an array is split, so every device takes the norm of its own share alone. "
+            "Where arrays are split pass axes=, the names of these axes or PartitionSpecs; where all of them are whole "
+            "on every device, as after psum, pass axes=None",
+            stacklevel=_steps_up_to_the_caller(),
+        )
+
+
+# What calls us in the name of somebody else. A warning is shown once for each line of theirs.
+_BETWEEN = (
+    *(os.path.dirname(str(module.__file__)) + os.sep for module in (jax, optax)),
+    os.path.dirname(__file__) + os.sep,
+    *(str(module.__file__) for module in (contextlib, functools)),
+)
+
+
+def _steps_up_to_the_caller() -> int:
+    """The `stacklevel`, for a warning of the function that calls this, of the first function that is not `_BETWEEN`."""
+    frame, steps = inspect.currentframe(), 0
+    while frame and frame.f_code.co_filename.startswith(_BETWEEN):
+        frame, steps = frame.f_back, steps + 1
+    return max(steps, 1)
 
 
 class _Tracked:
@@ -175,24 +273,11 @@ def _split_by_spec(spec: Any, leaf: Any, path: str, tracked: _Tracked) -> Split:
             f"got {spec!r} for leaf {path!r}"
         )
     ndim = len(jax.numpy.shape(leaf))
-    if len(spec) > ndim:
-        raise ValueError(f"axes={spec} has {len(spec)} dimensions, but leaf {path!r} has {ndim}")
-    entries = [*spec, *([None] * (ndim - len(spec)))]
+    dims = _dims_of(spec)
+    if len(dims) > ndim:
+        raise ValueError(f"axes={spec} has {len(dims)} dimensions, but leaf {path!r} has {ndim}")
+    entries = [*dims, *([None] * (ndim - len(dims)))]
     named = [entry if isinstance(entry, tuple) else (entry,) for entry in entries]
     by_dim = tuple(tracked.keep(tuple(n for n in names if isinstance(n, str)), leaf) for names in named)
     # In one order for all leaves: a set of axes in two orders would be two collectives.
     return Split(path, tuple(sorted(name for names in by_dim for name in names)), by_dim)
-
-
-def _refuse_unreduced(grads: list[Any], paths: list[str], treedef: Any, params: Any) -> None:
-    """Raises where a gradient varies over an axis that its parameter does not vary over."""
-    if params is None or not any(map(varying, grads)):
-        return
-    for leaf, path, param in zip(grads, paths, treedef.flatten_up_to(params), strict=True):
-        extra = varying(leaf) - varying(param)
-        if extra and jax.numpy.shape(leaf) == jax.numpy.shape(param):
-            raise ValueError(
-                f"the gradient of {path!r} varies over mesh axes {tuple(sorted(extra))} and its parameter does not: it "
-                "has not been reduced yet. Reduce it first (jax.lax.psum or pmean), or say what is meant: axes=None "
-                "clips on each device alone, axes=<names> takes the norm over those axes"
-            )

@@ -364,6 +364,7 @@ def _size(leaf: Any, dims: tuple[int, ...], axes: tuple[str, ...]) -> int:
 def _worst_ratio(update: Any, param: Any, relative: Any, absolute: Any) -> jax.Array:
     dtype = sums.accumulator(update.dtype)
     size = sums.modulus(update)
+    param = mesh.like(jnp.asarray(param), size)  # which may be whole, on an Explicit mesh, where the update is split
     limit = jnp.asarray(relative, dtype) * sums.modulus(param).astype(dtype) + jnp.asarray(absolute, dtype)
     highest = jnp.finfo(dtype).max
     # Where a quotient is not used its derivative must be finite all the same.

@@ -167,12 +167,25 @@ def _norm_across(norms: jax.Array, axes: tuple[str, ...], ord: float) -> jax.Arr
     """The norm of norms, over the leading axis of `norms` and over the mesh axes `axes`, the same on every device."""
     if ord == 2:
         return _two_norm_of_norms(norms, axes)
-    size = largest(norms, (0,))
-    size = jax.lax.pmax(size, axes) if axes else size
     if ord == math.inf:
-        return size
-    size = _or_one(size)
-    return _saturate(_root(_sum_across(_power(quotient(norms, size[None]), ord), axes), ord), size)
+        size = largest(norms, (0,))
+        return jax.lax.pmax(size, axes) if axes else size
+    norms = _from_all(norms, axes)
+    size = _or_one(largest(norms, (0,)))
+    return _saturate(_root(jnp.sum(_power(quotient(norms, size[None]), ord), axis=0), ord), size)
+
+
+def _from_all(norms: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """The norms of all devices along `axes`, along the leading axis of `norms`, in one collective.
+
+    The largest of them and then a sum would be two. A sum in which each device has a place of its own is typed as the
+    same on every device, where a gathered array is not.
+    """
+    if not axes:
+        return norms
+    places = jnp.arange(mesh.whole_size((), axes)) == jax.lax.axis_index(axes)
+    spread = jnp.where(jnp.expand_dims(places, range(1, 1 + norms.ndim)), norms[None], jnp.zeros_like(norms)[None])
+    return jax.lax.psum(spread, axes).reshape(-1, *norms.shape[1:])
 
 
 def _two_norm_of_norms(norms: jax.Array, axes: tuple[str, ...]) -> jax.Array:

@@ -143,6 +143,7 @@ class Row:
       direction_preserving: each group is multiplied by a positive number.
       idempotent: a second application changes nothing more.
       elementwise: bounds values and not norms, so that inf is clipped and NaN is not contagious.
+      zeroes: what comes out as zeros where a coordinate is not finite: "step", "coordinate", or nothing.
       stateless: the state is `optax.EmptyState()`.
       any_tree: works for trees of every structure; no bound or label is tied to the tree of this file.
       inside: gradients of this scale lie inside every band and pass unchanged; None where nothing passes unchanged.
@@ -166,6 +167,7 @@ class Row:
     direction_preserving: bool = True
     idempotent: bool = True
     elementwise: bool = False
+    zeroes: str = ""
     stateless: bool = True
     any_tree: bool = True
     inside: float | None = 1e-3
@@ -689,6 +691,54 @@ ROWS = (
         inside=None,
         direction_preserving=False,
     ),
+    Row(
+        name="skip_nonfinite",
+        dtypes=("float32",),
+        public="skip_nonfinite",
+        factory=lambda c: oc.skip_nonfinite(oc.clip_by_leaf_norm(c)),
+        args=(0.5,),
+        groups=per_leaf,
+        band=at_most(0.5),
+        stateless=False,
+        zeroes="step",
+    ),
+    Row(
+        name="skip_spikes",
+        dtypes=("float32",),
+        public="skip_spikes",
+        factory=lambda c: oc.skip_spikes(
+            oc.clip_by_global_norm(c), oc.thresholds.mean_std(6.0, window=4, min_count=2), norm=oc.norms.leaf_norm()
+        ),
+        args=(1.0,),
+        groups=together,
+        band=at_most(1.0),
+        stateless=False,
+        zeroes="step",
+    ),
+    Row(
+        name="with_carry",
+        dtypes=TWO,
+        public="with_carry",
+        factory=lambda c: oc.with_carry(oc.clip_by_global_norm(c)),
+        args=(1.0,),
+        groups=together,
+        band=at_most(1.0),
+        param_state=("carry",),
+        idempotent=False,
+        stateless=False,
+        inside=None,  # -0 plus a carry of 0 is 0
+    ),
+    Row(
+        name="zero_nonfinite",
+        dtypes=("float32", "complex64"),
+        public="zero_nonfinite",
+        factory=oc.zero_nonfinite,
+        groups=per_coordinate,
+        band=at_most(np.inf),
+        first_passes=True,
+        elementwise=True,
+        zeroes="coordinate",
+    ),
     # With a record.
     Row(
         name="clip_by_global_norm-recorded",
@@ -837,6 +887,7 @@ NOT_TRANSFORMATIONS = {
     "ClipStats": "the type of a record",
     "Norm": "the type of what is measured",
     "Threshold": "the type of what is permitted",
+    "as_function": "calls a transformation",
     "clip_stats": "reads the records in a state",
     "global_norm": "measures a tree",
 }

@@ -14,6 +14,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from optaxclip.core import RecordedState
+from optaxclip.wrappers.skips import SkipState
 from tests.reference.trees import assert_same_bits
 from tests.table import ROWS, by_path, numbers, params, tree
 
@@ -202,7 +203,7 @@ def test_zero_gradients_and_parameters_stay_zero(row):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@rows_and_dtypes(where=lambda row: not row.elementwise)
+@rows_and_dtypes(where=lambda row: not (row.elementwise or row.zeroes))
 def test_a_group_that_is_not_finite_passes_and_stops_no_other(row, dtype, value):
     updates, weights = tree(0, dtype), params(dtype)
     bad = poisoned(updates, value)
@@ -217,7 +218,7 @@ def test_a_group_that_is_not_finite_passes_and_stops_no_other(row, dtype, value)
             np.testing.assert_allclose(group, clean[name], rtol=2 * float(jnp.finfo(dtype).eps), err_msg=name)
 
 
-@rows_and_dtypes(where=lambda row: row.elementwise)
+@rows_and_dtypes(where=lambda row: row.elementwise and not row.zeroes)
 def test_where_values_are_clipped_nan_passes_and_inf_does_not(row, dtype):
     updates, weights = tree(0, dtype), params(dtype)
     clean = by_path(first_step(row, updates, weights)[0])["dense/kernel"]
@@ -230,8 +231,19 @@ def test_where_values_are_clipped_nan_passes_and_inf_does_not(row, dtype):
             assert_inside(row, after, weights, rounding(dtype))
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@rows_and_dtypes(where=lambda row: row.zeroes)
+def test_what_is_not_finite_comes_out_as_zero(row, dtype, value):
+    updates, weights = tree(0, dtype), params(dtype)
+    after, _ = first_step(row, poisoned(updates, value), weights)
+    expected = {"step": jax.tree.map(jnp.zeros_like, updates), "coordinate": poisoned(updates, 0.0)}[row.zeroes]
+    assert_same_bits(after, expected)
+
+
 def without_record(state):
-    """The state but for the record, which is there to show such steps."""
+    """The state but for the record and the counters, which are there to show such steps."""
+    if isinstance(state, SkipState):
+        return state._replace(skip_stats=None)
     return state.threshold_state if isinstance(state, RecordedState) else state
 
 

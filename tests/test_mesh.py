@@ -1,21 +1,18 @@
 """Norms on meshes of eight devices, in `shard_map`, `pmap`, `vmap` and `jit`, against the same arrays on one device."""
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 import optaxclip
 from optaxclip import norms, thresholds
-
-P = PartitionSpec
-AUTO = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
-EXPLICIT = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit, AxisType.Explicit))
+from tests.collectives import collectives, collectives_under_branches, written_collectives
+from tests.meshes import AUTO, EXPLICIT, P, put
 
 SPECS = {
     "both": P("data", "model"),
@@ -132,10 +129,6 @@ def in_shard_map(tx, specs, *, mesh=AUTO, **options):
 def sharded_update(name):
     """One compiled program for all tests that take SPECS, "auto" and the types."""
     return in_shard_map(CLIPPERS[name](), SPECS)
-
-
-def put(tree, specs, mesh):
-    return {name: jax.device_put(leaf, NamedSharding(mesh, specs[name])) for name, leaf in tree.items()}
 
 
 def assert_close(actual, expected, rtol=1e-6):
@@ -576,40 +569,6 @@ def test_the_derivative_of_the_norm_across_devices():
 
 
 # What is sent
-
-
-COLLECTIVE = re.compile(
-    r"\b(all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|collective-broadcast)(?:-start)?\("
-)
-
-
-def collectives(hlo):
-    """The collectives of a compiled program, by name."""
-    return COLLECTIVE.findall(hlo)
-
-
-def collectives_under_branches(hlo):
-    """Those that lie in a branch of a conditional, or in what a branch calls."""
-    bodies = dict(re.findall(r"^(?:ENTRY )?%?([\w.\-]+) \([^\n]*\{\n(.*?)^\}", hlo, flags=re.MULTILINE | re.DOTALL))
-    pending, seen = [], set()
-    for line in hlo.splitlines():
-        if " conditional(" in line:
-            pending += re.findall(r"%([\w.\-]+)", line.split(" conditional(", 1)[1])
-    while pending:
-        name = pending.pop()
-        if name in bodies and name not in seen:
-            seen.add(name)
-            pending += re.findall(r"%([\w.\-]+)", bodies[name])
-    return [found for name in seen for found in collectives(bodies[name])]
-
-
-def written_collectives(jaxpr):
-    """Those of a program as it was traced: several over the same axes may be merged when it is compiled."""
-    found = [eqn.primitive.name for eqn in jaxpr.eqns if re.match("psum|pmax|pmin|all_gather", eqn.primitive.name)]
-    for inner in jax.tree.leaves([list(eqn.params.values()) for eqn in jaxpr.eqns]):
-        body = getattr(inner, "jaxpr", inner)
-        found += written_collectives(body) if hasattr(body, "eqns") else []
-    return found
 
 
 def test_a_collective_under_a_branch_would_be_found():

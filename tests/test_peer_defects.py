@@ -248,6 +248,90 @@ def test_20_gradients_of_zero(method, at):
     np.testing.assert_array_equal(np.delete(with_zeros, np.arange(at, at + 10)), after_each(ADAPTIVE[method](), good))
 
 
+@pytest.mark.parametrize("wrap", [oc.skip_nonfinite, lambda inner: oc.skip_spikes(inner, thresholds.mean_std(6.0))])
+def test_13_a_skip_with_bfloat16_gradients_and_float32_parameters(wrap):
+    weights = {"w": jnp.ones(3)}
+    inner = optax.chain(oc.clip_by_global_norm(1.0), optax.adam(1e-2))
+    tx, theirs = wrap(inner), optax.apply_if_finite(inner, 3)
+    good, bad = ({"w": jnp.full(3, value, jnp.bfloat16)} for value in (1.0, np.nan))
+    with pytest.raises(TypeError, match="branch"):  # "true_fun and false_fun output must have identical types"
+        jax.jit(theirs.update)(good, theirs.init(weights), weights)
+    step, state = jax.jit(tx.update), tx.init(weights)
+    taken, state = step(good, state, weights)
+    for _ in range(40):
+        out, state = step(bad, state, weights)
+        assert_same_bits(out, jax.tree.map(jnp.zeros_like, taken))
+    out, state = step(good, state, weights)
+    assert np.all(np.isfinite(out["w"]))
+    assert np.all(out["w"] != 0)
+
+
+def test_13_after_k_bad_steps_the_others_apply_nan():
+    bad, weights = jnp.array([np.nan]), jnp.ones(1)
+    found = {}
+    for name, tx in {
+        "ours": oc.skip_nonfinite(optax.sgd(1.0)),
+        "optax": optax.apply_if_finite(optax.sgd(1.0), 2),
+    }.items():
+        step, state = jax.jit(tx.update), tx.init(weights)
+        found[name] = []
+        for _ in range(4):
+            out, state = step(bad, state, weights)
+            found[name].append(bool(np.isnan(out[0])))
+    assert found == {"ours": [False] * 4, "optax": [False, False, True, True]}
+
+
+def test_16_infinity_before_a_clip():
+    given = jnp.array([np.inf, 3.0, np.nan, 4.0])
+    theirs = once(optax.chain(optax.zero_nans(), optax.clip_by_global_norm(1.0)), given)
+    assert np.isnan(theirs[0])
+    ours = once(optax.chain(oc.zero_nonfinite(), oc.clip_by_global_norm(1.0)), given)
+    np.testing.assert_allclose(ours, [0, 0.6, 0, 0.8], rtol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
+def test_17_a_step_that_is_skipped_is_zero_and_leaves_the_window_clean(bad):
+    # levanter multiplies by 0, and 0 * NaN is NaN; its window then holds the NaN for 128 steps.
+    tx = oc.skip_spikes(optax.identity(), thresholds.mean_std(6.0, window=16, min_count=8))
+    good = np.random.default_rng(4).lognormal(0.0, 0.1, 30)
+    with_bad = after_each(tx, np.insert(good, [12, 20], [bad, bad]))
+    np.testing.assert_array_equal(with_bad[[12, 21]], [0.0, 0.0])
+    np.testing.assert_array_equal(np.delete(with_bad, [12, 21]), np.float32(good))
+
+
+def test_19_norms_that_jump_for_good_open_the_gate():
+    # A skip by a moving average of what was taken: it rejects all of the 1,900 steps that follow.
+    given = np.where(np.arange(2000) < 100, 1.0, 25.0) * np.random.default_rng(5).lognormal(0.0, 0.05, 2000)
+    for threshold in (thresholds.ema_band(2.0), thresholds.mean_std(6.0), thresholds.growth(2.0)):
+        taken = after_each(oc.skip_spikes(optax.identity(), threshold), given) != 0
+        assert np.all(taken[:100])
+        np.testing.assert_array_equal(np.flatnonzero(~taken), np.arange(100, 120))
+        locked = after_each(oc.skip_spikes(optax.identity(), threshold, max_consecutive=10**6), given) != 0
+        assert not np.any(locked[100:])
+
+
+def test_23_the_states_of_the_wrappers_are_donated():
+    weights = {"a": jnp.ones(3), "b": jnp.ones((2, 2))}
+    skipping = oc.skip_spikes(
+        optax.chain(oc.with_carry(oc.clip_by_global_norm(1.0)), optax.adam(1e-3)),
+        thresholds.mean_std(6.0),
+        loss_threshold=thresholds.mean_std(6.0),
+    )
+    tx = oc.skip_nonfinite(skipping)
+
+    @functools.partial(jax.jit, donate_argnums=(1, 2))
+    def step(updates, state, weights):
+        new_updates, state = tx.update(updates, state, weights, value=1.0)
+        return state, optax.apply_updates(weights, new_updates)
+
+    state = tx.init(weights)
+    for _ in range(3):
+        buffers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves((state, weights))]
+        assert len(set(buffers)) == len(buffers)
+        state, weights = step({"a": jnp.ones(3), "b": jnp.ones((2, 2))}, state, weights)
+    assert int(optax.tree.get(state, "count")) == 3
+
+
 @pytest.mark.parametrize("norm", [1.0, 0.1, 1e30])
 def test_21_sixty_norms_all_the_same(norm):
     tx = oc.zclip(max_norm=None)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip import bounds, checks, groups, scaling, sums
+from optaxclip import bounds, checks, groups, mesh, scaling, sums
 from optaxclip.bounds import Bound
 from optaxclip.core import State, Updates
 from optaxclip.each_leaf import each_leaf
@@ -160,6 +160,7 @@ def zero_nonfinite() -> optax.GradientTransformationExtraArgs:
 
     def update(updates: Updates, state: State, params: Any = None, **extra_args: Any) -> tuple[Updates, State]:
         del params, extra_args
+        mesh.require_reduced(updates)
         (zeroed,) = each_leaf(lambda leaf: (jnp.where(jnp.isfinite(leaf), leaf, jnp.zeros_like(leaf)),), updates)
         return zeroed, state
 
@@ -175,6 +176,7 @@ def _clip_values(interval: Callable[..., tuple[Any, Any]], *given: Bound) -> opt
 
     def update(updates: Updates, state: State, params: Any = None, **extra_args: Any) -> tuple[Updates, State]:
         del params, extra_args
+        mesh.require_reduced(updates)
         resolved, state = bounds.resolve(given, state, updates)
         flat, treedef = jax.tree.flatten(updates)
         clipped = [

@@ -87,6 +87,7 @@ def clipped_momentum(
     def update(updates: Updates, state: Any, params: Any = None, **extra: Any) -> tuple[Updates, ClippedMomentumState]:
         del extra
         filled = fill_missing(updates, params)
+        mesh.require_reduced(filled)
         average = _average(filled, state.clipped_average, decay)
         clipped, judged = _clip_together(threshold, average, state.bound_state, params, axes)
         finite = jnp.isfinite(judged.norms)
@@ -180,6 +181,7 @@ def mixed_clip(
     def update(updates: Updates, state: Any, params: Any = None, **extra: Any) -> tuple[Updates, MixedClipState]:
         del extra
         filled = fill_missing(updates, params)
+        mesh.require_reduced(filled)
         average = _average(filled, state.mixed_average, decay)
         clipped_average, judged = _clip_together(threshold, average, state.bound_state, params, axes)
         clipped, _ = _clip_together(threshold, filled, state.bound_state, params, axes)

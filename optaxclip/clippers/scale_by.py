@@ -100,9 +100,9 @@ def scale_by_acclip(
                 jnp.where(is_good, tau.astype(size.dtype), size),
             )
 
-        out, *new = each_leaf(
-            one, fill_missing(updates, state.acclip_momentum), state.acclip_momentum, state.acclip_size
-        )
+        filled = fill_missing(updates, state.acclip_momentum)
+        mesh.require_reduced(filled, state.acclip_momentum, called="average")
+        out, *new = each_leaf(one, filled, state.acclip_momentum, state.acclip_size)
         return drop_missing(updates, out), AcclipState(*new)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip import checks, norms, scaling, sums, thresholds
+from optaxclip import checks, mesh, norms, scaling, sums, thresholds
 from optaxclip.core import Updates, clip_by, drop_missing, fill_missing
 from optaxclip.each_leaf import each_leaf, power_mean, sizes_like
 from optaxclip.mesh import Axes
@@ -97,6 +97,7 @@ def spam_clip(
     def update(updates: Updates, state: Any, params: Any = None, **extra: Any) -> tuple[Updates, SpamState]:
         del params, extra
         filled = fill_missing(updates, state.spam_rms)
+        mesh.require_reduced(filled, state.spam_rms, called="average")
         step = jnp.asarray(optax.safe_increment(state.spam_step))
         phase = step if period is None else step % period
         restarts = (phase == 0) & (period is not None)

@@ -14,5 +14,6 @@ The files, in the order in which they are used:
 - `progress`, `interrupts`: a bar, and Ctrl-C;
 - `table`: what is printed;
 - `folder`: where files go, whole or not at all;
-- `csv_files`, `figures`, `panels`: the numbers and the figures.
+- `csv_files`, `figures`, `panels`: the numbers and the figures;
+- `advising`: `python -m optaxclip advise`, which trains nothing.
 """

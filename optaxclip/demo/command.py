@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 
-from optaxclip.demo import corpus, csv_files, figures, model, options
+from optaxclip.demo import advising, corpus, csv_files, figures, model, options
 from optaxclip.demo.corpus import Corpus, CorpusError
 from optaxclip.demo.folder import FolderError, Write, folder
 from optaxclip.demo.interrupts import held_back
@@ -26,7 +26,7 @@ FILES = ("loss.png", "norm.png", "table.csv", "steps.csv")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Trains one model per clipper and prints a table.
+    """Trains one model per clipper and prints a table; or, if the first argument is `advise`, reads norms.
 
     Args:
       argv: the arguments; those of the process by default.
@@ -37,7 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
       SystemExit: with code 2, after one line on stderr, if the input is bad.
     """
-    asked = options.parsed(argv)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == [advising.NAME]:
+        return advising.main(arguments[1:])
+    asked = options.parsed(arguments)
     if asked.list:
         print(_listing())
         return 0

@@ -46,10 +46,12 @@ def parser() -> Parser:
     made = Parser(
         prog="python -m optaxclip",
         description="Trains a character model that explodes on its own, once without clipping and once per clipper.",
+        epilog="python -m optaxclip advise norms.csv says which clipper a recorded history of norms speaks for; "
+        "python -m optaxclip advise --help says more.",
         allow_abbrev=False,
     )
     made.add_argument(
-        "--text", type=_path, metavar="FILE", help="train on this text, in UTF-8 (the Python language reference)"
+        "--text", type=path, metavar="FILE", help="train on this text, in UTF-8 (the Python language reference)"
     )
     made.add_argument("--steps", type=_steps, default=400, help="training steps of each row (%(default)s)")
     made.add_argument("--learning-rate", type=_learning_rate, default=0.03, help="of Adam (%(default)s)")
@@ -64,7 +66,7 @@ def parser() -> Parser:
     made.add_argument(
         "--seed", type=_seed, default=0, help="of the initial parameters and the batches of every row (%(default)s)"
     )
-    made.add_argument("--out", type=_path, metavar="DIR", help="write figures and numbers to this folder (nothing)")
+    made.add_argument("--out", type=path, metavar="DIR", help="write figures and numbers to this folder (nothing)")
     made.add_argument("--list", action="store_true", help="list the rows and stop")
     return made
 
@@ -79,7 +81,8 @@ def refuse(message: str) -> NoReturn:
     parser().error(message)
 
 
-def _path(text: str) -> Path:
+def path(text: str) -> Path:
+    """A path in the command line; argparse refuses an empty one with a line of its own."""
     if not text:
         raise argparse.ArgumentTypeError("must not be empty")
     return Path(text)

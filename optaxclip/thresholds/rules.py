@@ -80,7 +80,8 @@ def _require_like(state: State, expected: State) -> None:
     if type(state) is not type(expected) or shapes[0] != shapes[1]:
         raise ValueError(
             f"init makes a {type(expected).__name__} here, with arrays of shapes {shapes[1]}; the state is a "
-            f"{type(state).__name__} with {shapes[0]}: made for another tree, or by other arguments"
+            f"{type(state).__name__} with {shapes[0]}: made for another tree, by other arguments, or for whole leaves "
+            "where shard_map has pieces of them"
         )
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip import sums
+from optaxclip import mesh, sums
 from optaxclip.core import Updates, drop_missing, fill_missing
 from optaxclip.each_leaf import each_leaf, zeros_like
 
@@ -84,20 +84,27 @@ def with_carry(
 
     def update(updates: Updates, state: Any, params: Any = None, **extra_args: Any) -> tuple[Updates, CarryState]:
         filled = fill_missing(updates, state.carry)
-        total, _ = each_leaf(lambda grad, carry: (_total(grad, carry).astype(_dtype(grad)), carry), filled, state.carry)
+        mesh.require_reduced(filled, state.carry, called="carry")
+        # A gradient that is missing gives its parameter no chance to get rid of anything: its carry is in no norm.
+        usable = _where_missing(updates, jax.tree.map(jnp.zeros_like, state.carry), state.carry)
+        total, _ = each_leaf(lambda grad, carry: (_total(grad, carry).astype(_dtype(grad)), carry), filled, usable)
         clipped, inner_state = wrapped.update(total, state.inner_state, params, **extra_args)
         _, carry, _ = each_leaf(_left_over, filled, state.carry, clipped)
-        # A gradient that is missing gives its parameter no chance to get rid of anything.
-        carry = jax.tree.map(
-            lambda grad, old, new: old if grad is None else new,
-            updates,
-            state.carry,
-            carry,
-            is_leaf=lambda x: x is None,
-        )
+        carry = _where_missing(updates, state.carry, carry)
         return drop_missing(updates, clipped), CarryState(carry, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _where_missing(updates: Updates, then: Any, otherwise: Any) -> Any:
+    """`then` where `updates` has None, `otherwise` where it has an array."""
+    return jax.tree.map(
+        lambda grad, one, other: one if grad is None else other,
+        updates,
+        then,
+        otherwise,
+        is_leaf=lambda x: x is None,
+    )
 
 
 def _dtype(leaf: Any) -> Any:
@@ -112,7 +119,8 @@ def _total(grad: Any, carry: Any) -> Any:
 
 
 def _left_over(grad: Any, carry: Any, clipped: Any) -> tuple[Any, Any, Any]:
-    rest = _within(_total(grad, carry) - clipped, carry.dtype).astype(carry.dtype)
+    total = _total(grad, carry)
+    rest = _within(total - jnp.asarray(clipped).astype(total.dtype), carry.dtype).astype(carry.dtype)
     usable = jnp.isfinite(jnp.asarray(grad)) & jnp.isfinite(clipped)
     return grad, jnp.where(usable, rest, carry), clipped
 

@@ -46,8 +46,9 @@ def update_or_hold(
         return var.val if isinstance(var, core.Literal) else known[var]
 
     def entry(i: int, var: Any) -> jax.Array:
-        is_held = var in unheld and place[var] == i
-        return value(var) if is_held else _choose(hold, old[i], unheld[var] if var in unheld else value(var))
+        if isinstance(var, core.Literal) or var not in unheld:
+            return _choose(hold, old[i], value(var))
+        return value(var) if place[var] == i else _choose(hold, old[i], unheld[var])
 
     return (
         jax.tree.unflatten(jax.tree.structure(new_updates), map(value, jaxpr.outvars[:number])),

@@ -1,12 +1,13 @@
 """An optimizer that forgets from time to time."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip import checks, sums
+from optaxclip import checks, mesh, sums
 from optaxclip.core import NO_PARAMS, Updates
 
 
@@ -112,9 +113,15 @@ def _reset_if(resets: jax.Array, tx: optax.GradientTransformationExtraArgs, stat
         state,
         transform_non_params=lambda other: jax.tree.map(lambda _: False, other),
     )
-    return jax.tree.map(
-        lambda is_per_param, now, first: jnp.where(resets, first, now) if is_per_param else now,
-        per_param,
-        state,
-        tx.init(params),
-    )
+    return jax.tree.map(functools.partial(_put_back_if, resets), per_param, state, tx.init(params))
+
+
+def _put_back_if(resets: jax.Array, is_per_param: bool, now: Any, first: Any) -> Any:
+    if not is_per_param:
+        return now
+    if jnp.shape(now) != jnp.shape(first):
+        raise ValueError(
+            f"the inner state and what init makes of params differ in shape: {jnp.shape(now)}, {jnp.shape(first)}. In "
+            "shard_map pass of the parameters the piece that belongs to the piece of the state"
+        )
+    return jnp.where(resets, mesh.like(first, now), now)  # on an Explicit mesh parameters may be whole, the state not

@@ -46,16 +46,17 @@ def skip_nonfinite(
 
     Guarantees:
       A step that is left out returns zeros in the dtypes that `inner` returns, and leaves the inner state as it was,
-      bit for bit. Any other step is that of `inner`, bit for bit. However many steps in a row are not finite, none is
-      taken.
+      bit for bit. Any other step is that of `inner`, bit for bit but where the compiler rounds a multiplication and an
+      addition together. However many steps in a row are not finite, none is taken.
 
     Edge cases:
       Gradients of 1e30 are finite: clip them inside, or use `skip_spikes`. Leaves that hold no floats are not looked
       at; in a step that is left out integer updates are zeros too.
 
     Placement:
-      Around everything: `skip_nonfinite(chain(clip_by_global_norm(1.0), adam(1e-3)))`. Inside `optax.MultiSteps` it
-      judges the accumulated gradient, around it every micro-batch.
+      Around everything: `skip_nonfinite(chain(clip_by_global_norm(1.0), adam(1e-3)))`. Around
+      `optax.MultiSteps` it judges every micro-batch. It does not belong inside: optax empties its sum of gradients by a
+      multiplication with 0, and a NaN stays in it, so that no step would be taken again.
 
     Example:
       >>> import jax.numpy as jnp
@@ -115,7 +116,8 @@ def skip_spikes(
       An optax transformation. Its state is a `SkipState`: the inner one, the thresholds' and a few counters.
 
     Guarantees:
-      As `skip_nonfinite`. What is left out does not enter the statistics of the thresholds.
+      As `skip_nonfinite`. What is left out does not enter the statistics of the thresholds, and schedules inside stand
+      still.
 
     Edge cases:
       A step that is not finite, or with `loss_threshold` a loss that is not, is never taken, and counts neither for nor
@@ -185,8 +187,8 @@ def skip_spikes(
         stands_out = finite & (high | high_loss)
         is_open = state.spikes_in_row >= max_consecutive
         rejected = ~finite | (stands_out & ~is_open)
-        # Zeros in place of what is rejected, so that no loop inside has to cope with NaN.
-        fed = jax.tree.map(lambda leaf: _zero_if(rejected, leaf) if sums.is_counted(leaf) else leaf, updates)
+        # Without it XLA sees that Adam's squares are those of the norm, and writes all of them to memory.
+        fed = jax.tree.map(lambda leaf: jax.lax.optimization_barrier(leaf) if sums.is_counted(leaf) else leaf, updates)
         new_updates, inner_state = update_or_hold(
             lambda fed, inner_state: wrapped.update(fed, inner_state, params, **extra_args),
             rejected,

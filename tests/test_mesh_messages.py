@@ -1,0 +1,190 @@
+"""What users are told on a mesh: that "auto" sees nothing where it does, and which gradient is not reduced yet."""
+
+import functools
+import warnings
+
+import jax
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding
+
+import optaxclip as oc
+from tests.meshes import AUTO, EXPLICIT, P
+from tests.table import ROWS, params, tree
+
+each_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+GRADS = {"kernel": np.ones((8, 3), np.float32)}
+BOTH = P(("data", "model"))
+
+
+def update_of(tx):
+    return lambda grads: tx.update(grads, tx.init(grads), grads)[0]
+
+
+def unchecked(tx):
+    return jax.shard_map(update_of(tx), mesh=AUTO, in_specs=BOTH, out_specs=BOTH, check_vma=False)
+
+
+BLIND = {
+    "shard_map": unchecked,
+    "jitted": lambda tx: jax.jit(unchecked(tx)),
+    "pmap": lambda tx: jax.pmap(update_of(tx), axis_name="devices"),
+}
+
+
+def shown(call):
+    """The warnings that users see of a call, with Python's own settings."""
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("default")
+        call()
+    return seen
+
+
+# Where "auto" is blind.
+
+
+@pytest.mark.parametrize("way", BLIND)
+def test_one_warning_where_auto_sees_nothing(way):
+    # Measured at init and at update, by two clippers, in two traces; and called from one line of ours.
+    tx = optax.chain(oc.clip_by_global_norm(1.0), oc.adagc(), optax.sgd(0.1))
+
+    def call():
+        jax.eval_shape(BLIND[way](tx), GRADS)
+        jax.eval_shape(BLIND[way](tx), {"other": GRADS["kernel"]})
+
+    (warning,) = shown(call)
+    assert warning.category is UserWarning
+    assert warning.filename == __file__
+    assert warning.lineno == update_of.__code__.co_firstlineno + 1
+    for word in ("devices" if way == "pmap" else "('data', 'model')", "axes=None", "PartitionSpec", "check_vma=False"):
+        assert word in str(warning.message)
+
+
+def test_another_line_that_calls_is_warned_too():
+    tx = oc.clip_by_global_norm(1.0)
+
+    def update(grads):
+        one = tx.update(grads, tx.init(grads))[0]
+        return tx.update(one, tx.init(grads))[0]
+
+    seen = shown(lambda: jax.eval_shape(jax.pmap(update), GRADS["kernel"]))
+    assert [warning.lineno - update.__code__.co_firstlineno for warning in seen] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        oc.skip_nonfinite,
+        oc.with_carry,
+        lambda tx: optax.MultiSteps(tx, 2),
+        lambda tx: optax.masked(tx, {"kernel": True}),
+        lambda tx: optax.inject_hyperparams(lambda scale: optax.chain(tx, optax.scale(scale)))(scale=1.0),
+    ],
+    ids=["skip_nonfinite", "with_carry", "MultiSteps", "masked", "inject_hyperparams"],
+)
+def test_the_line_is_that_of_the_user_whatever_is_between(wrap):
+    (warning,) = shown(lambda: jax.eval_shape(unchecked(wrap(oc.clip_by_global_norm(1.0))), GRADS))
+    assert warning.filename == __file__
+
+
+@each_row
+def test_every_row_that_looks_for_axes_warns(row):
+    tx, grads, weights = row.make(), tree(0, "float32"), params("float32")
+
+    def update(grads, weights):
+        return tx.update(grads, tx.init(weights), weights)[0]
+
+    blind = jax.shard_map(update, mesh=AUTO, in_specs=P(), out_specs=P(), check_vma=False)
+    seen = shown(lambda: jax.eval_shape(blind, grads, weights))
+    assert len(seen) == (row.public not in NO_AXES)
+
+
+# What looks at each coordinate by itself, or leaves the norms to what it is wrapped around.
+NO_AXES = {"clip", "clip_by_value", "scale_by_acclip", "spam_clip", "zero_nonfinite"}
+
+
+@pytest.mark.parametrize("axes", [None, ("data", "model"), BOTH, {"kernel": P("data")}], ids=repr)
+def test_to_say_what_is_split_is_to_silence_it(axes):
+    assert shown(lambda: unchecked(oc.clip_by_global_norm(1.0, axes=axes))(GRADS)) == []
+
+
+def test_the_norm_itself_warns_too():
+    norm = jax.shard_map(oc.global_norm, mesh=AUTO, in_specs=BOTH, out_specs=P(), check_vma=False)
+    (warning,) = shown(lambda: norm(GRADS))
+    assert "axes=" in str(warning.message)
+
+
+def test_there_is_no_warning_where_the_types_know():
+    update = update_of(oc.clip_by_global_norm(1.0))
+    specs = {"mesh": AUTO, "in_specs": BOTH, "out_specs": BOTH}
+    some = {"mesh": AUTO, "in_specs": P("data"), "out_specs": P("data"), "axis_names": {"data"}}
+    for mapped in (
+        update,
+        jax.jit(update),
+        jax.jit(jax.shard_map(update, **specs)),
+        jax.jit(jax.shard_map(update, **some)),
+    ):
+        assert shown(functools.partial(mapped, GRADS)) == []
+
+
+def test_there_is_no_warning_for_a_named_axis_of_vmap():
+    """One norm per example is what people want there; and it is no axis of a mesh."""
+    assert shown(lambda: jax.vmap(update_of(oc.clip_by_global_norm(1.0)), axis_name="examples")(GRADS)) == []
+
+
+def test_a_partly_manual_shard_map_names_what_is_manual():
+    tx = oc.clip_by_global_norm(1.0)
+    mapped = jax.shard_map(
+        update_of(tx), mesh=AUTO, in_specs=P("model"), out_specs=P("model"), axis_names={"model"}, check_vma=False
+    )
+    (warning,) = shown(lambda: jax.jit(mapped)({"kernel": np.ones((4, 3), np.float32)}))
+    assert "('model',)" in str(warning.message)
+    assert "data" not in str(warning.message)
+
+
+def test_nothing_to_measure_is_nothing_to_warn_of():
+    assert shown(lambda: jax.jit(unchecked(oc.clip_by_global_norm(1.0)))({})) == []
+
+
+# Gradients that are not reduced yet.
+
+
+# Each coordinate by itself, and no state beside it: whatever a device holds can be clipped.
+NOTHING_BESIDE = {"clip", "clip_by_value", "zero_nonfinite"}
+
+
+@each_row
+def test_a_gradient_that_varies_where_its_parameter_does_not(row):
+    tx, weights = row.make(), params("float32")
+    grads = tree(0, "float32")
+    grads["dense"]["kernel"] = np.tile(grads["dense"]["kernel"], (4, 1))  # on each device as large as the parameter
+    specs = {"dense": {"kernel": P("data"), "bias": P()}, "scale": P()}
+
+    def update(grads, state, weights):
+        return tx.update(grads, state, weights)[0]["dense"]["kernel"]
+
+    mapped = jax.shard_map(update, mesh=AUTO, in_specs=(specs, P(), P()), out_specs=P("data"))
+    arguments = grads, tx.init(weights), weights
+    if row.public in NOTHING_BESIDE:
+        assert jax.eval_shape(mapped, *arguments).shape == grads["dense"]["kernel"].shape
+        return
+    with pytest.raises(ValueError, match=r"dense/kernel'.*\('data',\).*has not been reduced yet") as error:
+        jax.eval_shape(mapped, *arguments)
+    assert "bias" not in str(error.value)
+    assert "model" not in str(error.value)
+
+
+def unreduced(mesh, leaf):
+    sharding = NamedSharding(mesh, P(*(None for _ in leaf.shape), unreduced={"data"}))
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+@each_row
+def test_a_gradient_that_an_explicit_mesh_knows_to_be_unreduced(row):
+    tx, weights = row.make(), params("float32")
+    grads = tree(0, "float32")
+    grads["dense"]["kernel"] = unreduced(EXPLICIT, grads["dense"]["kernel"])
+    with pytest.raises(ValueError, match=r"dense/kernel'.*unreduced.*\('data',\).*Reduce it first") as error:
+        jax.eval_shape(tx.update, grads, tx.init(weights), weights)
+    assert "bias" not in str(error.value)
