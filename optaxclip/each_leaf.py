@@ -39,11 +39,15 @@ class _Row:
 
 
 def zeros_like(params: Any, dtype: Any = None) -> Any:
-    """Zeros beside every parameter, in its dtype or in `dtype`; a scalar beside what can't be one."""
+    """Zeros beside every parameter, in its dtype or in `dtype`; a scalar beside what can't be one.
+
+    Beside a complex parameter they are complex, whatever the dtype.
+    """
 
     def zeros(param: Any) -> jax.Array:
         if sums.is_counted(param):
-            return jnp.zeros_like(param, dtype=dtype)
+            is_narrow = dtype is not None and jnp.iscomplexobj(param)
+            return jnp.zeros_like(param, dtype=jnp.promote_types(dtype, jnp.complex64) if is_narrow else dtype)
         is_number = hasattr(param, "dtype") and jnp.issubdtype(param.dtype, jnp.number)
         return jnp.zeros_like(param) if is_number else jnp.zeros((), jnp.int32)
 
@@ -52,8 +56,11 @@ def zeros_like(params: Any, dtype: Any = None) -> Any:
 
 def sizes_like(params: Any, dtype: Any) -> Any:
     """Real zeros beside every parameter."""
-    zeros = zeros_like(params, dtype)
-    return jax.tree.map(lambda leaf: jnp.real(leaf) if jnp.iscomplexobj(leaf) else leaf, zeros)
+
+    def real(leaf: jax.Array) -> jax.Array:
+        return jnp.asarray(jnp.real(leaf), dtype) if jnp.iscomplexobj(leaf) else leaf
+
+    return jax.tree.map(real, zeros_like(params, dtype))
 
 
 def power_mean(one: jax.Array, other: jax.Array, weight: Any, p: float) -> jax.Array:

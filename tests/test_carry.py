@@ -104,9 +104,10 @@ def test_a_wide_carry_keeps_what_16_bits_lose(rng, gradient):
         np.testing.assert_allclose(total, expected, atol=200 * 1.2e-7 * 30)
 
 
-def test_the_carry_of_complex_parameters_is_complex(rng):
+@pytest.mark.parametrize("state_dtype", [None, jnp.float32])
+def test_the_carry_of_complex_parameters_is_complex(rng, state_dtype):
     given = [tree(rng, "complex64", scale) for scale in (5.0, 0.1, 0.1)]
-    outs, _, state = drive(oc.with_carry(oc.clip(0.5)), given)
+    outs, _, state = drive(oc.with_carry(oc.clip(0.5), state_dtype=state_dtype), given)
     for key in SHAPES:
         total = wide(outs[key]).sum(0) + wide(state.carry[key])
         np.testing.assert_allclose(total, np.stack([wide(grads[key]) for grads in given]).sum(0), rtol=1e-5)

@@ -459,6 +459,7 @@ def test_parameters_are_optional_where_they_are_not_needed(row):
     chex.assert_trees_all_close(without, first_step(row, updates, weights)[0], rtol=1e-6)
 
 
+@pytest.mark.slow
 @rows()
 def test_vmap_equals_a_loop(row):
     weights = params("float32")
@@ -565,6 +566,7 @@ def gradient(row):
     return jax.jit(jax.grad(fun, argnums=(0, 1)))
 
 
+@pytest.mark.slow
 @rows()
 def test_derivatives_at_zero_gradients_are_finite(row):
     weights = params("float32")

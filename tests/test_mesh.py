@@ -159,6 +159,7 @@ def numpy_norm(tree, ord):
 # shard_map: axes found in the types, named, or given as PartitionSpecs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NORM_CLIPPERS)
 def test_shard_map_equals_one_device(name):
     updates = sharded_update(name)(GRADS, PARAMS)
@@ -309,6 +310,7 @@ def test_optax_clips_each_device_by_its_own_norm(mapped):
 # Units and stacked layers: by PartitionSpec, or not at all
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("name", UNIT_CLIPPERS)
 def test_units_with_partition_specs(name, check_vma):

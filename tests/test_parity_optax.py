@@ -31,6 +31,7 @@ def random_bound(rng, norm):
     return float(norm * 10 ** rng.uniform(-3, 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", range(BLOCKS))
 def test_two_hundred_random_trees(rng, block):
     del block  # the rng differs by it
@@ -44,6 +45,7 @@ def test_two_hundred_random_trees(rng, block):
         assert_agree(oc.clip_by_block_rms(bound), optax.clip_by_block_rms(bound), updates)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", range(BLOCKS))
 def test_two_hundred_random_trees_agc(rng, block):
     del block

@@ -352,6 +352,7 @@ def on_mesh(tx, sequence, *, check_vma):
     return state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("kind", CLIPPERS)
 def test_every_device_records_the_same(rng, kind, check_vma):
