@@ -44,6 +44,13 @@ def bound(name: str, value: Any, *, signed: bool = False, finite: bool = False, 
             raise ValueError(f"{name} must be finite, got {leaf!r}")
 
 
+def transformation(name: str, value: Any) -> None:
+    """An optax transformation, or what is used like one."""
+    if not (callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))):
+        hint = "; call it first" if callable(value) else ""
+        raise ValueError(f"{name} must be an optax transformation, got {value!r}{hint}")
+
+
 def number(
     name: str,
     value: Any,

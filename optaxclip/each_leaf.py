@@ -46,8 +46,9 @@ def zeros_like(params: Any, dtype: Any = None) -> Any:
 
     def zeros(param: Any) -> jax.Array:
         if sums.is_counted(param):
-            is_narrow = dtype is not None and jnp.iscomplexobj(param)
-            return jnp.zeros_like(param, dtype=jnp.promote_types(dtype, jnp.complex64) if is_narrow else dtype)
+            if dtype is None or not jnp.iscomplexobj(param):
+                return jnp.zeros_like(param, dtype=dtype)
+            return jnp.zeros_like(param, dtype=jnp.promote_types(dtype, jnp.complex64))
         is_number = hasattr(param, "dtype") and jnp.issubdtype(param.dtype, jnp.number)
         return jnp.zeros_like(param) if is_number else jnp.zeros((), jnp.int32)
 

@@ -235,6 +235,13 @@ def _steps_up_to_the_caller() -> int:
     return max(steps, 1)
 
 
+def _refuse_unknown(name: str) -> None:
+    """Raises for a name that no axis of the mesh has where one is bound: each device would be left to itself."""
+    here = jax.sharding.get_abstract_mesh()
+    if here.manual_axes and name not in here.axis_names:
+        raise ValueError(f"axes={name!r} is no axis of the mesh, which has {here.axis_names}")
+
+
 class _Tracked:
     """Which axis names are bound here, and whether the types track them; asked once per name."""
 
@@ -247,6 +254,7 @@ class _Tracked:
                 # Where variation is tracked, a device's own index varies over its axis.
                 self.known[name] = name in varying(jax.lax.axis_index(name))
             except NameError:
+                _refuse_unknown(name)
                 self.known[name] = None
         return self.known[name]
 
@@ -259,7 +267,8 @@ class _Tracked:
 def _is_names(axes: Any) -> bool:
     if isinstance(axes, str):
         return True
-    return isinstance(axes, tuple) and not _is_spec(axes) and bool(axes) and all(isinstance(n, str) for n in axes)
+    several = isinstance(axes, tuple | list) and not _is_spec(axes)
+    return several and bool(axes) and all(isinstance(name, str) for name in axes)
 
 
 def _is_spec(value: Any) -> bool:

@@ -323,6 +323,21 @@ def test_from_state_wants_to_know_which_of_several_records():
             diagnostics.from_state(state, place=place)
 
 
+def test_from_state_wants_to_know_which_of_several_groups():
+    tx = optaxclip.clip_by_leaf_norm(1.0, record=3)
+    _, state = tx.update({"a": np.float32([3, 4]), "b": np.float32([2])}, tx.init({"a": np.zeros(2), "b": np.zeros(1)}))
+    np.testing.assert_allclose(diagnostics.from_state(state, group="b"), [2])
+    for group in ("", "c"):
+        with pytest.raises(ValueError, match=r"group must be one of 'a', 'b', or record the global norm"):
+            diagnostics.from_state(state, group=group)
+
+
+@pytest.mark.parametrize("norms", [{"clip_norm": 1.0}, [np.ones(2), np.ones(3)], optaxclip.clip_by_global_norm])
+def test_what_is_no_vector_is_told_where_to_go(norms):
+    with pytest.raises(ValueError, match=r"vector of real numbers.*from_state\(opt_state\)"):
+        diagnostics.advise(norms)
+
+
 def test_from_state_without_a_record():
     with pytest.raises(ValueError, match=r"record=k"):
         diagnostics.from_state(recorded([1], optaxclip.clip_by_global_norm(1.0)))

@@ -570,3 +570,21 @@ def test_a_state_from_elsewhere_is_refused(case):
     tx, state, message = STRAY[case]
     with pytest.raises(ValueError, match=message):
         jax.jit(tx.update)(updates(), state())
+
+
+@pytest.mark.parametrize(
+    "wrapper",
+    [
+        oc.skip_nonfinite,
+        lambda inner: oc.skip_spikes(inner, oc.thresholds.constant(1.0)),
+        oc.with_carry,
+        oc.reset_state_every,
+        oc.as_function,
+    ],
+    ids=["skip_nonfinite", "skip_spikes", "with_carry", "reset_state_every", "as_function"],
+)
+def test_what_is_wrapped_must_be_a_transformation(wrapper):
+    with pytest.raises(ValueError, match=r"must be an optax transformation, got 1\.0$"):
+        wrapper(1.0)
+    with pytest.raises(ValueError, match=r"must be an optax transformation, got <function clip.*; call it first"):
+        wrapper(oc.clip)

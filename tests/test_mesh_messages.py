@@ -188,3 +188,22 @@ def test_a_gradient_that_an_explicit_mesh_knows_to_be_unreduced(row):
     with pytest.raises(ValueError, match=r"dense/kernel'.*unreduced.*\('data',\).*Reduce it first") as error:
         jax.eval_shape(tx.update, grads, tx.init(weights), weights)
     assert "bias" not in str(error.value)
+
+
+# Names that are no axis.
+
+
+@pytest.mark.parametrize("axes", ["dat", ("data", "dat"), P("dat"), ["dat"]], ids=str)
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_a_misspelt_axis_raises_where_there_are_others(axes, check_vma):
+    tx = oc.clip_by_global_norm(1.0, axes=axes)
+    mapped = jax.shard_map(update_of(tx), mesh=AUTO, in_specs=BOTH, out_specs=BOTH, check_vma=check_vma)
+    with pytest.raises(ValueError, match=r"axes='dat' is no axis of the mesh, which has \('data', 'model'\)"):
+        jax.eval_shape(mapped, GRADS)
+
+
+def test_a_list_of_names_is_as_good_as_a_tuple():
+    def norm(axes):
+        return jax.shard_map(lambda grads: oc.global_norm(grads, axes=axes), mesh=AUTO, in_specs=BOTH, out_specs=P())
+
+    np.testing.assert_array_equal(norm(["data", "model"])(GRADS), norm(("data", "model"))(GRADS))

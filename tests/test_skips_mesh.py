@@ -242,3 +242,19 @@ def test_no_collective_under_a_branch_with_a_clipper_and_adam_inside():
     text = mapped(tx).lower(GIVEN[0], tx.init(PARAMS), PARAMS).compile().as_text()
     assert collectives_under_branches(text) == []
     assert len(collectives(text)) <= 4
+
+
+@pytest.mark.parametrize("losses", [(0.5, 5.0), (0.5, np.nan), (np.inf, 0.5)], ids=str)
+def test_devices_with_losses_of_their_own_decide_alike(losses):
+    tx = oc.skip_spikes(
+        optax.sgd(0.1), thresholds.constant(9.0), loss_threshold=thresholds.constant(1.0), axes="device"
+    )
+    state = tx.init({"w": jnp.zeros(())})
+
+    def step(grad, loss):
+        return tx.update({"w": grad}, state, value=loss)
+
+    updates, states = jax.pmap(step, axis_name="device", devices=jax.devices()[:2])(jnp.ones(2), jnp.asarray(losses))
+    np.testing.assert_array_equal(updates["w"], [0, 0])
+    reason = "skipped_loss" if np.isfinite(losses).all() else "skipped_nonfinite"
+    np.testing.assert_array_equal(getattr(states.skip_stats, reason), [1, 1])

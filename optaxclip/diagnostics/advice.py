@@ -67,7 +67,7 @@ def advise(norms: Any) -> Advice:
     At a tenth of its learning rate bounds far below the median trained best (`python -m tests.benchmarks.advice`).
 
     Args:
-      norms: a history of norms, a vector or list, one per step; infinite and NaN ones may be among them.
+      norms: a history of global norms, a vector or list, one per step; infinite and NaN ones may be among them.
 
     Returns:
       An `Advice`. Bounds have two significant digits.

@@ -20,9 +20,15 @@ def checked(norms: Any) -> np.ndarray:
     Raises:
       ValueError: if it has not one dimension, is not real, or has a negative number in it.
     """
-    history = np.asarray(norms)
+    try:
+        history = np.asarray(norms)
+    except ValueError:
+        history = np.empty((), object)  # a tree of arrays, refused below
     if history.ndim != 1 or not (history.dtype.kind in "fiu" or history.dtype.name == "bfloat16"):
-        raise ValueError(f"norms must be a vector of real numbers, got shape {history.shape} of {history.dtype}")
+        raise ValueError(
+            f"norms must be a vector of real numbers, got shape {history.shape} of {history.dtype}; "
+            "from_state(opt_state) takes them out of an optimizer's state"
+        )
     history = history.astype(np.float64)
     if (history < 0).any():
         place = int(np.argmax(history < 0))
@@ -158,22 +164,23 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(map(repr, names))
 
 
-def from_state(opt_state: Any, *, place: str = "") -> np.ndarray:
+def from_state(opt_state: Any, *, place: str = "", group: str = "") -> np.ndarray:
     """The norms that a clipper with `record=` has in an optimizer's state: the last k steps, oldest first.
 
-    They are measured before the clip, so they can be judged whatever was clipped. Of a clipper with several groups it
-    is at each step the norm of the group furthest outside its band; see `clip_stats`. Choose k as large as the number
-    of steps: the first ones tell `advise` whether the run exploded.
+    They are measured before the clip, so they can be judged whatever was clipped. `advise` recommends a bound for the
+    global norm: record that one, if need be by `clip_by_global_norm(inf, record=k)`. Choose k as large as the number of
+    steps: the first ones tell `advise` whether the run exploded.
 
     Args:
       opt_state: the state of any chain, wrapper or nesting of these.
       place: which record is meant where there are several, as `clip_stats` leads its keys: "0" for "0/clip_norm".
+      group: the path of one group, a leaf say, where the record has several.
 
     Returns:
       A vector of up to k floats.
 
     Raises:
-      ValueError: if there is no record, or several and no such place.
+      ValueError: if there is no record; if there are several and no such place, or several groups and no such group.
 
     Example:
       >>> import jax.numpy as jnp
@@ -185,15 +192,23 @@ def from_state(opt_state: Any, *, place: str = "") -> np.ndarray:
       >>> print(optaxclip.diagnostics.from_state(state))
       [0.5 5. ]
     """
-    found = clip_stats(opt_state, history=True)
+    found = clip_stats(opt_state, per_group=True, history=True)
     records = {name.removesuffix(RECORD).removesuffix("/"): each for name, each in found.items() if _is_record(name)}
     if not records:
         raise ValueError("there is no record in this state: build the clipper with record=k, for the last k steps")
-    if place in records:
-        return records[place]
     if not place and len(records) == 1:
-        return next(iter(records.values()))
-    raise ValueError(f"no record at {place!r}; place must be one of {_listed(records)}")
+        place = next(iter(records))
+    if place not in records:
+        raise ValueError(f"no record at {place!r}; place must be one of {_listed(records)}")
+    lead = f"{place}/{RECORD}/" if place else f"{RECORD}/"
+    groups = {name.removeprefix(lead): each for name, each in found.items() if name.startswith(lead)}
+    if not group and len(groups) < 2:
+        return records[place]
+    if group not in groups:
+        raise ValueError(
+            f"no group {group!r} in this record; group must be one of {_listed(groups)}, or record the global norm"
+        )
+    return groups[group]
 
 
 def _is_record(name: str) -> bool:

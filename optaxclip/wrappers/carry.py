@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip import mesh, sums
+from optaxclip import checks, mesh, sums
 from optaxclip.core import Updates, drop_missing, fill_missing
 from optaxclip.each_leaf import each_leaf, zeros_like
 
@@ -55,6 +55,9 @@ def with_carry(
       In place of the clipper: `chain(with_carry(clip(1.0)), sgd(1e-3))`. The proofs are for coordinates and for norms,
       and for plain gradient descent.
 
+    Raises:
+      ValueError: if `inner` is no transformation; at update, if a gradient inside `shard_map` has not been reduced yet.
+
     Example:
       >>> import jax.numpy as jnp
       >>> import optaxclip
@@ -77,6 +80,7 @@ def with_carry(
     See also:
       `clip`, `clip_by_global_norm`.
     """
+    checks.transformation("inner", inner)
     wrapped = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> CarryState:

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import optax
 
+from optaxclip import checks
 from optaxclip.core import Updates
 
 
@@ -23,7 +24,7 @@ def as_function(tx: optax.GradientTransformation, params: Any = None) -> Callabl
       A function `gradients -> updates`.
 
     Raises:
-      ValueError: when called, if `tx` has a state, which a function would forget.
+      ValueError: if `tx` is no transformation; when called, if it has a state, which a function would forget.
 
     Example:
       >>> import jax
@@ -37,6 +38,7 @@ def as_function(tx: optax.GradientTransformation, params: Any = None) -> Callabl
     See also:
       `clip_by` with `axes=None`, for examples that are spread over the devices of a `shard_map`.
     """
+    checks.transformation("tx", tx)
 
     def apply(updates: Updates) -> Updates:
         state = tx.init(updates if params is None else params)

@@ -50,7 +50,8 @@ def reset_state_every(
       `optax.tree.map_params` says.
 
     Placement:
-      Around the optimizer. SPAM is `chain(spam_clip(period=500), reset_state_every(adam(learning_rate), 500))`.
+      Around the optimizer, and inside `optax.MultiSteps`: around that it would empty the sum of gradients, too. SPAM is
+      `chain(spam_clip(period=500), reset_state_every(adam(learning_rate), 500))`.
 
     Raises:
       ValueError: if `period` is less than 1 or `warmup_steps` negative; at update, without `params`.
@@ -76,6 +77,7 @@ def reset_state_every(
     See also:
       `spam_clip`, `adaptive_spike_clip`.
     """
+    checks.transformation("inner", inner)
     checks.whole("period", period)
     checks.whole("warmup_steps", warmup_steps, at_least=0)
     wrapped = optax.with_extra_args_support(inner)

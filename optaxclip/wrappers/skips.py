@@ -1,6 +1,6 @@
 """Steps that are not taken: those that are not finite, and those that stand out."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -56,7 +56,9 @@ def skip_nonfinite(
     Placement:
       Around everything: `skip_nonfinite(chain(clip_by_global_norm(1.0), adam(1e-3)))`. Around
       `optax.MultiSteps` it judges every micro-batch. It does not belong inside: optax empties its sum of gradients by a
-      multiplication with 0, and a NaN stays in it, so that no step would be taken again.
+      multiplication with 0, and a NaN stays in it, so that no step would be taken again. A clipper inside with
+      `record=` has seen only the steps that were taken; to record all of them, put one in front that bounds nothing:
+      `chain(clip_by_leaf_norm(jnp.inf, record=100), skip_nonfinite(...))`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -104,10 +106,13 @@ def skip_spikes(
     Args:
       inner: the optimizer, or any transformation.
       threshold: from `optaxclip.thresholds`. A step stands out if some norm is above the upper end of its band; the
-        lower end plays no role.
+        lower end plays no role. `mean_std` and `zscore` with many deviations, and `constant`, are made for it. A
+        quantile, or a small ratio, of what was *taken* shuts out more and more of the ordinary steps, and `smooth` all
+        of them.
       norm: what is measured, from `optaxclip.norms`.
-      loss_threshold: a threshold for the loss, which then arrives as `tx.update(grads, state, params, value=loss)`. One
-        made for norms takes the loss for a number of at least 0.
+      loss_threshold: a threshold for the loss, which then arrives as `tx.update(grads, state, params, value=loss)`, the
+        same on all devices. The loss must be positive, as a cross entropy is: one of 0 or less is not judged, and does
+        not enter the statistics.
       max_consecutive: after so many finite steps left out in a row, those that stand out are taken, and enter the
         statistics, until one does not stand out. At least 0; 20 is long for a spike and short for a new level.
       axes: over which mesh axes the leaves are split; see `clip_by`. All devices take the same decision.
@@ -125,7 +130,8 @@ def skip_spikes(
       threshold warms up its band is open, and every finite step is taken.
 
     Placement:
-      Around everything: `skip_spikes(chain(clip_by_global_norm(1.0), adam(1e-3)), thresholds.mean_std(6.0))`.
+      Around everything: `skip_spikes(chain(clip_by_global_norm(1.0), adam(1e-3)), thresholds.mean_std(6.0))`. As with
+      `skip_nonfinite`, a recorder belongs in front.
 
     Raises:
       ValueError: if an argument is something else; at update, if `loss_threshold` is there and `value` is not, or is no
@@ -155,6 +161,7 @@ def skip_spikes(
     See also:
       `skip_nonfinite`; `clip_by_history` and `zclip`, which shrink such steps instead.
     """
+    checks.transformation("inner", inner)
     checks.instance("threshold", threshold, Threshold, "thresholds.mean_std(6.0)")
     checks.instance("norm", norm, Norm, "norms.global_norm()")
     if loss_threshold is not None:
@@ -180,7 +187,7 @@ def skip_spikes(
         finite, high = jnp.isfinite(whole), _is_any_above(judged)
         high_loss, loss_state = jnp.zeros_like(finite), state.loss_threshold_state
         if loss_threshold is not None:
-            loss = _loss(extra_args)
+            loss = _loss(extra_args, judged.splits)
             finite &= jnp.isfinite(loss)
             high_loss, loss_state = _is_loss_above(loss, loss_threshold, loss_state, extra_args)
 
@@ -226,7 +233,7 @@ def _is_any_above(judged: core.Judged) -> jax.Array:
     return (jax.lax.pmax(found, axes) if axes and any(x.ndim for x in jax.tree.leaves(above)) else found) > 0
 
 
-def _loss(extra_args: Mapping[str, Any]) -> jax.Array:
+def _loss(extra_args: Mapping[str, Any], splits: Sequence[mesh.Split]) -> jax.Array:
     if extra_args.get("value") is None:
         raise ValueError("loss_threshold needs the loss: call tx.update(updates, state, params, value=loss)")
     loss = jnp.asarray(extra_args["value"])
@@ -237,7 +244,11 @@ def _loss(extra_args: Mapping[str, Any]) -> jax.Array:
             f"value differs between the devices along mesh axes {tuple(sorted(names))}, so they would not all skip the "
             "same steps: pass jax.lax.pmean(loss, axes)"
         )
-    return loss.astype(jnp.float32)
+    loss = loss.astype(jnp.float32)
+    # Where the types do not say whether the devices have the same loss, the largest makes sure that they decide alike.
+    # It may lose a NaN, but no infinity.
+    axes = mesh.may_vary_over(loss, splits)
+    return jax.lax.pmax(jnp.where(jnp.isnan(loss), jnp.inf, loss), axes) if axes else loss
 
 
 def _is_loss_above(
