@@ -313,7 +313,8 @@ def test_a_scan_with_everything_donated_twice_equals_a_loop(row):
     state = tx.init(weights)
     for i, batch in enumerate(batches):
         outs, state, weights = run(stack(batch), state, weights)
-        chex.assert_trees_all_close(outs, stack(expected[2 * i : 2 * i + 2]), rtol=1e-6)
+        # Gradients are of order 1, and a carry added to one may cancel most of it.
+        chex.assert_trees_all_close(outs, stack(expected[2 * i : 2 * i + 2]), rtol=1e-6, atol=1e-7)
     # Norms are of order 1, and a standard deviation is a difference of them.
     chex.assert_trees_all_close(state, loop_state, rtol=1e-6, atol=1e-6)
 
