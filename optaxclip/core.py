@@ -143,8 +143,8 @@ def clip_by(
         filled = fill_missing(updates, params)
         recorder.require_state(state, RecordedState, length)
         before = state.threshold_state if length else state
-        clipped, judged = into_band(norm, threshold, filled, before, params, axes, extra_args)
-        after = judged.state
+        judged = judge(norm, threshold, filled, before, params, axes, extra_args)
+        clipped, after = norm.scale(filled, judged.norms, judged.permitted), judged.state
         if length:
             measured = (judged.norms, judged.limits, judged.permitted)
             after = RecordedState(after, recorder.advance(state.clip_stats, *measured, filled, judged.splits))
@@ -194,20 +194,6 @@ def judge(
     return Judged(norms, limits, permitted, state, splits)
 
 
-def into_band(
-    norm: Norm,
-    threshold: Threshold,
-    updates: Updates,
-    state: State,
-    params: Any,
-    axes: mesh.Axes,
-    extra_args: Mapping[str, Any] = MappingProxyType({}),
-) -> tuple[Updates, Judged]:
-    """One step of `clip_by`: judges, and brings every group into its band."""
-    judged = judge(norm, threshold, updates, state, params, axes, extra_args)
-    return norm.scale(updates, judged.norms, judged.permitted), judged
-
-
 def require_params(updates: Updates, params: Any) -> None:
     """Raises ValueError unless there are parameters, of the structure and shapes of the updates."""
     if params is None:
@@ -231,13 +217,9 @@ def upper_end(norm: jax.Array, upper: Any) -> jax.Array:
     return upper + jnp.zeros_like(norm)  # of the shape and sharding of the norms
 
 
-def _is_none(leaf: Any) -> bool:
-    return leaf is None
-
-
 def fill_missing(updates: Updates, params: Any) -> Updates:
     """Zero gradients where `updates` has None and the parameters have leaves, so that groups and states fit."""
-    if params is None or not any(map(_is_none, jax.tree.leaves(updates, is_leaf=_is_none))):
+    if params is None or not any(map(leaves.is_none, jax.tree.leaves(updates, is_leaf=leaves.is_none))):
         return updates
 
     def zeros(param: Any) -> Any:
@@ -246,9 +228,9 @@ def fill_missing(updates: Updates, params: Any) -> Updates:
     def fill(update: Any, param: Any) -> Any:
         return jax.tree.map(zeros, param) if update is None else update
 
-    return jax.tree.map(fill, updates, params, is_leaf=_is_none)
+    return jax.tree.map(fill, updates, params, is_leaf=leaves.is_none)
 
 
 def drop_missing(updates: Updates, filled: Updates) -> Updates:
     """`filled`, with None where `updates` has it."""
-    return jax.tree.map(lambda old, new: None if old is None else new, updates, filled, is_leaf=_is_none)
+    return jax.tree.map(lambda old, new: None if old is None else new, updates, filled, is_leaf=leaves.is_none)

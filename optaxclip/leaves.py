@@ -27,7 +27,7 @@ def values(name: str, value: Any, tree: Any) -> list[Any]:
         return []
     if callable(value):
         return [value(path) for path in paths(tree)]
-    boxes = jax.tree.map(_Box, value, is_leaf=_is_none)
+    boxes = jax.tree.map(_Box, value, is_leaf=is_none)
     return [box.value for box in jax.tree.leaves(broadcast(f"{name} does not fit the updates", boxes, tree))]
 
 
@@ -79,5 +79,6 @@ class _Box:
     value: Any
 
 
-def _is_none(value: Any) -> bool:
+def is_none(value: Any) -> bool:
+    """What `is_leaf` says where a None is a leaf."""
     return value is None

@@ -8,7 +8,7 @@ import optax
 
 from optaxclip import bounds, checks, mesh, norms, sums, thresholds
 from optaxclip.bounds import Bound
-from optaxclip.core import Judged, Threshold, Updates, drop_missing, fill_missing, into_band
+from optaxclip.core import Judged, Threshold, Updates, drop_missing, fill_missing, judge
 from optaxclip.each_leaf import each_leaf, zeros_like
 
 
@@ -203,7 +203,9 @@ def mixed_clip(
 def _clip_together(
     threshold: Threshold, updates: Updates, state: Any, params: Any, axes: mesh.Axes
 ) -> tuple[Updates, Judged]:
-    return into_band(norms.global_norm(), threshold, updates, state, params, axes)
+    norm = norms.global_norm()
+    judged = judge(norm, threshold, updates, state, params, axes)
+    return norm.scale(updates, judged.norms, judged.permitted), judged
 
 
 def _average(updates: Updates, average: Updates, decay: Any) -> Updates:

@@ -45,21 +45,23 @@ def main(argv: Sequence[str]) -> int:
     Raises:
       SystemExit: with code 2, after one line on stderr, if the input is bad.
     """
-    asked = _parser().parse_args(argv, Asked())
+    parser = _parser()
+    asked = parser.parse_args(argv, Asked())
     try:
         norms = diagnostics.read_csv(asked.norms, clipper=asked.clipper)
+        advice = diagnostics.advise(norms)
         if asked.out is None:
-            print(report(norms))
+            print(_report(norms, advice))
         else:
-            _write(norms, asked.out)
+            _write(norms, advice, asked.out)
     except (ValueError, ImportError, FolderError) as error:
-        _parser().error(str(error))
+        parser.error(str(error))
     return 0
 
 
-def report(norms: np.ndarray) -> str:
+def _report(norms: np.ndarray, advice: Advice) -> str:
     """Summary, candidate bounds and advice, as plain text."""
-    found, advice = diagnostics.summary(norms), diagnostics.advise(norms)
+    found = diagnostics.summary(norms)
     return "\n\n".join([_summary(found), _candidates(found, advice.bound), _advice(advice)])
 
 
@@ -81,13 +83,12 @@ def _parser() -> Parser:
     return made
 
 
-def _write(norms: np.ndarray, out: Path) -> None:
+def _write(norms: np.ndarray, advice: Advice, out: Path) -> None:
     """Draws, then prints: nothing is printed where matplotlib is missing or the folder can't be written to."""
     require_matplotlib()
     with folder(out, (FIGURE,)) as write:
-        text, bound = report(norms), diagnostics.advise(norms).bound
-        write(lambda unfinished: diagnostics.plot(norms, unfinished / FIGURE, bound=bound))
-        print(f"{text}\n\nFigure: {FIGURE} in {str(out)!r}")
+        write(lambda unfinished: diagnostics.plot(norms, unfinished / FIGURE, bound=advice.bound))
+        print(f"{_report(norms, advice)}\n\nFigure: {FIGURE} in {str(out)!r}")
 
 
 def _summary(found: Summary) -> str:

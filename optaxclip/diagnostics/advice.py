@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from optaxclip.diagnostics.histories import checked, ordinary
+from optaxclip.diagnostics.histories import checked, ordinary_norms
 from optaxclip.diagnostics.summaries import WINDOW, Summary, summary, tail
 
 FEWEST = WINDOW  # ordinary norms, of which the window of the spikes wants as many
@@ -116,7 +116,7 @@ def _count(found: Summary) -> int:
 
 def _last_before_explosion(history: np.ndarray) -> int:
     """The last step whose norm is finite and not far above the first ones; a few at the end are no explosion."""
-    positive = history[ordinary(history)]
+    positive = ordinary_norms(history)
     if not len(positive):
         return len(history)
     level = EXPLOSION * positive[:FIRST].min()
@@ -135,7 +135,7 @@ def _rounded(bound: float) -> float:
 
 def _too_little(found: Summary) -> Advice | None:
     """What to do where the history tells nothing, or None where it does."""
-    positive = found.norms[ordinary(found.norms)]
+    positive = ordinary_norms(found.norms)
     if len(positive) < FEWEST or len(positive) < LEAST_SHARE * found.steps:
         why = (
             f"The history does not tell: of {found.steps} steps {found.nonfinite} are not finite and {found.zeros} are "
@@ -161,7 +161,7 @@ def _explosion(found: Summary, history: np.ndarray) -> str:
 
 
 def _first(found: Summary) -> float:
-    return float(np.median(found.norms[ordinary(found.norms)][:FIRST]))
+    return float(np.median(ordinary_norms(found.norms)[:FIRST]))
 
 
 def _short_before_explosion(found: Summary, history: np.ndarray) -> Advice:
@@ -185,8 +185,7 @@ def _growing(found: Summary, history: np.ndarray) -> Advice:
 
 def _by_shape(found: Summary) -> Advice:
     """The rules for a history that is long enough: tail, drift, spikes."""
-    others = np.delete(found.norms, np.subtract(found.spikes, 1).astype(int))
-    others = others[ordinary(others)]
+    others = ordinary_norms(np.delete(found.norms, np.subtract(found.spikes, 1).astype(int)))
     top, median = float(np.percentile(others, 99)), float(np.median(others))
     apart = bool(found.spikes) and _is_apart(found, top)
     if found.tail_interval[1] < 1:

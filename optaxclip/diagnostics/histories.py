@@ -218,3 +218,8 @@ def _is_record(name: str) -> bool:
 def ordinary(history: np.ndarray) -> np.ndarray:
     """Which steps have a norm that is finite and positive."""
     return np.isfinite(history) & (history > 0)
+
+
+def ordinary_norms(history: np.ndarray) -> np.ndarray:
+    """The norms that are finite and positive, in order."""
+    return history[ordinary(history)]

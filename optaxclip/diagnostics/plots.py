@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from optaxclip.diagnostics.histories import ordinary
+from optaxclip.diagnostics.histories import ordinary, ordinary_norms
 from optaxclip.diagnostics.summaries import Summary, summary
 
 INK, MARK, BAND = "#202020", "#c51b00", "#a6bddb"
@@ -50,7 +50,7 @@ def plot(norms: Any, file: Path | str, bound: float | None = None) -> None:
       PNG
     """
     found = summary(norms)
-    if not ordinary(found.norms).any():
+    if not len(ordinary_norms(found.norms)):
         raise ValueError("there is no finite, positive norm to draw")
     require_matplotlib()
     # Not pyplot, which looks for a screen and keeps every figure: a plain Figure draws PNGs with Agg.
@@ -77,7 +77,7 @@ def require_matplotlib() -> None:
 
 def _top(found: Summary, bound: float | None) -> float:
     """Where the axes end. A norm of 1e25 would squeeze all others into a line, so what is far larger is drawn there."""
-    positive = found.norms[ordinary(found.norms)]
+    positive = ordinary_norms(found.norms)
     wanted = 0.0 if bound is None or not math.isfinite(bound) else 10 * bound
     return float(min(positive.max(), max(BEYOND * np.quantile(positive, 0.95), wanted)))
 
@@ -113,7 +113,7 @@ def _hatch(axes: Any, lost: np.ndarray) -> None:
 
 
 def _draw_histogram(axes: Any, found: Summary, bound: float | None, top: float) -> None:
-    logs = np.log10(np.minimum(found.norms[ordinary(found.norms)], top))
+    logs = np.log10(np.minimum(ordinary_norms(found.norms), top))
     bins = int(np.clip(2 * math.sqrt(len(logs)), 10, 80))
     axes.hist(logs, bins=bins, color=BAND, edgecolor=INK, linewidth=0.4)
     axes.set_yscale("log")
@@ -124,7 +124,7 @@ def _draw_histogram(axes: Any, found: Summary, bound: float | None, top: float) 
 
 
 def _draw_share(axes: Any, found: Summary, bound: float | None, top: float) -> None:
-    positive = np.sort(np.minimum(found.norms[ordinary(found.norms)], top))
+    positive = np.sort(np.minimum(ordinary_norms(found.norms), top))
     bounds = np.concatenate([[positive[0] / 2], positive, [2 * top]])
     axes.step(bounds, 100 * found.clipped_share(bounds), where="post", color=INK, linewidth=1.0)
     axes.set_xscale("log")

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip import checks, mesh, sums
+from optaxclip import checks, leaves, mesh, sums
 from optaxclip.core import Updates, drop_missing, fill_missing
 from optaxclip.each_leaf import each_leaf, zeros_like
 
@@ -107,7 +107,7 @@ def _where_missing(updates: Updates, then: Any, otherwise: Any) -> Any:
         updates,
         then,
         otherwise,
-        is_leaf=lambda x: x is None,
+        is_leaf=leaves.is_none,
     )
 
 

@@ -224,13 +224,14 @@ _LOSS = jax.ShapeDtypeStruct((), jnp.float32)
 
 def _is_any_above(judged: core.Judged) -> jax.Array:
     """Whether some norm, on any device, is above its limit."""
-    above = groups.over_groups(lambda norm, limit: norm > limit, judged.norms, judged.limits)
+    above = jax.tree.leaves(groups.over_groups(lambda norm, limit: norm > limit, judged.norms, judged.limits))
     found = jnp.zeros((), jnp.int32)
-    for each in jax.tree.leaves(above):
-        one = jnp.any(each).astype(jnp.int32)
-        found = jnp.maximum(found, one)
-    axes = mesh.may_vary_over(found, judged.splits)
-    return (jax.lax.pmax(found, axes) if axes and any(x.ndim for x in jax.tree.leaves(above)) else found) > 0
+    for each in above:
+        found = jnp.maximum(found, jnp.any(each).astype(jnp.int32))
+    if any(each.ndim for each in above):  # units, which may lie on different devices
+        axes = mesh.may_vary_over(found, judged.splits)
+        found = jax.lax.pmax(found, axes) if axes else found
+    return found > 0
 
 
 def _loss(extra_args: Mapping[str, Any], splits: Sequence[mesh.Split]) -> jax.Array:
