@@ -1,7 +1,9 @@
 """Benchmarks: one script per claim. Each is run from the repository root with `python -m tests.benchmarks.<name>`."""
 
+import json
 import platform
 from pathlib import Path
+from typing import Any
 
 import jax
 import jaxlib
@@ -18,6 +20,17 @@ def environment() -> dict[str, str]:
         "jaxlib": jaxlib.__version__,
         "optax": optax.__version__,
     }
+
+
+def show_environment() -> None:
+    """Prints it, on one line."""
+    print(*(f"{key} {value}" for key, value in environment().items()), sep=", ", flush=True)
+
+
+def write_json(file: Path | None, **found: Any) -> None:
+    """Writes what was found, and the environment, to a file if one is wanted."""
+    if file:
+        file.write_text(json.dumps({"environment": environment(), **found}, indent=2) + "\n")
 
 
 def _processor() -> str:

@@ -16,7 +16,6 @@ With --gpt2 a program is a step of Adam behind the clipper on the whole tree (14
 """
 
 import argparse
-import json
 import random
 import statistics
 import time
@@ -30,7 +29,7 @@ import numpy as np
 
 import optaxclip
 from optaxclip import clip_by, norms, thresholds
-from tests.benchmarks import environment, gpt2, overhead
+from tests.benchmarks import gpt2, overhead, show_environment, write_json
 
 LEAVES = 148
 STEPS = 10  # per timing
@@ -65,14 +64,13 @@ CLIPPERS = {
 
 def main() -> None:
     args = parse_arguments()
-    print(*(f"{key} {value}" for key, value in environment().items()), sep=", ")
+    show_environment()
     results: dict[str, Any] = {kind: measure(norm, args.repeats) for kind, norm in NORMS.items()}
     show(results)
     if args.gpt2:
         results["GPT-2 small"] = measure_gpt2(args.repeats)
         show_gpt2(results["GPT-2 small"])
-    if args.json:
-        args.json.write_text(json.dumps({"environment": environment(), "results": results}, indent=2) + "\n")
+    write_json(args.json, results=results)
 
 
 def parse_arguments() -> argparse.Namespace:

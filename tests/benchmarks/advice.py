@@ -18,7 +18,6 @@ three minutes.
 """
 
 import argparse
-import json
 import math
 import sys
 from functools import partial
@@ -35,7 +34,7 @@ from optaxclip import diagnostics
 from optaxclip.demo import model
 from optaxclip.demo.batches import random_batch, sequences
 from optaxclip.demo.corpus import Corpus, language_reference
-from tests.benchmarks import environment
+from tests.benchmarks import show_environment, write_json
 
 BOUNDS = np.geomspace(0.01, 100, 12)
 NUDGE = 1.00001
@@ -67,16 +66,15 @@ class Outcome(NamedTuple):
 
 def main() -> None:
     args = parse_arguments()
-    print(*(f"{key} {value}" for key, value in environment().items()), sep=", ", flush=True)
+    show_environment()
     corpus = language_reference()
     outcomes: dict[int, Outcome] = {}
     for seed in args.seeds:
         outcomes[seed] = measure(corpus, seed, args.steps, args.learning_rate)
         print(f"seed {seed} is done", file=sys.stderr, flush=True)
     show(outcomes)
-    if args.json:
-        found = {str(seed): as_json(outcome) for seed, outcome in outcomes.items()}
-        args.json.write_text(json.dumps({"environment": environment(), "bounds": list(BOUNDS), "seeds": found}) + "\n")
+    found = {str(seed): as_json(outcome) for seed, outcome in outcomes.items()}
+    write_json(args.json, bounds=list(BOUNDS), seeds=found)
 
 
 def parse_arguments() -> argparse.Namespace:

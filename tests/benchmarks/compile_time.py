@@ -13,7 +13,6 @@ adds is its time less that of `adam` alone in the same repeat; medians are print
 """
 
 import argparse
-import json
 import random
 import statistics
 import time
@@ -25,7 +24,7 @@ import numpy as np
 import optax
 
 import optaxclip
-from tests.benchmarks import environment, gpt2
+from tests.benchmarks import gpt2, show_environment, write_json
 
 ADAM = "adam"
 OPTAX = "optax.clip_by_global_norm"
@@ -37,12 +36,11 @@ def main() -> None:
     args = parse_arguments()
     jax.config.update("jax_enable_compilation_cache", False)
     shapes = gpt2.shapes() if args.gpt2 else [jax.ShapeDtypeStruct((32, 32), np.float32) for _ in range(args.leaves)]
-    print(*(f"{key} {value}" for key, value in environment().items()), sep=", ")
+    show_environment()
     print(f"{len(jax.tree.leaves(shapes))} leaves, median of {args.repeats}\n")
     rows = summary(measure(programs(), shapes, args.repeats))
     show(rows)
-    if args.json:
-        args.json.write_text(json.dumps({"environment": environment(), "results": rows}, indent=2) + "\n")
+    write_json(args.json, results=rows)
 
 
 def parse_arguments() -> argparse.Namespace:

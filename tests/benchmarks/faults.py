@@ -14,7 +14,6 @@ Claim: with `skip_nonfinite` or `skip_spikes` around it Adam ends where it ends 
 
 import argparse
 import functools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +25,7 @@ import optax
 
 import optaxclip as oc
 from optaxclip import thresholds
-from tests.benchmarks import environment
+from tests.benchmarks import show_environment, write_json
 
 GOOD = 100  # steps before the first fault
 BURST = 50
@@ -59,11 +58,10 @@ class Run(NamedTuple):
 
 def main() -> None:
     args = parse_arguments()
-    print(*(f"{key} {value}" for key, value in environment().items()), sep=", ")
+    show_environment()
     results = {fault: measure(codes(fault, args.steps)) for fault in [*FAULTS, BURSTS]}
     show(results, args.steps)
-    if args.json:
-        args.json.write_text(json.dumps({"environment": environment(), "results": results}, indent=2) + "\n")
+    write_json(args.json, results=results)
 
 
 def parse_arguments() -> argparse.Namespace:

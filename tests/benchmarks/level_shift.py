@@ -14,14 +14,13 @@ The figure needs matplotlib: per method what is let through after the rise, besi
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 import optaxclip
-from tests.benchmarks import environment
+from tests.benchmarks import show_environment, write_json
 from tests.driving import METHODS, drive, steps_to_follow
 from tests.reference import sequences
 
@@ -54,15 +53,14 @@ class Row(NamedTuple):
 
 def main() -> None:
     args = parse_arguments()
-    print(*(f"{key} {value}" for key, value in environment().items()), sep=", ")
+    show_environment()
     given = {kind: shifted(spread) for kind, spread in SPREADS.items()}
     rows = measure(given)
     results = steps(given, rows)
     show(results)
     if args.figure:
         draw(given["noise"], rows, args.figure)
-    if args.json:
-        args.json.write_text(json.dumps({"environment": environment(), "steps": results}, indent=2) + "\n")
+    write_json(args.json, steps=results)
 
 
 def parse_arguments() -> argparse.Namespace:

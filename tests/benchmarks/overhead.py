@@ -16,7 +16,6 @@ program allocates beside its arguments and results, as a part of the gradients. 
 """
 
 import argparse
-import json
 import random
 import statistics
 import time
@@ -30,12 +29,13 @@ import numpy as np
 import optax
 
 import optaxclip
-from tests.benchmarks import environment, gpt2
+from tests.benchmarks import gpt2, show_environment, write_json
 
 BARE = "bare norm pass"
 ADAM = "adam"
 OPTAX = "optax.clip_by_global_norm"
 OURS = "clip_by_global_norm"
+ADAM_ALONE = optax.adam(1e-4)
 # Gradients are about 0.01 each, parameters 0.02: every bound is below the norms that it meets.
 MORE = {
     "recorded": lambda: optaxclip.clip_by_global_norm(1.0, record=256),
@@ -50,10 +50,13 @@ MORE = {
 
 
 class Program(NamedTuple):
-    """A compiled step: `run(params, adam_state, clip_state, grads) -> (params, adam_state, clip_state)`."""
+    """A compiled step: `run(params, shared_state, own_state, grads) -> (params, shared_state, own_state)`.
+
+    All programs that are measured together go on from one `shared_state`: there is memory for one.
+    """
 
     run: Callable[..., Any]
-    clip_state: Any
+    own_state: Any
     temporary_bytes: int
 
 
@@ -61,7 +64,7 @@ def main() -> None:
     args = parse_arguments()
     shapes = gpt2.shapes(layers=args.layers, width=args.width, vocabulary=args.vocabulary)
     count, size = len(jax.tree.leaves(shapes)), nbytes(shapes)
-    print(*(f"{key} {value}" for key, value in environment().items()), sep=", ")
+    show_environment()
     print(f"{count} leaves, {size / 1e6:.0f} MB of gradients, median of {args.repeats}")
     bare, programs = compile_all(clippers(args.clippers), shapes)
     dense = random_tree(shapes, scale=0.01, seed=0)
@@ -70,19 +73,24 @@ def main() -> None:
         times = measure(bare, programs, grads, args.repeats)
         results[name] = summary(times, programs, size)
         show(name, results[name])
-    if args.json:
-        args.json.write_text(json.dumps({"environment": environment(), "results": results}, indent=2) + "\n")
+    write_json(args.json, results=results)
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=15)
+    parser = gpt2_parser(__doc__)
     parser.add_argument("--clippers", nargs="*", choices=list(MORE), default=[], help="measure these too")
+    return parser.parse_args()
+
+
+def gpt2_parser(description: str | None) -> argparse.ArgumentParser:
+    """The options of a benchmark on the tree of GPT-2."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--layers", type=int, default=12, help="fewer for a quick look")
     parser.add_argument("--width", type=int, default=768, help="smaller for a quick look")
     parser.add_argument("--vocabulary", type=int, default=50257, help="smaller for a quick look")
-    return parser.parse_args()
+    return parser
 
 
 def clippers(more: list[str]) -> dict[str, optax.GradientTransformation]:
@@ -111,15 +119,22 @@ def compile_step(clip: optax.GradientTransformation, shapes: Any) -> Program:
 
     clip_state, adam_state = jax.eval_shape(tx.init, shapes)
     compiled = jax.jit(step, donate_argnums=(0, 1, 2)).lower(shapes, adam_state, clip_state, shapes).compile()
-    clip_state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), clip_state)
-    return Program(compiled, clip_state, compiled.memory_analysis().temp_size_in_bytes)
+    return program(compiled, clip_state)
 
 
-def measure(bare: Any, programs: dict[str, Program], grads: Any, repeats: int) -> dict[str, list[float]]:
-    """Milliseconds of every program in every repeat."""
+def program(compiled: Any, own_state: Any) -> Program:
+    """A compiled step, with zeros for a state of these shapes."""
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), own_state)
+    return Program(compiled, zeros, compiled.memory_analysis().temp_size_in_bytes)
+
+
+def measure(
+    bare: Any, programs: dict[str, Program], grads: Any, repeats: int, shared: Any = ADAM_ALONE
+) -> dict[str, list[float]]:
+    """Milliseconds of every program in every repeat. The state that they share is that of `shared`."""
     params = random_tree(grads, scale=0.02, seed=1)
-    adam_state = optax.adam(1e-4).init(params)
-    clip_states = {name: jax.tree.map(jnp.copy, program.clip_state) for name, program in programs.items()}  # donated
+    shared_state = shared.init(params)
+    own_states = {name: jax.tree.map(jnp.copy, program.own_state) for name, program in programs.items()}  # donated
     times: dict[str, list[float]] = {name: [] for name in [BARE, *programs]}
     order, shuffle = list(times), random.Random(0).shuffle
     for repeat in range(-2, repeats):  # the first two warm up
@@ -129,23 +144,25 @@ def measure(bare: Any, programs: dict[str, Program], grads: Any, repeats: int) -
             if name == BARE:
                 bare(grads).block_until_ready()
             else:
-                carry = programs[name].run(params, adam_state, clip_states[name], grads)
-                params, adam_state, clip_states[name] = jax.block_until_ready(carry)
+                carry = programs[name].run(params, shared_state, own_states[name], grads)
+                params, shared_state, own_states[name] = jax.block_until_ready(carry)
             if repeat >= 0:
                 times[name].append(1e3 * (time.perf_counter() - start))
     return times
 
 
-def summary(times: dict[str, list[float]], programs: dict[str, Program], size: int) -> dict[str, dict[str, float]]:
-    """Per program: the median step, what it adds, and that as a part of a norm pass and of what optax adds."""
-    added = {name: added_time(times[name], times[ADAM]) for name in programs}
+def summary(
+    times: dict[str, list[float]], programs: dict[str, Program], size: int, *, base: str = ADAM, peer: str = OPTAX
+) -> dict[str, dict[str, float]]:
+    """Per program: the median step, what it adds to `base`, that as part of a norm pass, and of what `peer` adds."""
+    added = {name: added_time(times[name], times[base]) for name in programs}
     norm = statistics.median(times[BARE])
     rows = {BARE: {"step_ms": norm}}
     for name, program in programs.items():
         temporary = 100 * program.temporary_bytes / size
         rows[name] = {"step_ms": statistics.median(times[name]), "temporary_percent": temporary}
-        if name != ADAM:
-            ratios = {"norm_passes": added[name] / norm, "of_optax": added[name] / added[OPTAX]}
+        if name != base:
+            ratios = {"norm_passes": added[name] / norm, "of_optax": added[name] / added[peer]}
             rows[name] |= {"added_ms": added[name], **ratios}
     return rows
 
