@@ -1,11 +1,10 @@
 """One function on every group at once.
 
-Norms are a pytree with one entry per group: a scalar per leaf, say. A thousand leaves would make a thousand copies of
-each small operation on them, and XLA compiles every copy. So scalars of one type are stacked, worked on together, and
-taken apart.
+Norms are a pytree with one entry per group: a scalar per leaf, say. What is done to them is done entry by entry: XLA
+compiles the same small operation on a thousand scalars once, where taking the n-th number out of a vector is another
+operation for every n.
 """
 
-import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -30,12 +29,7 @@ def over_groups(fn: Callable[..., Any], norms: Any, *others: Any) -> Any:
     """
     flat, treedef = jax.tree.flatten(norms)
     columns = [entries(other, treedef) for other in others]
-    results: list[Any] = [None] * len(flat)
-    for at in _alike([flat, *columns]):
-        results_at = _apply(fn, [[column[i] for i in at] for column in [flat, *columns]])
-        for i, result in zip(at, results_at, strict=True):
-            results[i] = result
-    return treedef.unflatten(results)
+    return treedef.unflatten([fn(*row) for row in zip(flat, *columns, strict=True)])
 
 
 def number(norms: Any) -> int:
@@ -81,30 +75,3 @@ def as_vector(norms: Any) -> tuple[jax.Array, Callable[[jax.Array], Any]]:
 def entries(value: Any, treedef: Any) -> list[Any]:
     """The entries of a pytree of the structure `treedef`, or one number as often as that has leaves."""
     return [value] * treedef.num_leaves if jnp.isscalar(value) else treedef.flatten_up_to(value)
-
-
-def _alike(columns: list[list[Any]]) -> list[list[int]]:
-    """Rows of scalars of the same types belong together; a row with an array in it stands alone."""
-    rows: dict[Any, list[int]] = {}
-    for i, row in enumerate(zip(*columns, strict=True)):
-        scalars = all(jnp.ndim(entry) == 0 for entry in row)
-        rows.setdefault(tuple(map(jax.typeof, row)) if scalars else i, []).append(i)
-    return list(rows.values())
-
-
-def _apply(fn: Callable[..., Any], columns: list[list[Any]]) -> list[Any]:
-    count = len(columns[0])
-    if count == 1:
-        return [fn(*(column[0] for column in columns))]
-    stacked = fn(*(column[0] if _is_one(column) else jnp.stack(column) for column in columns))
-    return [jax.tree.map(functools.partial(_entry, i), stacked) for i in range(count)]
-
-
-def _entry(i: int, stacked: jax.Array) -> jax.Array:
-    """The i-th of stacked results; a result that depends on no group is the same for all."""
-    return stacked if stacked.ndim == 0 else jax.lax.index_in_dim(stacked, i, keepdims=False)
-
-
-def _is_one(column: list[Any]) -> bool:
-    """Whether a column holds one and the same number for all groups: no need to stack it."""
-    return all(entry is column[0] for entry in column)

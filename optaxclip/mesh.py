@@ -27,7 +27,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from optaxclip import leaves
 
@@ -159,6 +159,15 @@ def varying(leaf: Any) -> frozenset[str]:
     kind: Any = jax.typeof(leaf)
     manual = getattr(kind, "manual_axis_type", None)  # jax >= 0.10
     return frozenset(kind.vma if manual is None else manual.varying)
+
+
+def layout_is_known(leaf: Any) -> bool:
+    """Whether a leaf is laid out as its type says: on an Auto mesh XLA decides that after us."""
+    mesh = jax.typeof(leaf).sharding.mesh
+    return not any(
+        kind == AxisType.Auto and mesh.shape[name] > 1
+        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+    )
 
 
 def may_vary_over(value: Any, splits: Sequence[Split]) -> tuple[str, ...]:

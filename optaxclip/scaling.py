@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optaxclip import groups, sums
+from optaxclip import sums
 
 
 class Factor(NamedTuple):
@@ -28,13 +28,23 @@ def factors(norms: Any, permitted: Any) -> Any:
     A group is kept where the two are the same number, where its norm is 0 or not finite, and where what is permitted is
     not a number.
     """
-    return groups.over_groups(_factor, norms, permitted)
+    flat, treedef = jax.tree.flatten(norms)
+    allowed = treedef.flatten_up_to(permitted)
+    alike: dict[Any, list[int]] = {}
+    for i, norm in enumerate(flat):  # what varies over mesh axes must not make others vary, and an array is large
+        alike.setdefault(i if norm.ndim else jax.typeof(norm), []).append(i)
+    results: list[Any] = [None] * len(flat)
+    for at in alike.values():
+        for i, factor in zip(at, _factors([flat[i] for i in at], [allowed[i] for i in at]), strict=True):
+            results[i] = factor
+    return treedef.unflatten(results)
 
 
-def _factor(norm: jax.Array, permitted: jax.Array) -> Factor:
+def _factors(norms: list[jax.Array], permitted: list[jax.Array]) -> list[Factor]:
     # The branch is there for the compiler. Without it XLA fuses this calculation, and that of the norm before it, into
     # the loop over the coordinates of every leaf: it compiles it a thousand times, and runs it for every coordinate.
-    return jax.lax.cond(jnp.all(is_kept(norm, permitted)), _keep_all, _scale_some, norm, permitted)
+    kept = jnp.all(is_kept(jnp.stack(norms), jnp.stack(permitted)))
+    return jax.lax.cond(kept, _keep_all, _scale_some, norms, permitted)
 
 
 def is_kept(norm: jax.Array, permitted: jax.Array) -> jax.Array:
@@ -42,12 +52,22 @@ def is_kept(norm: jax.Array, permitted: jax.Array) -> jax.Array:
     return (permitted == norm) | ~(norm > 0) | ~jnp.isfinite(norm) | ~jnp.isfinite(permitted)
 
 
-def _keep_all(norm: jax.Array, permitted: jax.Array) -> Factor:
+def _keep_all(norms: list[jax.Array], permitted: list[jax.Array]) -> list[Factor]:
+    return list(map(_keep, norms, permitted))
+
+
+def _scale_some(norms: list[jax.Array], permitted: list[jax.Array]) -> list[Factor]:
+    return list(map(_scale, norms, permitted))
+
+
+@jax.jit  # traced once for all leaves, as is the next
+def _keep(norm: jax.Array, permitted: jax.Array) -> Factor:
     one = jnp.where(norm == permitted, jnp.ones_like(norm), jnp.ones_like(norm))  # of the same variation over mesh axes
     return Factor(one > 0, one, one)
 
 
-def _scale_some(norm: jax.Array, permitted: jax.Array) -> Factor:
+@jax.jit
+def _scale(norm: jax.Array, permitted: jax.Array) -> Factor:
     keep = is_kept(norm, permitted)
     # Where a group is kept the factor is not used, but its derivative is multiplied by 0 and must be finite.
     one = jnp.ones_like(norm)

@@ -2,9 +2,9 @@
 
 A plain float32 sum of squares overflows from a norm of 2e19 on and underflows below 1e-23. Here it is taken as it is,
 in one pass, and only where it turns out to lie outside the range in which it can be trusted is the array read again,
-divided by its largest entry. That choice is a `lax.cond` per array. An array of zeros takes the second path at every
-step, so no array shares its cond with a large one; small ones of a kind are stacked and share one, which is what keeps
-compile time down.
+divided by its largest entry. That choice is a `lax.cond` per large array, so that one of zeros, which takes the second
+path at every step, takes no other along. A small array is divided at once. For one norm of them all small ones of a
+kind are stacked and count as one array, which is what keeps compile time down.
 
 Norms accumulate in float32, or in float64 for float64 arrays. A norm beyond the largest number saturates there: it is
 infinite only where an entry is. Subnormal entries count as zero.
@@ -21,7 +21,8 @@ import jax.numpy as jnp
 
 from optaxclip import checks, mesh
 
-# Arrays of up to this many entries are copied into a stack with their like. At this size a copy costs microseconds.
+# Arrays of up to this many entries are copied into a stack with their like, or else read twice: at this size both cost
+# microseconds, and a branch costs more to compile.
 _SMALL = 1 << 14
 
 
@@ -73,9 +74,10 @@ def global_norm(tree: Any, *, ord: float = 2, axes: mesh.Axes = "auto") -> jax.A
 def total_norm(leaves: Sequence[Any], axes: Sequence[tuple[str, ...]], ord: float) -> jax.Array:
     """One norm of all `leaves`, each split over its mesh axes in `axes`. One collective per distinct set of axes."""
     sets: dict[Any, list[jax.Array]] = {}
-    for norm, names in zip(_local_norms(leaves, [all_dims(leaf) for leaf in leaves], ord), axes, strict=True):
-        sets.setdefault((names, norm.dtype), []).append(norm)
-    norms = [norm_of_norms(jnp.stack(together), names, ord) for (names, _), together in sets.items()]
+    for names, together in _stacks(leaves, axes):
+        norms = _norm(together, all_dims(together)[1:], ord)
+        sets.setdefault((names, norms.dtype), []).append(norms)
+    norms = [norm_of_norms(jnp.concatenate(pieces), names, ord) for (names, _), pieces in sets.items()]
     if not norms:
         return jnp.zeros((), jnp.float32)
     if len(norms) == 1:
@@ -84,11 +86,22 @@ def total_norm(leaves: Sequence[Any], axes: Sequence[tuple[str, ...]], ord: floa
     return norm_of_norms(jnp.stack([norm.astype(widest) for norm in norms]), (), ord)
 
 
+def _stacks(leaves: Sequence[Any], axes: Sequence[tuple[str, ...]]) -> list[tuple[tuple[str, ...], jax.Array]]:
+    """All leaves, small ones of a kind as one array, with the mesh axes that they are split over."""
+    alike: dict[Any, list[Any]] = {}
+    for i, (leaf, names) in enumerate(zip(leaves, axes, strict=True)):
+        # The type holds shape, dtype, sharding and mesh axes. A large leaf is alike to none, nor is one that XLA lays
+        # out as it likes: what is stacked it would lay out alike.
+        stacks = jnp.size(leaf) <= _SMALL and mesh.layout_is_known(leaf)
+        alike.setdefault((names, jax.typeof(leaf) if stacks else i), []).append(leaf)
+    return [(names, jnp.stack(together)) for (names, _), together in alike.items()]
+
+
 def separate_norms(
     leaves: Sequence[Any], dims: Sequence[tuple[int, ...]], axes: Sequence[tuple[str, ...]], ord: float
 ) -> list[jax.Array]:
     """The norm of each leaf over its dimensions `dims`, which are split over the mesh axes `axes`."""
-    return across(_local_norms(leaves, dims, ord), axes, ord)
+    return across([_norm(jnp.asarray(leaf), over, ord) for leaf, over in zip(leaves, dims, strict=True)], axes, ord)
 
 
 def across(norms: Sequence[jax.Array], axes: Sequence[tuple[str, ...]], ord: float) -> list[jax.Array]:
@@ -106,24 +119,6 @@ def across(norms: Sequence[jax.Array], axes: Sequence[tuple[str, ...]], ord: flo
     return norms
 
 
-def _local_norms(leaves: Sequence[Any], dims: Sequence[tuple[int, ...]], ord: float) -> list[jax.Array]:
-    """As `separate_norms`, of what this device holds."""
-    alike: dict[Any, list[int]] = {}
-    for i, leaf in enumerate(leaves):
-        # The type holds shape, dtype, sharding and mesh axes. A large leaf is alike to none.
-        alike.setdefault((jax.typeof(leaf), dims[i]) if jnp.size(leaf) <= _SMALL else i, []).append(i)
-    norms: list[Any] = [None] * len(leaves)
-    for at in alike.values():
-        over = dims[at[0]]
-        if len(at) == 1:
-            norms[at[0]] = _norm(jnp.asarray(leaves[at[0]]), over, ord)
-            continue
-        rows = _norm(jnp.stack([leaves[i] for i in at]), tuple(dim + 1 for dim in over), ord)
-        for row, i in enumerate(at):
-            norms[i] = jax.lax.index_in_dim(rows, row, keepdims=False)
-    return norms
-
-
 def all_dims(leaf: Any) -> tuple[int, ...]:
     """Every dimension of a leaf."""
     return tuple(range(jnp.ndim(leaf)))
@@ -136,6 +131,8 @@ def _norm_of_array(x: jax.Array, dims: tuple[int, ...], ord: float) -> jax.Array
     if number == 1 or ord == math.inf:
         size = largest(x, dims)
         return jnp.where(size < jnp.finfo(size.dtype).tiny, jnp.zeros_like(size), size)  # subnormal
+    if x.size <= _SMALL and _can_leave_range(x.dtype, ord):
+        return _norm_by_largest(x, dims, ord)
     total = jnp.sum(_power(x, ord), axis=dims)
     if not _can_leave_range(x.dtype, ord):
         return _root(total, ord)
