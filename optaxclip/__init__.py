@@ -19,6 +19,7 @@ spike
 inside momentum       `clipped_momentum`, `mixed_clip`; `scale_by_acclip`, `scale_by_stable_adam`
 around an optimizer   `skip_nonfinite`, `skip_spikes`: steps that are not taken; `reset_state_every`
 around a clipper      `with_carry`: no bias; `as_function`: for what knows nothing of optax
+in the backward pass  `clip_cotangents`: the gradient that flows back through an array
 to log                `clip_stats`: what a clipper with `record=`, or a skip, did; `global_norm`: range-safe, and
                       global on every mesh
 `diagnostics`         what recorded norms say: a summary, which clipper and bound they speak for, plots
@@ -26,6 +27,7 @@ to log                `clip_stats`: what a clipper with `record=`, or a skip, di
 """
 
 from optaxclip import diagnostics, norms, thresholds
+from optaxclip.backward import clip_cotangents
 from optaxclip.clippers.averages import adagc, aggc, clip_by_history, clip_norm_growth, zclip
 from optaxclip.clippers.elementwise import clip, clip_by_value, zero_nonfinite
 from optaxclip.clippers.fixed import (
@@ -70,6 +72,7 @@ __all__ = [
     "clip_by_norm_range",
     "clip_by_tracked_quantile",
     "clip_by_value",
+    "clip_cotangents",
     "clip_norm_growth",
     "clip_stats",
     "clipped_momentum",

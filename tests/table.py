@@ -888,6 +888,7 @@ NOT_TRANSFORMATIONS = {
     "Norm": "the type of what is measured",
     "Threshold": "the type of what is permitted",
     "as_function": "calls a transformation",
+    "clip_cotangents": "calls a transformation in the backward pass",
     "clip_stats": "reads the records in a state",
     "global_norm": "measures a tree",
 }

@@ -38,14 +38,19 @@ def as_function(tx: optax.GradientTransformation, params: Any = None) -> Callabl
     See also:
       `clip_by` with `axes=None`, for examples that are spread over the devices of a `shard_map`.
     """
+    return stateless(tx, params, "as_function", "which every call would start anew: call its update yourself")
+
+
+def stateless(tx: optax.GradientTransformation, params: Any, caller: str, advice: str) -> Callable[[Updates], Updates]:
+    """As `as_function`, for `caller`; `advice` is how the message goes on where there is a state."""
     checks.transformation("tx", tx)
 
     def apply(updates: Updates) -> Updates:
         state = tx.init(updates if params is None else params)
         if kept := jax.tree.leaves(state):
             raise ValueError(
-                f"as_function needs a transformation without state, and this one keeps {len(kept)} arrays "
-                f"({type(state).__name__}), which every call would start anew: call its update yourself"
+                f"{caller} needs a transformation without state, and this one keeps {len(kept)} arrays "
+                f"({type(state).__name__}), {advice}"
             )
         updates, _ = tx.update(updates, state, params)
         return updates
