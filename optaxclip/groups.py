@@ -61,7 +61,7 @@ def as_vector(norms: Any) -> tuple[jax.Array, Callable[[jax.Array], Any]]:
     ends = list(itertools.accumulate(entry.size for entry in flat))
 
     def back(values: jax.Array) -> Any:
-        pieces = jnp.split(values, ends[:-1])
+        pieces = jnp.split(mesh.whole(values), ends[:-1])  # or XLA may lay out what is kept of them as a leaf
         return treedef.unflatten(
             [
                 mesh.like(piece.reshape(entry.shape).astype(entry.dtype), entry)

@@ -187,7 +187,10 @@ def varying_over(value: jax.Array, names: Iterable[str]) -> jax.Array:
 
 
 def whole(array: jax.Array) -> jax.Array:
-    """An array whose sharding is in its type, as on an Explicit mesh, with all of it on every device."""
+    """An array with all of it on every device, outside of `shard_map`."""
+    if not layout_is_known(array):
+        sharding = NamedSharding(jax.typeof(array).sharding.mesh, PartitionSpec())
+        return jax.lax.with_sharding_constraint(array, sharding)
     dims = _dims_of(_spec_of(array))
     return _resharded(array, PartitionSpec(*(None for _ in dims)), array) if any(dims) else array
 

@@ -234,13 +234,8 @@ def assert_same(actual, want, atol=0.0):
                 assert_close(name, np.asarray(shard.data), whole[shard.index], rtol, atol)
 
 
-def assert_laid_out(row, outputs, specs, mesh):
-    """Each array split as its spec says, and every other one whole on all devices.
-
-    On an Auto mesh XLA lays out as it likes what a threshold keeps of each part of a split leaf.
-    """
-    if mesh is AUTO and row.name in HISTORY_OF_PARTS:
-        outputs, specs = outputs[0], specs[0]
+def assert_laid_out(outputs, specs, mesh):
+    """Each array split as its spec says, and every other one whole on all devices."""
 
     def check(spec, leaf):
         assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, spec), leaf.ndim), (spec, leaf.sharding)
@@ -272,7 +267,7 @@ def under_jit(row, layout, mesh):
     for i in range(STEPS):
         grads, params = (jax.tree.map(lambda leaf, i=i: leaf[i], tree) for tree in (GRADS, WEIGHTS))
         update_now, state = update(put(grads, layout.specs, mesh), state, put(params, layout.param_specs, mesh))
-        assert_laid_out(row, (update_now, state), out_specs, mesh)
+        assert_laid_out((update_now, state), out_specs, mesh)
         updates.append(update_now)
     assert len(traced) == 1  # a state that comes back as another type would be another trace
     return updates, state
@@ -305,7 +300,7 @@ def mapped(row, layout, axes, **options):
 def in_shard_map(row, layout, axes, **options):
     program, arguments, whole = mapped(row, layout, axes, **options)
     outputs = program(*arguments(GRADS))
-    assert_laid_out(row, outputs, whole, AUTO)
+    assert_laid_out(outputs, whole, AUTO)
     return outputs
 
 
