@@ -17,6 +17,8 @@ the norms so far      `autoclip`, `percentile_clip`, `clip_by_tracked_quantile`:
 coordinates that      `spam_clip`, `adaptive_spike_clip` (with `scale_by_adaptive_norm`)
 spike
 inside momentum       `clipped_momentum`, `mixed_clip`; `scale_by_acclip`, `scale_by_stable_adam`
+each example          `per_example.clipped_value_and_grad`: in the place of `jax.value_and_grad`;
+                      `per_example_global_norm_clip`, `per_example_layer_norm_clip`: for gradients that are there
 around an optimizer   `skip_nonfinite`, `skip_spikes`: steps that are not taken; `reset_state_every`
 around a clipper      `with_carry`: no bias; `as_function`: for what knows nothing of optax
 in the backward pass  `clip_cotangents`: the gradient that flows back through an array
@@ -26,7 +28,7 @@ to log                `clip_stats`: what a clipper with `record=`, or a skip, di
 ====================  =============================================================================================
 """
 
-from optaxclip import diagnostics, norms, thresholds
+from optaxclip import diagnostics, norms, per_example, thresholds
 from optaxclip.backward import clip_cotangents
 from optaxclip.clippers.averages import adagc, aggc, clip_by_history, clip_norm_growth, zclip
 from optaxclip.clippers.elementwise import clip, clip_by_value, zero_nonfinite
@@ -43,6 +45,7 @@ from optaxclip.clippers.relative import adaptive_grad_clip, clippy
 from optaxclip.clippers.scale_by import scale_by_acclip, scale_by_stable_adam
 from optaxclip.clippers.spikes import adaptive_spike_clip, scale_by_adaptive_norm, spam_clip
 from optaxclip.core import Norm, Threshold, clip_by
+from optaxclip.per_example.stacked import per_example_global_norm_clip, per_example_layer_norm_clip
 from optaxclip.recorder import ClipStats
 from optaxclip.stats import clip_stats
 from optaxclip.sums import global_norm
@@ -81,6 +84,9 @@ __all__ = [
     "global_norm",
     "mixed_clip",
     "norms",
+    "per_example",
+    "per_example_global_norm_clip",
+    "per_example_layer_norm_clip",
     "percentile_clip",
     "reset_state_every",
     "scale_by_acclip",

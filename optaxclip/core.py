@@ -74,6 +74,20 @@ class Threshold(NamedTuple):
     limit: Callable[..., tuple[tuple[Norms, Norms], State]]
 
 
+class MadeOf(NamedTuple):
+    """What a transformation was built from: the arguments of `clip_by`."""
+
+    norm: Norm
+    threshold: Threshold
+    axes: mesh.Axes
+
+
+class Clip(optax.GradientTransformationExtraArgs):
+    """A transformation that knows what it was built from. One that is wrapped or copied no longer does."""
+
+    made_of: MadeOf | None = None
+
+
 class RecordedState(NamedTuple):
     """State of a transformation built with `record=`.
 
@@ -150,7 +164,9 @@ def clip_by(
             after = RecordedState(after, recorder.advance(state.clip_stats, *measured, filled, judged.splits))
         return drop_missing(updates, clipped), after
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    tx = Clip(init, update)
+    tx.made_of = MadeOf(norm, threshold, axes)
+    return tx
 
 
 class Judged(NamedTuple):
@@ -188,10 +204,21 @@ def judge(
         require_params(updates, params)
         return norm.measure(params, params, mesh.split_of(params, params, axes))
 
+    limits, permitted, state = permit(threshold, norms, state, param_norms, extra_args)
+    return Judged(norms, limits, permitted, state, splits)
+
+
+def permit(
+    threshold: Threshold,
+    norms: Norms,
+    state: State,
+    param_norms: Callable[[], Norms],
+    extra_args: Mapping[str, Any] = MappingProxyType({}),
+) -> tuple[Norms, Norms, State]:
+    """Asks the threshold: the upper end of the band of each norm, what each is to become, and the state."""
     (lower, upper), state = threshold.limit(norms, state, param_norms, **extra_args)
     limits = groups.over_groups(upper_end, norms, upper)
-    permitted = groups.over_groups(_between, norms, lower, limits)
-    return Judged(norms, limits, permitted, state, splits)
+    return limits, groups.over_groups(_between, norms, lower, limits), state
 
 
 def require_params(updates: Updates, params: Any) -> None:

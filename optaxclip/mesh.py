@@ -14,15 +14,18 @@ over: all of them, and no other (a replicated leaf must be counted once).
 
 Names that are not bound where we run (outside `shard_map`) are dropped, as are names over which a leaf is known not to
 vary. A gradient that is a sum not yet taken is refused: its norm on each device would be that of a summand.
+
+Axes along which devices hold different examples, each with a gradient of its own, split no leaf: see `apart`.
 """
 
 import contextlib
+import contextvars
 import functools
 import inspect
 import math
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -37,6 +40,19 @@ Axes: TypeAlias = Any  # "auto" | None | str | tuple[str, ...] | prefix pytree o
 def whole_size(lengths: Iterable[int], axes: Iterable[str]) -> int:
     """How many entries there are in a block of these lengths on every device along these axes, taken together."""
     return math.prod(lengths) * math.prod(jax.lax.axis_size(name) for name in axes)
+
+
+_APART: contextvars.ContextVar[frozenset[str]] = contextvars.ContextVar("apart", default=frozenset())
+
+
+@contextlib.contextmanager
+def apart(names: Iterable[str]) -> Generator[None, None, None]:
+    """While this is entered, devices along mesh axes `names` have trees of their own: no leaf is split over them."""
+    token = _APART.set(_APART.get() | frozenset(names))
+    try:
+        yield
+    finally:
+        _APART.reset(token)
 
 
 class Split(NamedTuple):
@@ -98,7 +114,8 @@ def split_of(tree: Any, params: Any = None, axes: Axes = "auto") -> list[Split]:
     if is_auto:
         if flat:
             _warn_of_the_unseen(tracked)
-        return [Split(path, tuple(sorted(varying(leaf))), None) for leaf, path in zip(flat, paths, strict=True)]
+        over = [tuple(sorted(varying(leaf) - _APART.get())) for leaf in flat]
+        return [Split(path, names, None) for path, names in zip(paths, over, strict=True)]
     specs = leaves.values("axes", axes, tree)
     return [_split_by_spec(*each, tracked) for each in zip(specs, flat, paths, strict=True)]
 
@@ -154,8 +171,8 @@ def _unreduced(leaf: Any) -> tuple[str, ...]:
 
 def varying(leaf: Any) -> frozenset[str]:
     """The mesh axes that a leaf is known to vary over (none outside `shard_map`)."""
-    if not hasattr(leaf, "aval"):  # a NumPy array or a Python number is the same everywhere
-        return frozenset()
+    if not hasattr(leaf, "aval") and not isinstance(leaf, jax.ShapeDtypeStruct):
+        return frozenset()  # a NumPy array or a Python number is the same everywhere
     kind: Any = jax.typeof(leaf)
     manual = getattr(kind, "manual_axis_type", None)  # jax >= 0.10
     return frozenset(kind.vma if manual is None else manual.varying)
@@ -273,6 +290,7 @@ class _Tracked:
     def keep(self, names: tuple[str, ...], leaf: Any) -> tuple[str, ...]:
         """Those of `names` that are bound and that `leaf` may be split over."""
         over = varying(leaf)
+        names = tuple(name for name in names if name not in _APART.get())
         return tuple(name for name in names if (self(name) is False) or (self(name) and name in over))
 
 

@@ -52,7 +52,15 @@ def global_norm(ord: float = 2, *, include: Any = None) -> Norm:
     """
     p = checks.order("ord", ord)
     checks.static("include", include, lambda value: isinstance(value, bool) or callable(value), "True or False")
+    return _norm_of_all(p) if include is None else _norm_of_some(p, include)
 
+
+@functools.cache  # so that norms of everything are equal where their orders are
+def _norm_of_all(p: float) -> Norm:
+    return _norm_of_some(p, None)
+
+
+def _norm_of_some(p: float, include: Any) -> Norm:
     def chosen(tree: Updates) -> list[bool]:
         flat = jax.tree.leaves(tree)
         wanted = [True] * len(flat) if include is None else leaves.values("include", include, tree)

@@ -92,11 +92,12 @@ def rescale(leaf: jax.Array, factor: Factor, saturate: bool = False) -> jax.Arra
     wide = leaf.astype(sums.wide(leaf.dtype))
     scaled = wide * factor.first.astype(wide.dtype) * factor.second.astype(wide.dtype)
     if saturate or wide.dtype != leaf.dtype:  # rounded, a number may pass the largest of a narrower dtype
-        scaled = _saturated(scaled, float(jnp.finfo(leaf.dtype).max))
+        scaled = saturated(scaled, float(jnp.finfo(leaf.dtype).max))
     return jnp.where(factor.keep, leaf, scaled.astype(leaf.dtype))
 
 
-def _saturated(x: jax.Array, largest: float) -> jax.Array:
+def saturated(x: jax.Array, largest: float) -> jax.Array:
+    """x with every real and imaginary part brought to at most `largest` in size."""
     if jnp.iscomplexobj(x):
-        return jax.lax.complex(_saturated(jnp.real(x), largest), _saturated(jnp.imag(x), largest))
+        return jax.lax.complex(saturated(jnp.real(x), largest), saturated(jnp.imag(x), largest))
     return jnp.clip(x, -largest, largest)

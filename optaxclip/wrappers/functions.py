@@ -38,21 +38,36 @@ def as_function(tx: optax.GradientTransformation, params: Any = None) -> Callabl
     See also:
       `clip_by` with `axes=None`, for examples that are spread over the devices of a `shard_map`.
     """
-    return stateless(tx, params, "as_function", "which every call would start anew: call its update yourself")
+    return stateless(tx, params, "as_function")
 
 
-def stateless(tx: optax.GradientTransformation, params: Any, caller: str, advice: str) -> Callable[[Updates], Updates]:
+_FORGOTTEN = "which every call would start anew: call its update yourself"
+
+
+def stateless(
+    tx: optax.GradientTransformation, params: Any, caller: str, advice: str = _FORGOTTEN
+) -> Callable[[Updates], Updates]:
     """As `as_function`, for `caller`; `advice` is how the message goes on where there is a state."""
     checks.transformation("tx", tx)
 
     def apply(updates: Updates) -> Updates:
-        state = tx.init(updates if params is None else params)
-        if kept := jax.tree.leaves(state):
-            raise ValueError(
-                f"{caller} needs a transformation without state, and this one keeps {len(kept)} arrays "
-                f"({type(state).__name__}), {advice}"
-            )
+        state = empty_state(caller, tx, updates if params is None else params, advice)
         updates, _ = tx.update(updates, state, params)
         return updates
 
     return apply
+
+
+def empty_state(caller: str, tx: optax.GradientTransformation, params: Any, advice: str = _FORGOTTEN) -> optax.OptState:
+    """The state of a transformation that must have none.
+
+    Raises:
+      ValueError: in the name of `caller` and with `advice`, if there are arrays in it.
+    """
+    state = tx.init(params)
+    if kept := jax.tree.leaves(state):
+        raise ValueError(
+            f"{caller} needs a transformation without state, and this one keeps {len(kept)} arrays "
+            f"({type(state).__name__}), {advice}"
+        )
+    return state

@@ -1,0 +1,40 @@
+"""A batch in microbatches, one after the other."""
+
+import jax
+import jax.numpy as jnp
+
+from optaxclip import mesh, sums
+from optaxclip.per_example.problems import Batch, Form, Grads, Problem, Seen
+
+
+def in_microbatches(form: Form, problem: Problem, batch: Batch, microbatch_size: int | None) -> tuple[Grads, Seen]:
+    """`form` of a batch, that many examples at a time; what does not fill a microbatch comes last, by itself."""
+    number = jax.tree.leaves(batch)[0].shape[0]
+    if microbatch_size is None or microbatch_size >= number:
+        return form(problem, batch)
+    left_over = number % microbatch_size
+    last = number - left_over
+    total, seen = _scan(form, problem, jax.tree.map(lambda leaf: _split(leaf[:last], microbatch_size), batch))
+    seen = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1).reshape(last, *leaf.shape[2:]), seen)
+    if not left_over:
+        return total, seen
+    more, seen_last = form(problem, jax.tree.map(lambda leaf: leaf[last:], batch))
+    both = jax.tree.map(lambda *parts: jnp.concatenate(parts), seen, seen_last)
+    return jax.tree.map(jnp.add, total, more), both
+
+
+def _split(leaf: jax.Array, microbatch_size: int) -> jax.Array:
+    """Microbatches along the first axis. Each has examples from all over, so from all devices that a batch lies on."""
+    rows = leaf.reshape(microbatch_size, leaf.shape[0] // microbatch_size, *leaf.shape[1:])
+    return jnp.swapaxes(rows, 0, 1)
+
+
+def _scan(form: Form, problem: Problem, microbatches: Batch) -> tuple[Grads, Seen]:
+    def step(total: Grads, rows: Batch) -> tuple[Grads, Seen]:
+        part, seen = form(problem, rows)
+        return jax.tree.map(jnp.add, total, part), seen
+
+    def zeros(param: jax.Array) -> jax.Array:
+        return mesh.varying_over(jnp.zeros_like(param, sums.wide(param.dtype)), mesh.varying(param))
+
+    return jax.lax.scan(step, jax.tree.map(zeros, problem.params), microbatches)

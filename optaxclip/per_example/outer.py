@@ -1,0 +1,110 @@
+"""Norms of gradients that are outer products, without the products.
+
+The gradient of one example with respect to a matrix that it is multiplied with once is an outer product, of the
+example's input to the layer and the derivative by its output; its norm is the product of their two norms. A batch of
+such gradients takes a hundred times the memory of the vectors, and nearly all of the time of a pass over them. So the
+function that calculates the gradients is carried out with outer products left undone until something else than their
+norm is asked for: where the function returns one, it never is.
+
+Nothing is assumed about layers: what counts is that the last operation is a product of that kind. Where weights are
+used at several places of an example (convolutions, recurrent networks, sequences) it is not.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optaxclip import sums
+
+# They change how the numbers are laid out or rounded, and not their norm.
+_SAME_NORM = ("convert_element_type", "reshape", "transpose")
+
+
+class Outer:
+    """The outer product of two arrays, or one for each entry of their leading dimensions.
+
+    Attributes:
+      factors: the two arrays.
+      leading: how many of their leading dimensions index products.
+      array: calculates the product.
+    """
+
+    def __init__(self, factors: tuple[Any, Any], leading: int, array: Callable[[], Any]) -> None:
+        self.factors, self.leading, self.array = factors, leading, array
+
+    def norm(self) -> jax.Array:
+        """Its 2-norm. It is finite where all entries of the product are."""
+        dims = [tuple(range(self.leading, factor.ndim)) for factor in self.factors]
+        left, right = sums.separate_norms(self.factors, dims, [(), ()], 2)
+        highest = sums.largest(self.factors[0], dims[0]) * sums.largest(self.factors[1], dims[1])
+        whole = left * right
+        whole = jnp.where(jnp.isfinite(highest), jnp.minimum(whole, jnp.finfo(whole.dtype).max), highest)
+        return sums.norm_of_norms(whole.reshape(-1), (), 2)
+
+
+def as_array(value: Any) -> Any:
+    """The array that a value is or stands for."""
+    return value.array() if isinstance(value, Outer) else value
+
+
+def evaluate(function: Callable[..., Any], *args: Any) -> Any:
+    """`function(*args)`, in which leaves that are outer products are given as `Outer`."""
+    closed, shape = jax.make_jaxpr(function, return_shape=True)(*args)
+    found = _evaluate(closed.jaxpr, closed.consts, jax.tree.leaves(args))
+    return jax.tree.unflatten(jax.tree.structure(shape), found)
+
+
+def _evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+    values: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
+
+    def value_of(variable: Any) -> Any:
+        return variable.val if hasattr(variable, "val") else values[variable]  # a literal has its value
+
+    for equation in jaxpr.eqns:
+        found = _carry_out(equation, [value_of(variable) for variable in equation.invars])
+        values.update(zip(equation.outvars, found, strict=True))
+    return [value_of(variable) for variable in jaxpr.outvars]
+
+
+def _carry_out(equation: Any, values: list[Any]) -> list[Any]:
+    name = equation.primitive.name
+    if name in ("jit", "pjit"):  # the function or a part of it: what it returns may be an outer product as well
+        inner = equation.params["jaxpr"]
+        return _evaluate(inner.jaxpr, inner.consts, values)
+    first = values[0] if values else None
+
+    def carried_out() -> list[Any]:
+        return _bind(equation, [as_array(value) for value in values])
+
+    if name in _SAME_NORM and isinstance(first, Outer) and _is_float(equation.outvars[0]):
+        return [Outer(first.factors, first.leading, lambda: carried_out()[0])]
+    if name == "dot_general" and _is_outer(equation):
+        leading = equation.params["dimension_numbers"][1]
+        arrays = [as_array(value) for value in values]
+        left, right = (jnp.moveaxis(x, dims, range(len(dims))) for x, dims in zip(arrays, leading, strict=True))
+        return [Outer((left, right), len(leading[0]), lambda: carried_out()[0])]
+    return carried_out()
+
+
+def _bind(equation: Any, arrays: list[Any]) -> list[Any]:
+    params = equation.primitive.get_bind_params(equation.params)
+    functions, params = params if isinstance(params, tuple) else ([], params)  # a pair in jax < 0.9
+    with equation.ctx.manager:
+        found = equation.primitive.bind(*functions, *arrays, **params)
+    return list(found) if equation.primitive.multiple_results else [found]
+
+
+def _is_float(variable: Any) -> bool:
+    return jnp.issubdtype(variable.aval.dtype, jnp.inexact)
+
+
+def _is_outer(equation: Any) -> bool:
+    """Whether a product has nothing to sum over, and is larger than its factors."""
+    left, right = (variable.aval for variable in equation.invars)
+    (product,) = (variable.aval for variable in equation.outvars)
+    ((summed, _), _) = equation.params["dimension_numbers"]
+    one_each = math.prod(left.shape[dim] for dim in summed) == 1
+    return one_each and _is_float(equation.outvars[0]) and product.size > left.size + right.size

@@ -1,0 +1,161 @@
+"""The arguments of a call, put in order: what is differentiated, what there is an example of in each row."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optaxclip import checks, leaves, mesh
+
+Batch: TypeAlias = Any  # a pytree of arrays whose first axis indexes examples
+Grads: TypeAlias = Any  # of the structure of the parameters
+
+
+class Problem(NamedTuple):
+    """What is to be calculated of a batch.
+
+    Attributes:
+      loss: `(params, example) -> (value, aux)`.
+      params: what it is differentiated by; on each device its own copy where devices have different examples.
+      tx: what each gradient goes through.
+      apart: the mesh axes along which devices have different examples.
+      want_norms: whether the norms of the gradients are wanted.
+    """
+
+    loss: Callable[[Any, Any], tuple[jax.Array, Any]]
+    params: Any
+    tx: optax.GradientTransformation
+    apart: tuple[str, ...]
+    want_norms: bool
+
+    def grad(self, example: Any) -> tuple[tuple[jax.Array, Any], Grads]:
+        """Value, auxiliary output and gradient of one example."""
+        return jax.value_and_grad(self.loss, has_aux=True)(self.params, example)
+
+
+class Seen(NamedTuple):
+    """What is known of each example, in arrays along the batch.
+
+    Attributes:
+      value: its value.
+      aux: its auxiliary output.
+      norm: the 2-norm of its gradient, or None.
+      counted: whether its gradient counts.
+    """
+
+    value: jax.Array
+    aux: Any
+    norm: jax.Array | None
+    counted: jax.Array
+
+
+# Gives the sum, in float32 or wider, and what was seen.
+Form: TypeAlias = Callable[[Problem, Batch], tuple[Grads, Seen]]
+
+
+class Places(NamedTuple):
+    """Which arguments are which.
+
+    Attributes:
+      argnums: which are differentiated: a number, or a tuple of several.
+      batch_argnums: which have the examples.
+    """
+
+    argnums: int | tuple[int, ...]
+    batch_argnums: tuple[int, ...]
+
+
+def places(argnums: Any, batch_argnums: Any) -> Places:
+    """Checks them.
+
+    Raises:
+      ValueError: if one is not a whole number of at least 0, there is none, or one is named twice.
+    """
+    wanted, batched = _numbers("argnums", argnums), _numbers("batch_argnums", batch_argnums)
+    named = (*wanted, *batched)
+    if twice := sorted({number for number in named if named.count(number) > 1}):
+        raise ValueError(
+            f"argnums={argnums!r} and batch_argnums={batch_argnums!r} name argument {twice[0]} twice: an argument is "
+            "differentiated, or has the examples, or neither"
+        )
+    return Places(wanted if isinstance(argnums, tuple | list) else wanted[0], batched)
+
+
+def _numbers(name: str, value: Any) -> tuple[int, ...]:
+    numbers = tuple(value) if isinstance(value, tuple | list) else (value,)
+    if not numbers:
+        raise ValueError(f"{name} must name an argument, got {value!r}")
+    for number in numbers:
+        checks.whole(name, number, at_least=0)
+    return tuple(int(number) for number in numbers)
+
+
+def of_call(
+    fun: Callable[..., Any],
+    tx: optax.GradientTransformation,
+    where: Places,
+    has_aux: bool,
+    want_norms: bool,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+) -> tuple[Problem, Any, Batch]:
+    """The problem, the parameters as they were given, and the batch."""
+    wanted = where.argnums if isinstance(where.argnums, tuple) else (where.argnums,)
+    if max(*wanted, *where.batch_argnums) >= len(args):
+        raise ValueError(
+            f"argnums={where.argnums} and batch_argnums={where.batch_argnums} name more than the {len(args)} "
+            "positional arguments of the call"
+        )
+
+    def loss(params: Any, example: Any) -> tuple[jax.Array, Any]:
+        given = list(args)
+        for number, param in zip(wanted, params if isinstance(where.argnums, tuple) else (params,), strict=True):
+            given[number] = param
+        for number, rows in zip(where.batch_argnums, example, strict=True):
+            given[number] = rows
+        found = fun(*given, **kwargs)
+        return found if has_aux else (found, None)
+
+    params = tuple(args[number] for number in wanted) if isinstance(where.argnums, tuple) else args[wanted[0]]
+    batch = tuple(args[number] for number in where.batch_argnums)
+    apart = _axes_of_examples(loss, params, batch)
+    own = jax.tree.map(lambda leaf: mesh.varying_over(jnp.asarray(leaf), apart), params)
+    return Problem(loss, own, tx, apart, want_norms), params, batch
+
+
+def _axes_of_examples(loss: Callable[[Any, Any], Any], params: Any, batch: Batch) -> tuple[str, ...]:
+    """The mesh axes along which devices have different examples.
+
+    Those are the axes that the value varies over. A batch may vary over more of them, where one example is spread over
+    several devices and the function adds up their shares.
+    """
+    if not any(map(mesh.varying, jax.tree.leaves((params, batch)))):
+        return ()
+    value, _ = jax.eval_shape(jax.vmap(loss, (None, 0)), params, batch)
+    return tuple(sorted(mesh.varying(value)))
+
+
+def size(where: Places, batch: Batch) -> int:
+    """How many examples there are.
+
+    Raises:
+      ValueError: if there is none, or the arrays of the batch disagree.
+    """
+    lengths: dict[str, int] = {}
+    for number, rows in zip(where.batch_argnums, batch, strict=True):
+        for path, leaf in zip(leaves.paths(rows), jax.tree.leaves(rows), strict=True):
+            name = f"argument {number}" + (f" at {path!r}" if path else "")
+            if not jnp.shape(leaf):
+                raise ValueError(f"batch_argnums={where.batch_argnums}: {name} is a scalar and has no axis of examples")
+            lengths[name] = jnp.shape(leaf)[0]
+    if not lengths:
+        raise ValueError(f"batch_argnums={where.batch_argnums}: there is no array in these arguments")
+    if len(set(lengths.values())) > 1:
+        several = ", ".join(f"{length} in {name}" for name, length in list(lengths.items())[:5])
+        raise ValueError(f"batch_argnums={where.batch_argnums}: the numbers of examples differ: {several}")
+    (number,) = set(lengths.values())
+    if number == 0:
+        raise ValueError(f"batch_argnums={where.batch_argnums}: there are 0 examples")
+    return number

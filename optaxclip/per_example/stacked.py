@@ -1,0 +1,174 @@
+"""Clips for gradients of examples that are there already, stacked along the first axis, and added up afterwards."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optaxclip import bounds, checks, leaves, scaling, sums
+from optaxclip.per_example.problems import Grads
+
+
+def per_example_global_norm_clip(grads: Grads, l2_norm_clip: Any) -> tuple[Grads, jax.Array]:
+    r"""Scales the gradient of each example so that its global norm is at most `l2_norm_clip`, and adds them up.
+
+    .. math:: \sum_i g_i \cdot \min(1, c / n_i), \qquad n_i = \|g_i\|_2
+
+    Args:
+      grads: pytree of arrays whose first axis indexes the examples, as `jax.vmap(jax.grad(fun), (None, 0))` gives it.
+      l2_norm_clip: the bound c, at least 0, in the units of the gradient: a number or a scalar array.
+
+    Returns:
+      The sum, without that axis, and the number of examples that were clipped, an int32 scalar.
+
+    Guarantees:
+      Norms are right over the whole float range, and an example adds at most `l2_norm_clip (1 + 1e-5)` to the sum. The
+      sum is taken in float32 or wider, and has the dtype of the gradient; integers become float32.
+
+    Edge cases:
+      An example whose norm is infinite or NaN counts nothing, and is not among the clipped. Examples of norm 0 are
+      never clipped. Bound 0 gives zeros, inf changes nothing. Boolean, float0 and key leaves are refused.
+
+    Raises:
+      ValueError: if the bound is negative or NaN, if an array has no first axis, or if these differ in length.
+
+    Placement:
+      Between the gradients and the optimizer. Inside `shard_map` each device clips the examples that it has; gradients
+      by a replicated argument are no gradients of single examples there, see `per_example.clipped_value_and_grad`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optaxclip
+      >>> grads = jnp.array([[3.0, 4.0], [0.3, 0.4], [jnp.nan, 0.0], [3e30, 4e30]])
+      >>> total, clipped = optaxclip.per_example_global_norm_clip(grads, 1.0)
+      >>> print(total, clipped)  # [0.6, 0.8] + [0.3, 0.4] + [0.6, 0.8]
+      [1.5 2. ] 2
+
+    Differs from optax:
+      There one example with a NaN makes the sum NaN, one of norm 1e20 counts as zeros, and 16-bit gradients are
+      measured in 16 bits.
+
+    References:
+      Abadi et al., Deep learning with differential privacy, CCS 2016, arXiv:1607.00133.
+
+    See also:
+      `per_example.clipped_value_and_grad`, which needs no array of gradients; `per_example_layer_norm_clip`.
+    """
+    checks.number("l2_norm_clip", l2_norm_clip)
+    flat, treedef = _examples(grads)
+    if not flat:
+        return grads, jnp.zeros((), jnp.int32)
+    total, clipped = _clip(flat, l2_norm_clip)
+    return treedef.unflatten(total), clipped
+
+
+def per_example_layer_norm_clip(grads: Grads, global_l2_norm_clip: Any, uniform: bool = True) -> tuple[Grads, Grads]:
+    r"""Scales each leaf of the gradient of each example to its share of `global_l2_norm_clip`, and adds them up.
+
+    .. math:: c_l = c / \sqrt{L} \quad\mathrm{or}\quad c_l = c \sqrt{D_l / D}
+
+    so that the global norm of an example is at most c.
+
+    Args:
+      grads: pytree of arrays whose first axis indexes the examples, one per layer.
+      global_l2_norm_clip: the bound c on all layers together, at least 0: a number or a scalar array.
+      uniform: whether the L layers have equal shares; otherwise shares by their numbers of entries D_l, of D in all.
+
+    Returns:
+      The sum, without that axis, and a pytree of the same structure with the number of examples clipped in each layer.
+
+    Guarantees:
+      As `per_example_global_norm_clip`, for each layer by itself.
+
+    Edge cases:
+      An example with a norm that is infinite or NaN in a layer counts nothing in any layer, and is not among the
+      clipped. The others are as in `per_example_global_norm_clip`.
+
+    Raises:
+      ValueError: as `per_example_global_norm_clip`, or if `uniform` is no boolean.
+
+    Placement:
+      As `per_example_global_norm_clip`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optaxclip
+      >>> grads = {"a": jnp.array([[6.0, 8.0], [0.0, 0.5]]), "b": jnp.array([[12.0, 16.0], [0.0, 0.0]])}
+      >>> total, clipped = optaxclip.per_example_layer_norm_clip(grads, 2.0**0.5)  # a norm of 1 for each of two
+      >>> print(total["a"], total["b"], clipped["a"], clipped["b"])
+      [0.6 1.3] [0.6 0.8] 1 1
+
+    Differs from optax:
+      As `per_example_global_norm_clip`.
+
+    References:
+      McMahan et al., Learning differentially private recurrent language models, ICLR 2018, arXiv:1710.06963.
+
+    See also:
+      `per_example_global_norm_clip`; `clip_by_leaf_norm` in `per_example.clipped_value_and_grad`.
+    """
+    checks.number("global_l2_norm_clip", global_l2_norm_clip)
+    checks.static("uniform", uniform, lambda value: isinstance(value, bool), "True or False")
+    flat, treedef = _examples(grads)
+    sizes = [math.prod(leaf.shape[1:]) for leaf in flat]
+    shares = [1 / len(flat) if uniform else size / max(sum(sizes), 1) for size in sizes]
+    finite = jnp.isfinite(_norms(flat)) if flat else None
+    clips = [
+        _clip([leaf], global_l2_norm_clip * math.sqrt(share), finite) for leaf, share in zip(flat, shares, strict=True)
+    ]
+    return treedef.unflatten([total for (total,), _ in clips]), treedef.unflatten([clipped for _, clipped in clips])
+
+
+def _examples(grads: Grads) -> tuple[list[jax.Array], Any]:
+    """The arrays, of floats, and their structure.
+
+    Raises:
+      ValueError: naming an array that has no first axis, or another length than the first.
+    """
+    flat, treedef = jax.tree.flatten(grads)
+    shapes = dict(zip(leaves.paths(grads), map(jnp.shape, flat), strict=True))
+    for path, shape in shapes.items():
+        first = next(iter(shapes.values()))
+        if not shape or shape[0] != first[0]:
+            raise ValueError(
+                f"grads must have the examples along the first axis of every array; {path!r} has the shape {shape}"
+                + (f", and the first array {first[0]} examples" if first else "")
+            )
+    return [_as_floats(leaf) for leaf in flat], treedef
+
+
+def _as_floats(leaf: Any) -> jax.Array:
+    array = jnp.asarray(leaf)
+    if jnp.issubdtype(array.dtype, jnp.integer):
+        return array.astype(jnp.float32)
+    if not sums.is_counted(array):
+        raise ValueError(f"grads must be numbers, got an array of {array.dtype}")
+    return array
+
+
+def _norms(flat: Sequence[jax.Array]) -> jax.Array:
+    """The norm of each example."""
+    parts = sums.separate_norms(flat, [tuple(range(1, leaf.ndim)) for leaf in flat], [()] * len(flat), 2)
+    widest = jnp.result_type(*parts)
+    return sums.norm_of_norms(jnp.stack([part.astype(widest) for part in parts]), (), 2)
+
+
+def _clip(flat: Sequence[jax.Array], bound: Any, finite: jax.Array | None = None) -> tuple[list[jax.Array], jax.Array]:
+    """The sums of the clipped examples, and how many were clipped."""
+    norms = _norms(flat)
+    finite = jnp.isfinite(norms) if finite is None else finite
+    high = jnp.maximum(bounds.as_array(bound, norms.dtype), jnp.zeros((), norms.dtype))
+    factor = scaling.factors(norms, jnp.minimum(norms, high))
+    clipped = jnp.sum((norms > high) & finite, dtype=jnp.int32)
+
+    def total(leaf: jax.Array) -> jax.Array:
+        by_row = jax.tree.map(lambda x: jnp.expand_dims(x, range(1, leaf.ndim)), factor)
+        wide = leaf.astype(sums.wide(leaf.dtype))
+        rows = jnp.where(
+            jnp.expand_dims(finite, range(1, leaf.ndim)), scaling.rescale(wide, by_row), jnp.zeros_like(wide)
+        )
+        return scaling.saturated(jnp.sum(rows, axis=0), float(jnp.finfo(leaf.dtype).max)).astype(leaf.dtype)
+
+    return [total(leaf) for leaf in flat], clipped
