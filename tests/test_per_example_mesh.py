@@ -158,6 +158,8 @@ def test_without_tracking_each_device_is_left_to_itself(rng):
 @pytest.mark.parametrize("on", [AUTO, EXPLICIT], ids=["auto", "explicit"])
 @pytest.mark.parametrize("bad", slow_but([False, True], True), ids=["ordinary", "bad"])
 def test_under_jit_with_a_batch_spread_over_the_mesh(rng, form, on, bad):
+    if on is EXPLICIT and form == "one pass" and jax.__version_info__ < (0, 9):
+        pytest.skip("jax 0.8 has no rule for a branch under vmap on an Explicit mesh")
     params, batch = trees(rng)
     if bad:
         batch["x"] = batch["x"].at[3].set(jnp.nan)

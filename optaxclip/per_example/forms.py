@@ -24,10 +24,10 @@ from optaxclip.wrappers.functions import empty_state
 
 def choose(problem: Problem, batch: Batch) -> Form:
     """The faster of the forms that are valid."""
-    factor_of = _factor_of_norm(problem)
-    if factor_of is None or not _is_better_weighted(problem, batch):
+    permitted_of = _permitted_of_norm(problem)
+    if permitted_of is None or not _is_better_weighted(problem, batch):
         return one_pass
-    return functools.partial(two_pass, factor_of)
+    return functools.partial(two_pass, permitted_of)
 
 
 # One pass.
@@ -63,11 +63,11 @@ def _sum(counted: jax.Array, updates: jax.Array) -> jax.Array:
 
 # Two passes.
 
-FactorOf: TypeAlias = Callable[[jax.Array], scaling.Factor]
+PermittedOf: TypeAlias = Callable[[jax.Array], jax.Array]
 
 
-def _factor_of_norm(problem: Problem) -> FactorOf | None:
-    """What a gradient of some norm is multiplied by; None if that does not depend on its global 2-norm alone."""
+def _permitted_of_norm(problem: Problem) -> PermittedOf | None:
+    """What the norm of a gradient is to become; None if its scaling does not depend on its global 2-norm alone."""
     made_of = problem.tx.made_of if isinstance(problem.tx, core.Clip) else None
     if made_of is None or made_of.norm != norms.global_norm():
         return None
@@ -77,14 +77,14 @@ def _factor_of_norm(problem: Problem) -> FactorOf | None:
     if any(split.axes for split in splits):  # a part of the norm lies on another device
         return None
 
-    def factor_of(norm: jax.Array) -> scaling.Factor:
+    def permitted_of(norm: jax.Array) -> jax.Array:
         def param_norms() -> jax.Array:
             return made_of.norm.measure(problem.params, problem.params, splits)
 
         _, permitted, _ = core.permit(made_of.threshold, norm, state, param_norms)
-        return scaling.factors(norm, permitted)
+        return permitted
 
-    return factor_of
+    return permitted_of
 
 
 def _is_better_weighted(problem: Problem, batch: Batch) -> bool:
@@ -111,11 +111,11 @@ def _is_better_weighted(problem: Problem, batch: Batch) -> bool:
     return value.dtype == sums.accumulator(value.dtype) and 2 * undone >= entries
 
 
-def two_pass(factor_of: FactorOf, problem: Problem, batch: Batch) -> tuple[Grads, Seen]:
+def two_pass(permitted_of: PermittedOf, problem: Problem, batch: Batch) -> tuple[Grads, Seen]:
     """Norms first, then one gradient of the weighted loss."""
     value, aux, norm = jax.vmap(functools.partial(_norm_of_one, problem))(batch)
     counted = jnp.isfinite(norm)
-    factor = jax.vmap(factor_of)(norm)
+    factor = scaling.factors(norm, jax.vmap(permitted_of)(norm))
     one = jnp.ones_like(norm)
     weight = jnp.where(counted, jnp.where(factor.keep, one, factor.second), jnp.zeros_like(norm))
     # A factor outside the normal range is applied in two steps, which a weight can't be. The weighted gradient stays

@@ -90,9 +90,9 @@ def clipped_value_and_grad(
       as they are, and so do their gradients, which are not reduced over it. `fun` must not exchange anything between
       examples, so it must not gather split parameters along the axis: gather them before.
 
-      Under `jit` the batch may be spread over an Auto or an Explicit mesh, and the parameters over an Auto one. (With
+      Under `jit` the batch may be spread over an Auto or an Explicit mesh, and the parameters over an Auto one. With
       parameters spread over an Explicit mesh jax refuses the branches of a clip under vmap, with a ShardingTypeError;
-      microbatches of a batch that is spread over one it refuses as well.)
+      so it does with microbatches of a batch that is spread over one, and jax 0.8 with such a batch in one pass.
 
       With `check_vma=False`, and in `pmap`, jax does not tell which axes these are. Nothing is reduced, and the user
       must: `jax.lax.psum`, or `pmean` for equal shares. Pass a clip `axes=None` there.
