@@ -90,12 +90,13 @@ def _permitted_of_norm(problem: Problem) -> PermittedOf | None:
 def _is_better_weighted(problem: Problem, batch: Batch) -> bool:
     """Whether a weighted loss is right, and its second pass worth its time.
 
-    Its gradient starts from the weights in the dtype of the value, where a narrow one would round them. A function that
-    adds up over the mesh would do so under a branch. And the time is that of gradients that must be calculated for
-    their norms: it is well spent where most entries need not be.
+    Its gradient starts from the weights in the dtype of the value, where a narrow one would round them, and a weight
+    must go through the backward pass as a factor. A function that adds up over the mesh would do so under a branch. And
+    the time is that of gradients that must be calculated for their norms: it is well spent where most entries need not
+    be.
     """
     arrays = jax.tree.leaves((problem.params, batch))
-    if any(mesh.varying(array) - set(problem.apart) for array in arrays):
+    if any(mesh.varying(array) - set(problem.apart) for array in arrays) or not _keeps_weights(problem, batch):
         return False
     undone = 0
 
@@ -111,6 +112,18 @@ def _is_better_weighted(problem: Problem, batch: Batch) -> bool:
     return value.dtype == sums.accumulator(value.dtype) and 2 * undone >= entries
 
 
+def _keeps_weights(problem: Problem, batch: Batch) -> bool:
+    """Whether a weight times the loss is that weight times its gradient.
+
+    A `jax.custom_vjp` need not be linear (`clip_cotangents` is not), and in float16 what has a small weight is 0.
+    """
+    equations = list(outer.equations(jax.make_jaxpr(jax.vmap(problem.loss, (None, 0)))(problem.params, batch).jaxpr))
+    names = {equation.primitive.name for equation in equations}
+    dtypes = {getattr(out.aval, "dtype", None) for equation in equations for out in equation.outvars}
+    given = {leaf.dtype for leaf in jax.tree.leaves((problem.params, batch))}
+    return not any(name.startswith("custom_vjp") for name in names) and jnp.dtype(jnp.float16) not in dtypes | given
+
+
 def two_pass(permitted_of: PermittedOf, problem: Problem, batch: Batch) -> tuple[Grads, Seen]:
     """Norms first, then one gradient of the weighted loss."""
     value, aux, norm = jax.vmap(functools.partial(_norm_of_one, problem))(batch)
@@ -118,9 +131,11 @@ def two_pass(permitted_of: PermittedOf, problem: Problem, batch: Batch) -> tuple
     factor = scaling.factors(norm, jax.vmap(permitted_of)(norm))
     one = jnp.ones_like(norm)
     weight = jnp.where(counted, jnp.where(factor.keep, one, factor.second), jnp.zeros_like(norm))
-    # A factor outside the normal range is applied in two steps, which a weight can't be. The weighted gradient stays
-    # outside the branch: XLA runs convolutions in a branch many times slower on a CPU.
-    in_one_step = jnp.all((factor.first == one) | ~counted)
+    # A factor outside the normal range is applied in two steps, which a weight can't be, and weights that lie too far
+    # apart do not fit into one sum. The weighted gradient stays outside the branch: XLA runs convolutions in a branch
+    # many times slower on a CPU.
+    together = jnp.min(jnp.where(weight > 0, weight, jnp.inf)) > jnp.max(weight) * 2.0**-64
+    in_one_step = jnp.all((factor.first == one) | ~counted) & (together | ~jnp.any(weight > 0))
     total = jax.lax.cond(
         in_one_step,
         lambda total, rows: total,
@@ -150,7 +165,7 @@ def _weighted(problem: Problem, batch: Batch, weight: jax.Array, counted: jax.Ar
         return jax.vmap(problem.loss, (None, 0))(params, rows)[0]
 
     value, pull = jax.vjp(values, problem.params)
-    # With the largest weight near 1 no example is further from the range of a narrow dtype than in one pass.
+    # The largest weight is near 1, so that gradients that fit the range in one pass do so here.
     scale = _power_of_two_near(jnp.max(weight))
     (grads,) = pull((weight / scale).astype(value.dtype))
 

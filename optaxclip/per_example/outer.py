@@ -11,7 +11,7 @@ used at several places of an example (convolutions, recurrent networks, sequence
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from optaxclip import sums
 
-# They change how the numbers are laid out or rounded, and not their norm.
+# They change how the numbers are laid out, or round them, and not their norm: see `_keeps_norm`.
 _SAME_NORM = ("convert_element_type", "reshape", "transpose")
 
 
@@ -79,7 +79,7 @@ def _carry_out(equation: Any, values: list[Any]) -> list[Any]:
     def carried_out() -> list[Any]:
         return _bind(equation, [as_array(value) for value in values])
 
-    if name in _SAME_NORM and isinstance(first, Outer) and _is_float(equation.outvars[0]):
+    if name in _SAME_NORM and isinstance(first, Outer) and _keeps_norm(equation):
         return [Outer(first.factors, first.leading, lambda: carried_out()[0])]
     if name == "dot_general" and _is_outer(equation):
         leading = equation.params["dimension_numbers"][1]
@@ -95,6 +95,26 @@ def _bind(equation: Any, arrays: list[Any]) -> list[Any]:
     with equation.ctx.manager:
         found = equation.primitive.bind(*functions, *arrays, **params)
     return list(found) if equation.primitive.multiple_results else [found]
+
+
+def _keeps_norm(equation: Any) -> bool:
+    """Whether a conversion loses no more than digits: neither imaginary parts nor what is past a narrower range."""
+    before, after = (variable.aval.dtype for variable in (equation.invars[0], equation.outvars[0]))
+    if not (jnp.issubdtype(before, jnp.inexact) and jnp.issubdtype(after, jnp.inexact)):
+        return False
+    is_same_kind = jnp.issubdtype(before, jnp.complexfloating) == jnp.issubdtype(after, jnp.complexfloating)
+    return is_same_kind and jnp.finfo(after).maxexp >= jnp.finfo(before).maxexp
+
+
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """All operations of a program, also of the programs inside it."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            for part in value if isinstance(value, tuple | list) else (value,):
+                inner = getattr(part, "jaxpr", part)
+                if hasattr(inner, "eqns"):
+                    yield from equations(inner)
 
 
 def _is_float(variable: Any) -> bool:

@@ -1,0 +1,97 @@
+"""Where a weighted loss would not do: functions whose gradients can't be weighted, and weights too far apart."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import optaxclip as oc
+
+W = jnp.ones((8, 8))
+
+
+def summed(fun, tx, *batch, w=W):
+    step = oc.per_example.clipped_value_and_grad(
+        fun, tx, batch_argnums=tuple(range(1, 1 + len(batch))), reduce="sum", return_norms=True
+    )
+    _, grads, norms = step(w, *batch)
+    return np.asarray(grads, np.float64), np.asarray(norms, np.float64)
+
+
+def one_by_one(fun, bound, *batch, w=W):
+    grads = [jax.grad(fun)(w, *(rows[i] for rows in batch)) for i in range(len(batch[0]))]
+    grads = [np.asarray(each, np.float64) for each in grads]
+    norms = [np.linalg.norm(each) for each in grads]
+    return sum(each * min(1, bound / norm) for each, norm in zip(grads, norms, strict=True)), norms
+
+
+@jax.custom_vjp
+def signed(x):
+    return x
+
+
+signed.defvjp(lambda x: (x, None), lambda _, cotangent: (jnp.sign(cotangent),))
+
+BACKWARD = {
+    "a clip": lambda h: oc.clip_cotangents(h, oc.clip_by_global_norm(1.0)),
+    "a clip in a jit": jax.jit(lambda h: oc.clip_cotangents(h, oc.clip_by_global_norm(1.0))),
+    "a clip in a scan": lambda h: jax.lax.scan(
+        lambda h, _: (oc.clip_cotangents(h, oc.clip_by_global_norm(1.0)), None), h, None, length=2
+    )[0],
+    "signs": signed,
+}
+
+
+@pytest.mark.parametrize("name", BACKWARD)
+def test_a_backward_pass_that_is_not_linear(name):
+    def loss(w, x):
+        return 50 * jnp.sum(BACKWARD[name](w @ x))
+
+    x = jnp.stack([0.01 * jnp.ones(8), 10 * jnp.ones(8)])
+    expected, by_hand = one_by_one(loss, 1.0, x)
+    found, norms = summed(loss, oc.clip_by_global_norm(1.0), x)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    np.testing.assert_allclose(norms, by_hand, rtol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore::numpy.exceptions.ComplexWarning")  # jax 0.8
+def test_real_weights_of_complex_activations(rng):
+    def loss(w, x):
+        return jnp.sum(jnp.abs(w @ x) ** 2)
+
+    x = rng.normal(size=(3, 8, 2)).astype(np.float32)
+    x = jnp.asarray(x[..., 0] + 1j * x[..., 1])
+    expected, by_hand = one_by_one(loss, 1.0, x)
+    found, norms = summed(loss, oc.clip_by_global_norm(1.0), x)
+    np.testing.assert_allclose(norms, by_hand, rtol=1e-6)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_float16_weights_of_a_float32_value(rng):
+    def loss(w, x, s):
+        return s * jnp.sum(jnp.sin((w @ x.astype(w.dtype)).astype(jnp.float32) * 1e-3))
+
+    w = jnp.asarray(rng.normal(size=(64, 64)), jnp.float16)
+    x = jnp.asarray(rng.normal(size=(2, 64)) * [[1], [300]], jnp.float32)
+    scales = jnp.array([1e-2, 30.0])
+    expected, _ = one_by_one(loss, 1e-4, x, scales, w=w)
+    found, _ = summed(loss, oc.clip_by_global_norm(1e-4), x, scales, w=w)
+    assert np.linalg.norm(found - expected) < 0.02 * np.linalg.norm(expected)  # the result is float16, and subnormal
+
+
+def test_a_norm_past_the_range_of_float16_is_infinite():
+    def loss(w, x, s):
+        return s * jnp.sum(w.astype(jnp.float32) @ x)
+
+    batch = jnp.ones((2, 8)), jnp.array([1.0, 1e6])
+    _, norms = summed(loss, oc.clip_by_global_norm(1.0), *batch, w=W.astype(jnp.float16))
+    np.testing.assert_array_equal(norms, [8.0, np.inf])
+
+
+@pytest.mark.parametrize("scales", [(1e-20, 1e19), (1e-12, 1e27), (1e-20, 1e15), (1.0, 1.0)], ids=str)
+def test_weights_too_far_apart_for_one_sum(scales):
+    def loss(w, x, s):
+        return s * jnp.sum(w @ x)
+
+    found, _ = summed(loss, oc.clip_by_norm_range(1.0, 1.0), jnp.ones((2, 8)), jnp.array(scales))
+    np.testing.assert_allclose(found, np.full((8, 8), 2 / 8), rtol=1e-6)  # two examples of the same direction
