@@ -430,7 +430,7 @@ def test_a_function_without_a_derivative_at_zero_inputs(rng, form):
     """Neither a weight of 0 nor zeros for the inputs would leave a bad example out."""
 
     def fun(w, example):
-        return jnp.sum((w / jnp.linalg.norm(example["x"])) @ example["x"] * example["d"])
+        return jnp.vdot(w @ (example["x"] / jnp.linalg.norm(example["x"])), example["d"])
 
     w, batch = jnp.ones((WIDE, 5)), matrix_examples(rng)
     zero = batch | {"x": batch["x"].at[1].set(0.0)}

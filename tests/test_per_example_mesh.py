@@ -42,7 +42,7 @@ RESULT = ((P(), P("data")), P(), P("data"))  # value and aux, gradients, norms
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("microbatch_size", slow_but([None, 3], 3))
 def test_shard_map_gives_what_one_device_does(rng, form, microbatch_size):
-    reduce = "mean" if microbatch_size is None else "sum"
+    reduce = "sum" if microbatch_size is None else "mean"
     params, batch = trees(rng)
     batch["x"] = batch["x"].at[5].set(jnp.nan)
     step = per_example.clipped_value_and_grad(
