@@ -8,7 +8,7 @@ import jax.extend.core
 import jax.numpy as jnp
 import optax
 
-from optaxclip import mesh, sums
+from optaxclip import checks, mesh, sums
 from optaxclip.wrappers.functions import stateless
 
 _NO_STATE = (
@@ -52,8 +52,8 @@ def clip_cotangents(x: Any, tx: optax.GradientTransformation, *, tap: jax.Array 
       `tx` where the step is known, as in `clip_by_global_norm(schedule(step))`.
 
       The norm is one over all that `x` holds, batch axes included; for each example by itself call it under `vmap`. An
-      `x` that `vmap` does not map is one value: what is clipped is the sum of its cotangents over the examples, and a
-      bound that is mapped needs an `x` that is.
+      `x` that `vmap` does not map is one value: what is clipped is the sum of its cotangents over the examples. With a
+      bound that is mapped and an `x` that is not the result is not defined.
 
       Where one tap serves several calls or examples, their norms are added: give each a row of its own. The cotangent
       of an example in a mean over many is that of its loss divided by their number, and so are its norms. An `x` that
@@ -107,8 +107,12 @@ def clip_cotangents(x: Any, tx: optax.GradientTransformation, *, tap: jax.Array 
     See also:
       `as_function`, for a clip as a function of gradients; `clip_by_global_norm`, `clip`, `zero_nonfinite`.
     """
+    checks.transformation("tx", tx)
     if tap is not None and not (getattr(tap, "shape", None) == (2,) and jnp.issubdtype(tap.dtype, jnp.floating)):
-        raise ValueError(f"tap must be a float array of shape (2,), got {tap!r}")
+        got = f"{tap.dtype} of shape {tap.shape}" if hasattr(tap, "dtype") else repr(tap)
+        raise ValueError(
+            f"tap must be a float array of shape (2,), in a scan a row of what goes along as xs; got {got}"
+        )
     flat, treedef = jax.tree.flatten(x)
     counted = [sums.is_counted(leaf) for leaf in flat]
 

@@ -30,6 +30,15 @@ def choose(problem: Problem, batch: Batch) -> Form:
     return functools.partial(two_pass, permitted_of)
 
 
+def _no_state(problem: Problem) -> Any:
+    advice = (
+        "which one example can't hand on to the next: for a bound that follows a schedule build it with the number of "
+        "this step, as in clip_by_global_norm(schedule(step)); for a record of the norms pass return_norms=True; chain "
+        "what keeps a state behind it, as an optimizer does"
+    )
+    return empty_state("clipped_value_and_grad", problem.tx, problem.params, advice)
+
+
 # One pass.
 
 
@@ -37,7 +46,7 @@ def one_pass(problem: Problem, batch: Batch) -> tuple[Grads, Seen]:
     """Every gradient by itself."""
     (value, aux), grads = jax.vmap(problem.grad)(batch)
     with mesh.apart(problem.apart):
-        state = empty_state("clipped_value_and_grad", problem.tx, problem.params)
+        state = _no_state(problem)
         updates = jax.vmap(lambda grad: problem.tx.update(grad, state, problem.params)[0])(grads)
         norm = jax.vmap(sums.global_norm)(grads) if problem.want_norms else None
         counted = _everywhere(problem, jax.vmap(_is_finite)(updates))
@@ -71,7 +80,7 @@ def _permitted_of_norm(problem: Problem) -> PermittedOf | None:
     made_of = problem.tx.made_of if isinstance(problem.tx, core.Clip) else None
     if made_of is None or made_of.norm != norms.global_norm():
         return None
-    state = empty_state("clipped_value_and_grad", problem.tx, problem.params)
+    state = _no_state(problem)
     with mesh.apart(problem.apart):
         splits = mesh.split_of(problem.params, problem.params, made_of.axes)
     if any(split.axes for split in splits):  # a part of the norm lies on another device

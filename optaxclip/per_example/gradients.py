@@ -36,8 +36,9 @@ def clipped_value_and_grad(
         scalar and anything.
       tx: a transformation without state, or a chain of these. It is given the parameters, for those that need them.
       argnums: which positional arguments of `fun` to differentiate by: a number, or several for a tuple of gradients.
-      batch_argnums: which positional arguments have the examples, along the first axis of every array in them. PRNG
-        keys and integers may be among these. All other arguments, and keyword arguments, are the same for all examples.
+      batch_argnums: which positional arguments have the examples, along the first axis of every array in them: `(1, 2)`
+        for a loss of parameters, inputs and labels. PRNG keys and integers may be among these. All other arguments, and
+        keyword arguments, are the same for all examples.
       has_aux: whether `fun` returns a pair.
       microbatch_size: how many examples to take at a time, to save memory; None for all. The last microbatch may be
         smaller. On several devices each must have its share of a microbatch to be busy.
@@ -55,7 +56,8 @@ def clipped_value_and_grad(
     Guarantees:
       Gradients are added up in float32 or wider, and have the dtype of the parameters. An example whose gradient is not
       finite after `tx` counts nothing, in the gradient and in the value: all other examples count as without it. A
-      finite gradient is clipped however large it is. Microbatches give the same result as none, up to rounding.
+      finite gradient is clipped however large it is; its bound holds up to norms of the largest float. Microbatches
+      give the same result as none, up to rounding.
 
       For a clip by the global 2-norm, which `clip_by` makes from `norms.global_norm()` and any threshold without state
       (`clip_by_global_norm`, `smooth_clip_by_global_norm`, `clip_by_norm_range`), not in a chain and not wrapped, the

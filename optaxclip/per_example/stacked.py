@@ -24,7 +24,8 @@ def per_example_global_norm_clip(grads: Grads, l2_norm_clip: Any) -> tuple[Grads
       The sum, without that axis, and the number of examples that were clipped, an int32 scalar.
 
     Guarantees:
-      Norms are right over the whole float range, and an example adds at most `l2_norm_clip (1 + 1e-5)` to the sum. The
+      Norms are right over the whole float range, and an example adds at most `l2_norm_clip (1 + 1e-5)` to the sum,
+      unless its norm is past the largest float (four entries of 3e38): then it is finite and keeps its direction. The
       sum is taken in float32 or wider, and has the dtype of the gradient; integers become float32.
 
     Edge cases:
