@@ -74,8 +74,12 @@ def global_norm(tree: Any, *, ord: float = 2, axes: mesh.Axes = "auto") -> jax.A
 def total_norm(leaves: Sequence[Any], axes: Sequence[tuple[str, ...]], ord: float) -> jax.Array:
     """One norm of all `leaves`, each split over its mesh axes in `axes`. One collective per distinct set of axes."""
     sets: dict[Any, list[jax.Array]] = {}
-    for names, together in _stacks(leaves, axes):
-        norms = _norm(together, all_dims(together)[1:], ord)
+    for names, alike in _alike(leaves, axes):
+        if len(alike) == 1:
+            norms = _norm(jnp.asarray(alike[0]), all_dims(alike[0]), ord)[None]
+        else:
+            together = jnp.stack(alike)
+            norms = _norm(together, all_dims(together)[1:], ord)
         sets.setdefault((names, norms.dtype), []).append(norms)
     norms = [norm_of_norms(jnp.concatenate(pieces), names, ord) for (names, _), pieces in sets.items()]
     if not norms:
@@ -86,15 +90,15 @@ def total_norm(leaves: Sequence[Any], axes: Sequence[tuple[str, ...]], ord: floa
     return norm_of_norms(jnp.stack([norm.astype(widest) for norm in norms]), (), ord)
 
 
-def _stacks(leaves: Sequence[Any], axes: Sequence[tuple[str, ...]]) -> list[tuple[tuple[str, ...], jax.Array]]:
-    """All leaves, small ones of a kind as one array, with the mesh axes that they are split over."""
+def _alike(leaves: Sequence[Any], axes: Sequence[tuple[str, ...]]) -> list[tuple[tuple[str, ...], list[Any]]]:
+    """Leaves that can be stacked, and each other one alone, with the mesh axes that they are split over."""
     alike: dict[Any, list[Any]] = {}
     for i, (leaf, names) in enumerate(zip(leaves, axes, strict=True)):
         # The type holds shape, dtype, sharding and mesh axes. A large leaf is alike to none, nor is one that XLA lays
         # out as it likes: what is stacked it would lay out alike.
         stacks = jnp.size(leaf) <= _SMALL and mesh.layout_is_known(leaf)
         alike.setdefault((names, jax.typeof(leaf) if stacks else i), []).append(leaf)
-    return [(names, jnp.stack(together)) for (names, _), together in alike.items()]
+    return [(names, together) for (names, _), together in alike.items()]
 
 
 def separate_norms(
