@@ -124,7 +124,7 @@ def clip_cotangents(x: Any, tx: optax.GradientTransformation, *, tap: jax.Array 
     floats = [leaf for leaf, is_float in zip(flat, counted, strict=True) if is_float]
     others = [leaf for leaf, is_float in zip(flat, counted, strict=True) if not is_float]
     nothing = [None for _ in others]
-    clip = stateless(tx, in_place(floats, nothing), "clip_cotangents", _NO_STATE)
+    clip = stateless("clip_cotangents", tx, in_place(floats, nothing), _NO_STATE)
 
     def backward(cotangents: list[Any]) -> tuple[list[jax.Array], jax.Array | None]:
         given = in_place(cotangents, nothing)

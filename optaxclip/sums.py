@@ -86,6 +86,11 @@ def total_norm(leaves: Sequence[Any], axes: Sequence[tuple[str, ...]], ord: floa
         return jnp.zeros((), jnp.float32)
     if len(norms) == 1:
         return norms[0]
+    return norm_of_parts(norms, ord)
+
+
+def norm_of_parts(norms: Sequence[jax.Array], ord: float) -> jax.Array:
+    """The norm of what has these norms, of one shape and perhaps of two dtypes, on this device."""
     widest = max((norm.dtype for norm in norms), key=lambda dtype: dtype.itemsize)
     return norm_of_norms(jnp.stack([norm.astype(widest) for norm in norms]), (), ord)
 

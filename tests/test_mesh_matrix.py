@@ -463,5 +463,4 @@ def test_a_whole_leaf_beside_a_split_one_of_its_shape_stays_whole(make):
     ]
     assert len(beside_params) >= 2
     for tree in beside_params:
-        for name, spec in specs.items():
-            assert tree[name].sharding.is_equivalent_to(NamedSharding(AUTO, spec), 1), (name, tree[name].sharding)
+        assert_laid_out(tree, specs, AUTO)

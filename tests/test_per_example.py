@@ -13,6 +13,7 @@ import optaxclip as oc
 from optaxclip import norms, per_example, thresholds
 from optaxclip.per_example import forms, outer, problems
 from tests.marks import slow_but
+from tests.reference.examples import f64, norm_of, one_by_one, row
 
 B = 7
 SIZES = (6, 16, 3)
@@ -57,28 +58,8 @@ def examples(rng, number=B, dtype=jnp.float32):
     return jnp.asarray(scale * rng.normal(size=(number, SIZES[0])), dtype), jnp.asarray(rng.integers(0, 3, number))
 
 
-def row(batch, i):
-    return jax.tree.map(lambda leaf: leaf[i], batch)
-
-
-def f64(tree):
-    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tree)
-
-
-def norm_of(tree):
-    return np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(f64(tree))))
-
-
 def by_hand(fun, params, batch, bound=BOUND):
-    """Sums of the values and of the clipped gradients, and the norms, one example after the other."""
-    grad = jax.jit(jax.value_and_grad(fun))
-    found = [grad(params, row(batch, i)) for i in range(jax.tree.leaves(batch)[0].shape[0])]
-    sizes = [norm_of(each) for _, each in found]
-    clipped = [
-        jax.tree.map(lambda leaf, size=size: leaf * min(1.0, bound / max(size, 1e-300)), f64(each))
-        for (_, each), size in zip(found, sizes, strict=True)
-    ]
-    return sum(float(value) for value, _ in found), jax.tree.map(lambda *leaves: sum(leaves), *clipped), sizes
+    return one_by_one(fun, params, batch, bound)
 
 
 def assert_close(ours, expected, rtol=2e-6, atol=None):

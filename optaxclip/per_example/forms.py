@@ -161,9 +161,7 @@ def _norm_of_one(problem: Problem, example: Any) -> tuple[jax.Array, Any, jax.Ar
     products = [leaf for leaf in jax.tree.leaves(grads) if isinstance(leaf, outer.Outer)]
     rest = [leaf for leaf in jax.tree.leaves(grads) if not isinstance(leaf, outer.Outer)]
     parts = [*(product.norm() for product in products), sums.total_norm(rest, [()] * len(rest), 2)]
-    widest = jnp.result_type(*parts)
-    norm = sums.norm_of_norms(jnp.stack([part.astype(widest) for part in parts]), (), 2)
-    return outer.as_array(value), jax.tree.map(outer.as_array, aux), norm
+    return outer.as_array(value), jax.tree.map(outer.as_array, aux), sums.norm_of_parts(parts, 2)
 
 
 def _weighted(problem: Problem, batch: Batch, weight: jax.Array, counted: jax.Array) -> Grads:

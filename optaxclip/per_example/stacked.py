@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optaxclip import bounds, checks, leaves, scaling, sums
+from optaxclip import checks, core, leaves, scaling, sums
 from optaxclip.per_example.problems import Grads
 
 
@@ -151,16 +151,16 @@ def _as_floats(leaf: Any) -> jax.Array:
 
 def _norms(flat: Sequence[jax.Array]) -> jax.Array:
     """The norm of each example."""
-    parts = sums.separate_norms(flat, [tuple(range(1, leaf.ndim)) for leaf in flat], [()] * len(flat), 2)
-    widest = jnp.result_type(*parts)
-    return sums.norm_of_norms(jnp.stack([part.astype(widest) for part in parts]), (), 2)
+    return sums.norm_of_parts(
+        sums.separate_norms(flat, [tuple(range(1, leaf.ndim)) for leaf in flat], [()] * len(flat), 2), 2
+    )
 
 
 def _clip(flat: Sequence[jax.Array], bound: Any, finite: jax.Array | None = None) -> tuple[list[jax.Array], jax.Array]:
     """The sums of the clipped examples, and how many were clipped."""
     norms = _norms(flat)
     finite = jnp.isfinite(norms) if finite is None else finite
-    high = jnp.maximum(bounds.as_array(bound, norms.dtype), jnp.zeros((), norms.dtype))
+    high = core.upper_end(norms, bound)
     factor = scaling.factors(norms, jnp.minimum(norms, high))
     clipped = jnp.sum((norms > high) & finite, dtype=jnp.int32)
 

@@ -38,17 +38,17 @@ def as_function(tx: optax.GradientTransformation, params: Any = None) -> Callabl
     See also:
       `clip_by` with `axes=None`, for examples that are spread over the devices of a `shard_map`.
     """
-    return stateless(tx, params, "as_function")
+    checks.transformation("tx", tx)
+    return stateless("as_function", tx, params)
 
 
 _FORGOTTEN = "which every call would start anew: call its update yourself"
 
 
 def stateless(
-    tx: optax.GradientTransformation, params: Any, caller: str, advice: str = _FORGOTTEN
+    caller: str, tx: optax.GradientTransformation, params: Any, advice: str = _FORGOTTEN
 ) -> Callable[[Updates], Updates]:
     """As `as_function`, for `caller`; `advice` is how the message goes on where there is a state."""
-    checks.transformation("tx", tx)
 
     def apply(updates: Updates) -> Updates:
         state = empty_state(caller, tx, updates if params is None else params, advice)

@@ -2,6 +2,9 @@
 
 import json
 import platform
+import random
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,20 @@ def write_json(file: Path | None, **found: Any) -> None:
     """Writes what was found, and the environment, to a file if one is wanted."""
     if file:
         file.write_text(json.dumps({"environment": environment(), **found}, indent=2) + "\n")
+
+
+def interleaved(programs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Milliseconds of every program in every repeat, each repeat in an order of its own; two more warm up."""
+    times: dict[str, list[float]] = {name: [] for name in programs}
+    order, shuffle = list(programs), random.Random(0).shuffle
+    for repeat in range(-2, repeats):
+        shuffle(order)
+        for name in order:
+            start = time.perf_counter()
+            jax.block_until_ready(programs[name]())
+            if repeat >= 0:
+                times[name].append(1e3 * (time.perf_counter() - start))
+    return times
 
 
 def _processor() -> str:

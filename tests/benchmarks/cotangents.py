@@ -15,9 +15,7 @@ hand" is the shortest clip that one can write, by a plain sum of squares: what i
 """
 
 import argparse
-import random
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +26,7 @@ import numpy as np
 import optax
 
 import optaxclip
-from tests.benchmarks import show_environment, write_json
+from tests.benchmarks import interleaved, show_environment, write_json
 
 Clip = Callable[[jax.Array, jax.Array], jax.Array]  # an array and its row of the taps -> the array
 
@@ -47,7 +45,7 @@ def main() -> None:
     results = {}
     for name, model in models(args).items():
         results[name] = summary(
-            measure({clip: compile_step(*model, make) for clip, make in CLIPS.items()}, args.repeats)
+            interleaved({clip: compile_step(*model, make) for clip, make in CLIPS.items()}, args.repeats)
         )
         show(name, results[name])
     write_json(args.json, results=results)
@@ -140,26 +138,12 @@ def compile_step(
     taps = jnp.zeros((places, 2))
     compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*carry, data, taps).compile()
 
-    def run() -> None:
+    def run() -> Any:
         nonlocal carry
         *carry, norms = compiled(*carry, data, taps)
-        jax.block_until_ready((carry, norms))
+        return carry, norms
 
     return run
-
-
-def measure(programs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Milliseconds of every program in every repeat."""
-    times: dict[str, list[float]] = {name: [] for name in programs}
-    order, shuffle = list(programs), random.Random(0).shuffle
-    for repeat in range(-2, repeats):
-        shuffle(order)
-        for name in order:
-            start = time.perf_counter()
-            programs[name]()
-            if repeat >= 0:
-                times[name].append(1e3 * (time.perf_counter() - start))
-    return times
 
 
 def summary(times: dict[str, list[float]]) -> dict[str, dict[str, float]]:

@@ -17,10 +17,9 @@ microbatches of 8.
 import argparse
 import importlib.util
 import itertools
-import random
 import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +30,7 @@ import optax
 
 import optaxclip
 from optaxclip import per_example
-from tests.benchmarks import show_environment, write_json
+from tests.benchmarks import interleaved, show_environment, write_json
 
 ORDINARY = "ordinary gradient"
 CHOSEN, ONE = "as chosen", "one pass"
@@ -53,7 +52,8 @@ def main() -> None:
     results = {}
     for title, model in models(args.batch).items():
         programs = {name: compiled(step, model) for name, step in steps(model).items()}
-        rows = summary(measure(programs, model, args.repeats), programs)
+        calls = {name: partial(program, model.params, *model.batch) for name, program in programs.items()}
+        rows = summary(interleaved(calls, args.repeats), programs)
         show(f"{title}, batch {args.batch}, median of {args.repeats}", rows)
         results[title] = rows
     write_json(args.json, results=results)
@@ -161,20 +161,6 @@ def privacy(model: Model) -> dict[str, Callable[..., Any]]:
 
 def compiled(step: Callable[..., Any], model: Model) -> Any:
     return jax.jit(step).lower(model.params, *model.batch).compile()
-
-
-def measure(programs: dict[str, Any], model: Model, repeats: int) -> dict[str, list[float]]:
-    """Milliseconds of every program in every repeat."""
-    times: dict[str, list[float]] = {name: [] for name in programs}
-    order, shuffle = list(programs), random.Random(0).shuffle
-    for repeat in range(-2, repeats):  # the first two warm up
-        shuffle(order)
-        for name in order:
-            start = time.perf_counter()
-            jax.block_until_ready(programs[name](model.params, *model.batch))
-            if repeat >= 0:
-                times[name].append(1e3 * (time.perf_counter() - start))
-    return times
 
 
 def summary(times: dict[str, list[float]], programs: dict[str, Any]) -> dict[str, dict[str, float]]:
