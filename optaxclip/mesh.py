@@ -187,6 +187,11 @@ def layout_is_known(leaf: Any) -> bool:
     )
 
 
+def is_whole(leaf: Any) -> bool:
+    """Whether every device where we run is known to have all of a leaf."""
+    return layout_is_known(leaf) and not any(_dims_of(_spec_of(leaf)))
+
+
 def may_vary_over(value: Any, splits: Sequence[Split]) -> tuple[str, ...]:
     """The mesh axes over which something calculated from leaves that are split so may differ between devices."""
     names = {name for split in splits for name in split.axes}

@@ -22,7 +22,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from optaxclip import checks, groups, leaves, mesh, scaling, sums
+from optaxclip import checks, groups, leaves, mesh, ratios, scaling, sums
 from optaxclip.core import Norm, Norms, Updates, require_params
 
 Axis: TypeAlias = int | tuple[int, ...] | None
@@ -177,7 +177,7 @@ def leaf_peaks() -> Norm:
         columns = (treedef.flatten_up_to(tree) for tree in (whole.scale(updates, norms, permitted), permitted))
         return treedef.unflatten(
             [
-                leaf if high is None else jnp.where(sums.modulus(leaf) > high, scaled, leaf)
+                leaf if high is None else jnp.where(_is_beyond(jnp.asarray(leaf), high), scaled, leaf)
                 for leaf, scaled, high in zip(flat, *columns, strict=True)
             ]
         )
@@ -203,6 +203,14 @@ def leaf_rms(*, stacked: Any = None) -> Norm:
       [ 1. -1.  1.  1.]
     """
     return _by_leaf(_whole, 2, stacked, mean=True)
+
+
+def _is_beyond(leaf: jax.Array, high: jax.Array) -> jax.Array:
+    if jnp.iscomplexobj(leaf):
+        return sums.modulus(leaf) > high
+    # Not by the moduli, which XLA would calculate once for here and for the maximum, and write to memory between.
+    wide = leaf.astype(high.dtype)
+    return (wide > high) | (wide < -high)
 
 
 def unit_norm(units: str = "io", *, axis: Axis = None, stacked: Any = None) -> Norm:
@@ -266,7 +274,7 @@ def relative_change(relative: Any, absolute: Any) -> Norm:
         flat, treedef = jax.tree.flatten(updates)
         weights = treedef.flatten_up_to(params)
         counted = [i for i, update in enumerate(flat) if sums.is_counted(update)]
-        worst = [_worst_ratio(flat[i], weights[i], relative, absolute) for i in counted]
+        worst = [ratios.worst_ratio(flat[i], weights[i], relative, absolute) for i in counted]
         across = sums.across(worst, [split[i].axes for i in counted], math.inf)
         norms = dict(zip(counted, across, strict=True))
         return treedef.unflatten([norms.get(i) for i in range(len(flat))])
@@ -367,19 +375,6 @@ _UNITS: dict[str, DimsOf] = {"io": _in_out, "oi": _out_in, "leaf": _whole}
 def _size(leaf: Any, dims: tuple[int, ...], axes: tuple[str, ...]) -> int:
     """How many coordinates a group has on all devices; 1 for none, so that one can divide by it."""
     return max(mesh.whole_size((jnp.shape(leaf)[dim] for dim in dims), axes), 1)
-
-
-def _worst_ratio(update: Any, param: Any, relative: Any, absolute: Any) -> jax.Array:
-    dtype = sums.accumulator(update.dtype)
-    size = sums.modulus(update)
-    param = mesh.like(jnp.asarray(param), size)  # which may be whole, on an Explicit mesh, where the update is split
-    limit = jnp.asarray(relative, dtype) * sums.modulus(param).astype(dtype) + jnp.asarray(absolute, dtype)
-    highest = jnp.finfo(dtype).max
-    # Where a quotient is not used its derivative must be finite all the same.
-    fits = size <= limit * highest
-    ratio = sums.quotient(jnp.where(fits, size, 0), jnp.where(fits & (size > 0), limit, jnp.ones_like(limit)))
-    ratio = jnp.where(fits, ratio, jnp.where(jnp.isfinite(size), highest, size))
-    return sums.largest(jnp.where(jnp.isnan(limit), limit, ratio))
 
 
 def _with_split(updates: Updates, split: list[mesh.Split]) -> list[tuple[Any, mesh.Split]]:

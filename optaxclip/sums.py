@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optaxclip import checks, mesh
+from optaxclip import checks, columns, mesh
 
 # Arrays of up to this many entries are copied into a stack with their like, or else read twice: at this size both cost
 # microseconds, and a branch costs more to compile.
@@ -142,7 +142,7 @@ def _norm_of_array(x: jax.Array, dims: tuple[int, ...], ord: float) -> jax.Array
         return jnp.where(size < jnp.finfo(size.dtype).tiny, jnp.zeros_like(size), size)  # subnormal
     if x.size <= _SMALL and _can_leave_range(x.dtype, ord):
         return _norm_by_largest(x, dims, ord)
-    total = jnp.sum(_power(x, ord), axis=dims)
+    total = columns.sum_of(lambda x: _power(x, ord), x, dims)
     if not _can_leave_range(x.dtype, ord):
         return _root(total, ord)
     trusted = (total >= _smallest_trusted(total.dtype, number)) & (total <= jnp.finfo(total.dtype).max)
@@ -151,9 +151,10 @@ def _norm_of_array(x: jax.Array, dims: tuple[int, ...], ord: float) -> jax.Array
 
 def _norm_by_largest(x: jax.Array, dims: tuple[int, ...], ord: float) -> jax.Array:
     """The norm as largest modulus times the norm of the shares of it: two passes, no overflow, no underflow."""
-    size = _or_one(jnp.max(modulus(x), axis=dims, keepdims=True, initial=0))
-    total = jnp.sum(_power(quotient(x.astype(wide(x.dtype)), size), ord), axis=dims)
-    return _saturate(_root(total, ord), jax.lax.squeeze(size, dims))
+    largest = _or_one(columns.max_of(modulus, x, dims))
+    size = largest if columns.are_leading(dims) else jnp.expand_dims(largest, dims)  # a row at a time, it may come
+    total = columns.sum_of(lambda x: _power(quotient(x.astype(wide(x.dtype)), size), ord), x, dims)
+    return _saturate(_root(total, ord), largest)
 
 
 @_norm_of_array.defjvp

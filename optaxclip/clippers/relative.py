@@ -108,9 +108,9 @@ def clippy(
 
     Edge cases:
       Coordinates with u = 0 have no say. A limit of 0 under a non-zero update (`absolute=0`, w = 0), or a ratio past
-      the largest float, scales the leaf to 0. A leaf with an infinite or NaN update is returned as it came. One
-      coordinate with w = 0 caps its whole leaf, as the second example shows: raise `absolute` where parameters start at
-      0.
+      the largest float, scales the leaf to 0. A leaf with an infinite or NaN update or parameter is returned as it
+      came. One coordinate with w = 0 caps its whole leaf, as the second example shows: raise `absolute` where
+      parameters start at 0.
 
     Placement:
       After the learning rate, at the end of the chain: it bounds the change of the parameters, not the gradient.
