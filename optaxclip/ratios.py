@@ -1,4 +1,4 @@
-"""How far the coordinates of a leaf are beyond their limits, in one pass over updates and limits."""
+"""How far the coordinates of a leaf are beyond their limits, in one pass over updates and parameters."""
 
 from typing import Any
 
@@ -16,30 +16,26 @@ def worst_ratio(update: jax.Array, param: jax.Array, relative: Any, absolute: An
     """
     param = mesh.like(jnp.asarray(param), update)  # which may be whole, on an Explicit mesh, where the update is split
     dtype = sums.accumulator(update.dtype)
-    highest = float(jnp.finfo(dtype).max)
-    # Behind a barrier, since XLA shares a constant with all that has an equal one (Adam has 0.1), and writes it out.
-    relative, absolute = jax.lax.optimization_barrier((jnp.asarray(relative, dtype), jnp.asarray(absolute, dtype)))
-    limit = relative * sums.modulus(param).astype(dtype) + absolute
-    worst = jnp.max(_ratio(sums.modulus(update), limit), initial=0)
-    # From the arrays as they came: what two reductions share XLA writes to memory.
-    is_bad = [sums.has_nonfinite(each) for each in (update, param, relative, absolute)]
-    worst = jnp.where(worst >= _nearly(_nearly(highest)), jnp.full_like(worst, highest), worst)
-    return jnp.where(jnp.stack(is_bad).any(), jnp.full_like(worst, jnp.inf), worst)
+    relative, absolute = jnp.asarray(relative, dtype), jnp.asarray(absolute, dtype)
+    zeros = [sums.zero_if_finite(each).real.astype(dtype) for each in (update, param, relative, absolute)]
+    zero = jax.lax.stop_gradient(sum(zeros, start=jnp.zeros((), dtype)))
+    worst = jnp.max(_ratio(update, param, relative, absolute, zero), initial=0)
+    highest = jnp.finfo(dtype).max
+    worst = jnp.where(worst >= highest * (1 - 2.0**-18), jnp.full_like(worst, highest), worst)
+    return jnp.where(jnp.isnan(zero), jnp.full_like(worst, jnp.inf), worst)
 
 
-def _ratio(size: jax.Array, limit: jax.Array) -> jax.Array:
-    """`size / limit`; 0 where the size is, else nearly the largest float where the quotient is beyond it.
+def _ratio(update: jax.Array, param: jax.Array, relative: Any, absolute: Any, zero: jax.Array) -> jax.Array:
+    """The ratio of every coordinate; 0 where u is, else nearly the largest float where the quotient is beyond it.
 
-    Products and extrema only: a comparison is what XLA on CPUs doesn't fuse into the maximum that comes next, and it
-    writes the array of ratios to memory instead.
+    Written for XLA on CPUs, so that it goes into the maximum that comes next and not into memory: by products and
+    extrema only, without a comparison; and with constants to which this leaf's `zero` is added, since it would share
+    those of all leaves, and of Adam.
     """
-    info = jnp.finfo(size.dtype)
-    most, tiny = _nearly(float(info.max)), float(info.tiny)
+    info = jnp.finfo(zero.dtype)
+    size, limit = sums.modulus(update), (zero + relative) * sums.modulus(param).astype(zero.dtype) + (zero + absolute)
+    most, tiny, one = zero + float(info.max) * (1 - 2.0**-20), zero + info.tiny, zero + 1  # a quotient rounds by less
     ratio = sums.quotient(jnp.minimum(size, limit * most), jnp.maximum(limit, tiny))
-    is_some, is_none = jnp.minimum(size / tiny, 1), 1 - jnp.minimum(limit / tiny, 1)  # 1 or 0
+    per_tiny = zero + 1 / float(info.tiny)
+    is_some, is_none = jnp.minimum(size * per_tiny, one), one - jnp.minimum(limit * per_tiny, one)  # 1 or 0
     return jnp.maximum(ratio, jax.lax.stop_gradient(most * is_some * is_none))
-
-
-def _nearly(highest: float) -> float:
-    """Below the largest float by more than rounding."""
-    return highest * (1 - 2.0**-20)

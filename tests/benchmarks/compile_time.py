@@ -20,11 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 
 import optaxclip
-from tests.benchmarks import gpt2, show_environment, write_json
+from tests.benchmarks import show_environment, trees, write_json
 
 ADAM = "adam"
 OPTAX = "optax.clip_by_global_norm"
@@ -35,7 +34,7 @@ STAGES = ("trace", "lower", "compile")
 def main() -> None:
     args = parse_arguments()
     jax.config.update("jax_enable_compilation_cache", False)
-    shapes = gpt2.shapes() if args.gpt2 else [jax.ShapeDtypeStruct((32, 32), np.float32) for _ in range(args.leaves)]
+    shapes = trees.gpt2() if args.gpt2 else trees.small(leaves=args.leaves)
     show_environment()
     print(f"{len(jax.tree.leaves(shapes))} leaves, median of {args.repeats}\n")
     rows = summary(measure(programs(), shapes, args.repeats))

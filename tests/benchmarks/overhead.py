@@ -1,18 +1,25 @@
-"""How much a clip adds to an optimizer step, in time and in temporary memory.
+"""How much every clip adds to an optimizer step, in time and in temporary memory.
 
-Claim: on the tree of GPT-2 small (148 leaves, 498 MB in float32), `chain(clip_by_global_norm(1.0), adam)` takes at most
-1.5 bare norm passes longer than `adam` alone, and at most 0.2 of what optax's clip adds, also where a tenth of the
-leaves is zero; its temporary memory is under 10 % of the gradients.
+Claim: on the tree of GPT-2 small (148 leaves, 498 MB in float32), a clip before Adam takes at most 1.2 bare norm passes
+longer than Adam alone, `adaptive_grad_clip` 2, and a tenth of the gradients in temporary memory; optax's clip takes
+most of ten passes and all of the gradients.
 
     python -m tests.benchmarks.overhead
-    python -m tests.benchmarks.overhead --repeats 31 --clippers leaf_norm block_rms agc --json overhead.json
+    python -m tests.benchmarks.overhead --clips all --json overhead.json
+    python -m tests.benchmarks.overhead --clips clip_by_leaf_norm "autoclip, window=1000" --repeats 31
+    python -m tests.benchmarks.overhead --tree stacked --clips adaptive_grad_clip "adaptive_grad_clip, stacked"
+    python -m tests.benchmarks.overhead --dtype bfloat16
+    python -m tests.benchmarks.overhead --tree small --clips clip_by_leaf_norm
 
 How it measures. A step is `update` and `apply_updates`, compiled ahead of time, with parameters and optimizer state
 donated: both are handed from program to program, so that all of them work on the same memory. The gradients are given
 and kept; their norm is some hundred times the bound, so that every clip clips. Each repeat runs every program once, in
 an order of its own. What a clip adds in a repeat is its step less the step of `adam` alone in the same repeat, and the
-medians of these differences are printed: slow drifts of the machine fall out. "temporary %" is what the compiled
-program allocates beside its arguments and results, as a part of the gradients. Needs 3 GB.
+medians of these differences are printed: slow drifts of the machine fall out. "norm passes" is that as a multiple of
+the median of reading the gradients once; "of optax's" beside what the namesake in optax adds, or its clip by global
+norm. "temporary %" is what the compiled program allocates beside its arguments and results, as a part of the gradients.
+The first line gives the bandwidth of a copy (read and written bytes), and how long the gradients take at it. Needs 3 GB,
+with all clips 8.
 """
 
 import argparse
@@ -28,25 +35,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-import optaxclip
-from tests.benchmarks import gpt2, show_environment, write_json
+from tests.benchmarks import clips, interleaved, show_environment, trees, write_json
 
 BARE = "bare norm pass"
 ADAM = "adam"
-OPTAX = "optax.clip_by_global_norm"
-OURS = "clip_by_global_norm"
 ADAM_ALONE = optax.adam(1e-4)
-# Gradients are about 0.01 each, parameters 0.02: every bound is below the norms that it meets.
-MORE = {
-    "recorded": lambda: optaxclip.clip_by_global_norm(1.0, record=256),
-    "leaf_norm": lambda: optaxclip.clip_by_leaf_norm(0.1),
-    "leaf_norm_recorded": lambda: optaxclip.clip_by_leaf_norm(0.1, record=256),
-    "block_rms": lambda: optaxclip.clip_by_block_rms(0.005),
-    "agc": lambda: optaxclip.adaptive_grad_clip(0.01),
-    "agc_recorded": lambda: optaxclip.adaptive_grad_clip(0.01, record=256),
-    "optax_block_rms": lambda: optax.clip_by_block_rms(0.005),
-    "optax_agc": lambda: optax.adaptive_grad_clip(0.01),
-}
 
 
 class Program(NamedTuple):
@@ -62,27 +55,34 @@ class Program(NamedTuple):
 
 def main() -> None:
     args = parse_arguments()
-    shapes = gpt2.shapes(layers=args.layers, width=args.width, vocabulary=args.vocabulary)
-    count, size = len(jax.tree.leaves(shapes)), nbytes(shapes)
+    sizes = {} if args.tree == "small" else {"layers": args.layers, "width": args.width, "vocabulary": args.vocabulary}
+    shapes = trees.TREES[args.tree](np.dtype(args.dtype), **sizes)
+    size = trees.nbytes(shapes)
     show_environment()
-    print(f"{count} leaves, {size / 1e6:.0f} MB of gradients, median of {args.repeats}")
-    bare, programs = compile_all(clippers(args.clippers), shapes)
-    dense = random_tree(shapes, scale=0.01, seed=0)
+    print(f"{args.tree}: {len(jax.tree.leaves(shapes))} leaves, {size / 1e6:.0f} MB of {args.dtype} gradients")
+    bandwidth = copy_bandwidth(shapes, args.repeats)
+    print(
+        f"a copy moves {bandwidth / 1e9:.1f} GB/s: reading the gradients takes {1e3 * size / bandwidth:.2f} ms at that"
+    )
+    bare, programs = compile_all(clips.chosen(args.clips, args.tree), shapes)
+    dense = trees.random_like(shapes, scale=0.01, seed=0)
     results = {}
-    for name, grads in {"all leaves non-zero": dense, "a tenth of the leaves zero": with_zeros(dense)}.items():
+    for name, grads in {"all leaves non-zero": dense, "a tenth of the leaves zero": trees.with_zeros(dense)}.items():
         times = measure(bare, programs, grads, args.repeats)
-        results[name] = summary(times, programs, size)
-        show(name, results[name])
-    write_json(args.json, results=results)
+        results[name] = summary(times, programs, size, peer=clips.peer)
+        show(f"{name}, median of {args.repeats}", results[name])
+    write_json(args.json, tree=args.tree, dtype=args.dtype, bandwidth=bandwidth, results=results)
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = gpt2_parser(__doc__)
-    parser.add_argument("--clippers", nargs="*", choices=list(MORE), default=[], help="measure these too")
+    parser = tree_parser(__doc__)
+    parser.add_argument("--tree", choices=list(trees.TREES), default="gpt2")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--clips", nargs="*", default=[], metavar="NAME", help='measure these too, or "all"')
     return parser.parse_args()
 
 
-def gpt2_parser(description: str | None) -> argparse.ArgumentParser:
+def tree_parser(description: str | None) -> argparse.ArgumentParser:
     """The options of a benchmark on the tree of GPT-2."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=15)
@@ -93,33 +93,40 @@ def gpt2_parser(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def clippers(more: list[str]) -> dict[str, optax.GradientTransformation]:
-    """The clips to compare, by name."""
-    fixed = {OPTAX: optax.clip_by_global_norm(1.0), OURS: optaxclip.clip_by_global_norm(1.0)}
-    return fixed | {name: MORE[name]() for name in more}
-
-
-def compile_all(clips: dict[str, optax.GradientTransformation], shapes: Any) -> tuple[Any, dict[str, Program]]:
+def compile_all(transformations: dict[str, Any], shapes: Any) -> tuple[Any, dict[str, Program]]:
     """The compiled bare norm pass, and the compiled steps by name."""
     bare = jax.jit(norm_pass).lower(shapes).compile()
-    return bare, {name: compile_step(clip, shapes) for name, clip in {ADAM: optax.identity(), **clips}.items()}
+    steps = {ADAM: compile_step(optax.identity(), shapes)}
+    for name, tx in transformations.items():
+        steps[name] = compile_step(tx, shapes, ADAM_ALONE if name not in clips.OPTIMIZERS else None)
+    return bare, steps
+
+
+def copy_bandwidth(shapes: Any, repeats: int) -> float:
+    """Bytes per second, read and written, of a copy of the tree that changes every number."""
+    tree = trees.random_like(shapes, scale=1.0, seed=2)
+    negate = jax.jit(lambda tree: jax.tree.map(jnp.negative, tree)).lower(shapes).compile()
+    (times,) = interleaved({"copy": lambda: negate(tree)}, repeats).values()
+    return 2 * trees.nbytes(shapes) / (statistics.median(times) / 1e3)
 
 
 def norm_pass(tree: Any) -> jax.Array:
     """The least that a clip by global norm can do: read everything once."""
-    return jnp.sqrt(sum(jnp.sum(leaf * leaf) for leaf in jax.tree.leaves(tree)))
+    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)))
 
 
-def compile_step(clip: optax.GradientTransformation, shapes: Any) -> Program:
-    tx = optax.chain(clip, optax.adam(1e-4))
+def compile_step(clip: Any, shapes: Any, shared: Any = ADAM_ALONE) -> Program:
+    """A step of `clip` and the optimizer `shared`, or of `clip` alone, which hands on Adam's state."""
 
-    def step(params: Any, adam_state: Any, clip_state: Any, grads: Any) -> tuple[Any, Any, Any]:
-        updates, (clip_state, adam_state) = tx.update(grads, (clip_state, adam_state), params)
-        return optax.apply_updates(params, updates), adam_state, clip_state
+    def step(params: Any, shared_state: Any, own_state: Any, grads: Any) -> tuple[Any, Any, Any]:
+        updates, own_state = clip.update(grads, own_state, params)
+        if shared:
+            updates, shared_state = shared.update(updates, shared_state, params)
+        return optax.apply_updates(params, updates), shared_state, own_state
 
-    clip_state, adam_state = jax.eval_shape(tx.init, shapes)
-    compiled = jax.jit(step, donate_argnums=(0, 1, 2)).lower(shapes, adam_state, clip_state, shapes).compile()
-    return program(compiled, clip_state)
+    own_state, shared_state = jax.eval_shape(clip.init, shapes), jax.eval_shape(ADAM_ALONE.init, shapes)
+    compiled = jax.jit(step, donate_argnums=(0, 1, 2)).lower(shapes, shared_state, own_state, shapes).compile()
+    return program(compiled, own_state)
 
 
 def program(compiled: Any, own_state: Any) -> Program:
@@ -132,7 +139,7 @@ def measure(
     bare: Any, programs: dict[str, Program], grads: Any, repeats: int, shared: Any = ADAM_ALONE
 ) -> dict[str, list[float]]:
     """Milliseconds of every program in every repeat. The state that they share is that of `shared`."""
-    params = random_tree(grads, scale=0.02, seed=1)
+    params = trees.random_like(grads, scale=0.02, seed=1)
     shared_state = shared.init(params)
     own_states = {name: jax.tree.map(jnp.copy, program.own_state) for name, program in programs.items()}  # donated
     times: dict[str, list[float]] = {name: [] for name in [BARE, *programs]}
@@ -152,9 +159,14 @@ def measure(
 
 
 def summary(
-    times: dict[str, list[float]], programs: dict[str, Program], size: int, *, base: str = ADAM, peer: str = OPTAX
+    times: dict[str, list[float]],
+    programs: dict[str, Program],
+    size: int,
+    *,
+    base: str = ADAM,
+    peer: Callable[[str], str],
 ) -> dict[str, dict[str, float]]:
-    """Per program: the median step, what it adds to `base`, that as part of a norm pass, and of what `peer` adds."""
+    """Per program: the median step, what it adds to `base`, that as part of a norm pass, and of what its peer adds."""
     added = {name: added_time(times[name], times[base]) for name in programs}
     norm = statistics.median(times[BARE])
     rows = {BARE: {"step_ms": norm}}
@@ -162,41 +174,26 @@ def summary(
         temporary = 100 * program.temporary_bytes / size
         rows[name] = {"step_ms": statistics.median(times[name]), "temporary_percent": temporary}
         if name != base:
-            ratios = {"norm_passes": added[name] / norm, "of_optax": added[name] / added[peer]}
+            ratios = {"norm_passes": added[name] / norm, "of_optax": added[name] / added[peer(name)]}
             rows[name] |= {"added_ms": added[name], **ratios}
     return rows
 
 
-def added_time(step: list[float], adam: list[float]) -> float:
-    return statistics.median(a - b for a, b in zip(step, adam, strict=True))
+def added_time(step: list[float], base: list[float]) -> float:
+    """The median of what a step takes longer than the base in the same repeat."""
+    return statistics.median(a - b for a, b in zip(step, base, strict=True))
 
 
 def show(title: str, rows: dict[str, dict[str, float]]) -> None:
     """Prints the rows as a Markdown table."""
     columns = ["step_ms", "added_ms", "norm_passes", "of_optax", "temporary_percent"]
     print(f"\n{title}\n")
-    print(f"| {'program':26} | step ms | added ms | norm passes | of optax's | temporary % |")
+    print(f"| {'program':31} | step ms | added ms | norm passes | of optax's | temporary % |")
     print("|---|" + "---:|" * len(columns))
     widths = [7, 8, 11, 10, 11]
     for name, row in rows.items():
         cells = [f"{row[column]:.2f}" if column in row else "" for column in columns]
-        print(f"| {name:26} | " + " | ".join(f"{c:>{w}}" for c, w in zip(cells, widths, strict=True)) + " |")
-
-
-def random_tree(shapes: Any, *, scale: float, seed: int) -> Any:
-    """Normal float32 values of this scale."""
-    rng, scale = np.random.default_rng(seed), np.float32(scale)
-    return jax.tree.map(lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape, np.float32) * scale), shapes)
-
-
-def with_zeros(tree: Any) -> Any:
-    """The same tree with every tenth leaf zero; the other leaves are shared, not copied."""
-    leaves, treedef = jax.tree.flatten(tree)
-    return treedef.unflatten([jnp.zeros_like(leaf) if i % 10 == 5 else leaf for i, leaf in enumerate(leaves)])
-
-
-def nbytes(tree: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+        print(f"| {name:31} | " + " | ".join(f"{c:>{w}}" for c, w in zip(cells, widths, strict=True)) + " |")
 
 
 if __name__ == "__main__":

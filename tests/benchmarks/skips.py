@@ -22,7 +22,7 @@ import optax
 
 import optaxclip
 from optaxclip import thresholds
-from tests.benchmarks import gpt2, overhead, show_environment, write_json
+from tests.benchmarks import overhead, show_environment, trees, write_json
 
 INNERS = {
     "adam": lambda: optax.chain(optax.identity(), optax.adam(1e-4)),
@@ -39,20 +39,20 @@ WRAPPERS: dict[str, Callable[[Any], Any]] = {
 
 
 def main() -> None:
-    args = overhead.gpt2_parser(__doc__).parse_args()
-    shapes = gpt2.shapes(layers=args.layers, width=args.width, vocabulary=args.vocabulary)
-    count, size = len(jax.tree.leaves(shapes)), overhead.nbytes(shapes)
+    args = overhead.tree_parser(__doc__).parse_args()
+    shapes = trees.gpt2(layers=args.layers, width=args.width, vocabulary=args.vocabulary)
+    count, size = len(jax.tree.leaves(shapes)), trees.nbytes(shapes)
     show_environment()
     print(f"{count} leaves, {size / 1e6:.0f} MB of gradients, median of {args.repeats}")
     norm_pass = jax.jit(overhead.norm_pass).lower(shapes).compile()
-    grads = overhead.random_tree(shapes, scale=0.01, seed=0)
+    grads = trees.random_like(shapes, scale=0.01, seed=0)
     given = {"ordinary gradients": grads, "a NaN in every step": with_nan(grads)}
     results = {}
     for inner, make in INNERS.items():
         programs = {name: compile_step(wrap(make()), shapes) for name, wrap in WRAPPERS.items()}
         for name, each in given.items():
             times = overhead.measure(norm_pass, programs, each, args.repeats, INNERS["adam"]())  # the clip has no state
-            rows = overhead.summary(times, programs, size, base=BARE, peer=OPTAX)
+            rows = overhead.summary(times, programs, size, base=BARE, peer=lambda _: OPTAX)
             results[f"{inner}, {name}"] = rows
             overhead.show(f"{inner}, {name}", rows)
     write_json(args.json, results=results)
