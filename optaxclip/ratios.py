@@ -17,8 +17,9 @@ def worst_ratio(update: jax.Array, param: jax.Array, relative: Any, absolute: An
     param = mesh.like(jnp.asarray(param), update)  # which may be whole, on an Explicit mesh, where the update is split
     dtype = sums.accumulator(update.dtype)
     relative, absolute = jnp.asarray(relative, dtype), jnp.asarray(absolute, dtype)
-    zeros = [sums.zero_if_finite(each).real.astype(dtype) for each in (update, param, relative, absolute)]
-    zero = jax.lax.stop_gradient(sum(zeros, start=jnp.zeros((), dtype)))
+    # In one sum of both arrays, and from them as they came: what two reductions share XLA writes to memory.
+    zeros = sum(_zeros(each, dtype) for each in jax.lax.optimization_barrier((update, param)))
+    zero = jax.lax.stop_gradient(jnp.sum(zeros) + _zeros(relative, dtype) + _zeros(absolute, dtype))
     worst = jnp.max(_ratio(update, param, relative, absolute, zero), initial=0)
     highest = jnp.finfo(dtype).max
     worst = jnp.where(worst >= highest * (1 - 2.0**-18), jnp.full_like(worst, highest), worst)
@@ -39,3 +40,9 @@ def _ratio(update: jax.Array, param: jax.Array, relative: Any, absolute: Any, ze
     per_tiny = zero + 1 / float(info.tiny)
     is_some, is_none = jnp.minimum(size * per_tiny, one), one - jnp.minimum(limit * per_tiny, one)  # 1 or 0
     return jnp.maximum(ratio, jax.lax.stop_gradient(most * is_some * is_none))
+
+
+def _zeros(x: jax.Array, dtype: Any) -> jax.Array:
+    """NaN where an entry is not finite; see `sums.has_nonfinite`."""
+    zeros = x - x
+    return (zeros.real + zeros.imag if jnp.iscomplexobj(zeros) else zeros).astype(dtype)

@@ -89,6 +89,9 @@ def rescale(leaf: jax.Array, factor: Factor, saturate: bool = False) -> jax.Arra
       saturate: whether a coordinate may come to lie beyond the permitted norm, and so beyond the largest float.
     """
     leaf = jnp.asarray(leaf)
+    if leaf.dtype != sums.wide(leaf.dtype):
+        # Otherwise XLA converts it once for the norm and for here, and writes the wide array to memory.
+        leaf = jax.lax.optimization_barrier(leaf)
     wide = leaf.astype(sums.wide(leaf.dtype))
     scaled = wide * factor.first.astype(wide.dtype) * factor.second.astype(wide.dtype)
     if saturate or wide.dtype != leaf.dtype:  # rounded, a number may pass the largest of a narrower dtype

@@ -261,22 +261,17 @@ def _sum_across(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
 
 
 def largest(x: jax.Array, dims: tuple[int, ...] | None = None) -> jax.Array:
-    """The largest modulus. It is inf where an entry is NaN; see `zero_if_finite`."""
+    """The largest modulus. It is inf where an entry is NaN; see `has_nonfinite`."""
     return jnp.where(has_nonfinite(x, dims), jnp.inf, jnp.max(modulus(x), axis=dims, initial=0))
 
 
 def has_nonfinite(x: jax.Array, dims: tuple[int, ...] | None = None) -> jax.Array:
-    """Whether an entry is infinite or NaN."""
-    return jnp.isnan(zero_if_finite(x, dims))
-
-
-def zero_if_finite(x: jax.Array, dims: tuple[int, ...] | None = None) -> jax.Array:
-    """0 where all entries are finite, else NaN.
+    """Whether an entry is infinite or NaN: x - x is 0 unless it is NaN.
 
     XLA fuses this sum into one pass, where it would write a mask of flags to memory. A sum over devices keeps NaN; a
     maximum over them need not, and XLA's for CPUs (jax 0.10, 0.12) loses it on one device as well.
     """
-    return jnp.sum(x - x, axis=dims)
+    return jnp.isnan(jnp.sum(x - x, axis=dims))
 
 
 def wide(dtype: Any) -> Any:

@@ -1,7 +1,7 @@
 """What the histories of norms cost: bytes of state, and microseconds per step.
 
-Claim: a window of 1,000 adds under 1 ms to a step with a norm of its own for each of 148 leaves. (What whole clippers add
-to a step of Adam is the benchmark `overhead`.)
+Claim: a window of 1,000 adds under 1 ms to a step with a norm of its own for each of 148 leaves. (What whole clippers
+add to a step of Adam is the benchmark `overhead`.)
 
     python -m tests.benchmarks.adaptive
     python -m tests.benchmarks.adaptive --repeats 41 --json adaptive.json
