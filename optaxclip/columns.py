@@ -20,18 +20,13 @@ Map = Callable[[jax.Array], jax.Array]
 
 
 def sum_of(f: Map, x: jax.Array, dims: tuple[int, ...]) -> jax.Array:
-    """`jnp.sum(f(x), axis=dims)` of an `f` that acts on every entry, and as well on a row as on all of them."""
+    """`jnp.sum(f(x), axis=dims)` of an `f` that acts on every entry."""
     return _reduced(f, x, dims, jnp.sum, jnp.add)
 
 
 def max_of(f: Map, x: jax.Array, dims: tuple[int, ...]) -> jax.Array:
     """`jnp.max(f(x), axis=dims, initial=0)`, likewise."""
     return _reduced(f, x, dims, functools.partial(jnp.max, initial=0), jnp.maximum)
-
-
-def are_leading(dims: tuple[int, ...]) -> bool:
-    """Whether these are the first dimensions, so that what is left of an array has the shape of a row."""
-    return dims == tuple(range(len(dims)))
 
 
 def _reduced(
@@ -42,22 +37,25 @@ def _reduced(
 
     columns = math.prod(x.shape[len(dims) :])
     # Rows of what is split over devices would have to be gathered.
-    if not are_leading(dims) or columns <= _MANY or x.size <= columns or not mesh.is_whole(x):
+    is_leading = dims == tuple(range(len(dims)))
+    if not is_leading or columns <= _MANY or x.size <= columns or not mesh.is_whole(x):
         return at_once(x)
     return jax.lax.platform_dependent(x, cpu=functools.partial(_by_rows, f, pair, len(dims)), default=at_once)
 
 
 def _by_rows(f: Map, pair: Callable[..., jax.Array], leading: int, x: jax.Array) -> jax.Array:
-    rows = math.prod(x.shape[:leading])
-    x = x.reshape(rows, *x.shape[leading:])
+    rows, row = math.prod(x.shape[:leading]), x.shape[leading:]
+    x = x.reshape(rows, *[1] * (leading - 1), *row)  # of the same rank, for an `f` with other arrays in it
     length = min(rows, _BLOCK)
 
     def block(start: jax.Array | int, length: int) -> jax.Array:
         # One slice per row: a slice of them all XLA writes to memory first.
-        each = [f(jax.lax.dynamic_index_in_dim(x, start + i, keepdims=False)) for i in range(length)]
+        each = [f(jax.lax.dynamic_index_in_dim(x, start + i)) for i in range(length)]
         return functools.reduce(pair, each)
 
     total = jax.lax.fori_loop(
         1, rows // length, lambda i, total: pair(total, block(i * length, length)), block(0, length)
     )
-    return pair(total, block(rows - rows % length, rows % length)) if rows % length else total
+    if rows % length:
+        total = pair(total, block(rows - rows % length, rows % length))
+    return total.reshape(row)

@@ -152,7 +152,7 @@ def _norm_of_array(x: jax.Array, dims: tuple[int, ...], ord: float) -> jax.Array
 def _norm_by_largest(x: jax.Array, dims: tuple[int, ...], ord: float) -> jax.Array:
     """The norm as largest modulus times the norm of the shares of it: two passes, no overflow, no underflow."""
     largest = _or_one(columns.max_of(modulus, x, dims))
-    size = largest if columns.are_leading(dims) else jnp.expand_dims(largest, dims)  # a row at a time, it may come
+    size = jnp.expand_dims(largest, dims)
     total = columns.sum_of(lambda x: _power(quotient(x.astype(wide(x.dtype)), size), ord), x, dims)
     return _saturate(_root(total, ord), largest)
 

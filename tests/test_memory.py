@@ -1,0 +1,43 @@
+"""No transformation writes the gradients anew: what the compiled, donated step allocates besides."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+from tests.benchmarks import overhead, trees
+from tests.table import ROWS
+
+# The XLA of jax before 0.10 fuses not even a multiplication into Adam.
+FUSES = jax.__version_info__ >= (0, 10)
+TREE = {
+    "dense": {
+        "kernel": jax.ShapeDtypeStruct((512, 1024), jnp.float32),
+        "bias": jax.ShapeDtypeStruct((512,), jnp.float32),
+    },
+    "scale": jax.ShapeDtypeStruct((512, 1024), jnp.float32),
+}
+
+
+@pytest.mark.skipif(not FUSES, reason="jax 0.8 writes the gradients anew for any multiplication")
+@pytest.mark.parametrize("row", [row for row in ROWS if not row.param_state], ids=lambda row: row.name)
+def test_temporary_memory_is_under_a_tenth_of_the_gradients(row):
+    tx = row.make()
+    program = overhead.compile_step(tx, TREE)
+    state = trees.nbytes(jax.eval_shape(tx.init, TREE))  # a history for each of 512 stacked layers is large
+    assert program.temporary_bytes < 0.1 * trees.nbytes(TREE) + 3 * state
+
+
+@pytest.mark.skipif(not FUSES, reason="as above")
+def test_optax_writes_them_anew():
+    program = overhead.compile_step(optax.clip_by_global_norm(1.0), TREE)
+    assert program.temporary_bytes > 0.9 * trees.nbytes(TREE)
+
+
+@pytest.mark.skipif(not FUSES, reason="as above")
+@pytest.mark.parametrize("name", ["clippy", "adaptive_spike_clip"])
+def test_leaves_of_one_shape_share_no_array(name):
+    # Constants that several leaves have in common XLA would broadcast into memory; so it did for `clippy`.
+    tree = trees.gpt2(layers=2, width=128, vocabulary=1000)
+    (row,) = [row for row in ROWS if row.name == name]
+    assert overhead.compile_step(row.make(), tree).temporary_bytes < 0.1 * trees.nbytes(tree)
