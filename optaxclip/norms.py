@@ -211,13 +211,14 @@ def leaf_rms(*, stacked: Any = None) -> Norm:
 def spectral_norm(*, units: str = "io", stacked: Any = None) -> Norm:
     """The largest singular value of each leaf, its 2-norm where the leaf is a vector or a number.
 
-    On CPUs it comes from eigenvalues of the Gram matrix of the smaller side, elsewhere from powers of that, by products
-    of matrices alone: right to rounding, or up to 1e-5 too large. In `shard_map` a matrix must be whole on every device;
-    under `jit` jax gathers it.
+    On CPUs it comes from eigenvalues of the Gram matrix of the smaller side and is right to rounding; elsewhere from
+    powers of that matrix, which are products alone, and may be 1e-5 too large. In `shard_map` a matrix must be whole on
+    every device; under `jit` jax gathers it.
 
     Args:
-      units: which matrix a leaf of rank over 2 is. `"io"`: its last axis against all others (kernels [in, out] or HWIO, as
-        in Flax); `"oi"`: its first axis against all others (kernels [out, in, ...], as in PyTorch and Equinox).
+      units: which matrix a leaf of rank over 2 is. `"io"`: its last axis against all others (kernels [in, out] or
+        HWIO, as in Flax); `"oi"`: its first axis against all others (kernels [out, in, ...], as in PyTorch and
+        Equinox).
       stacked: how many leading axes of a leaf index independent matrices; see `leaf_norm`.
 
     Returns:

@@ -91,10 +91,8 @@ def _capped_jvp(soft: bool, primals: Any, tangents: Any) -> tuple[Capped, Capped
     ratio = s / _relative(cap, _unit(stack)[0])[:, None]
     share, by_cap, differences, means = _slopes(ratio, soft)
     inner = product(product(turned(u), change), turned(vh))
-    core = (
-        differences.astype(inner.dtype) * (inner + turned(inner)) + means.astype(inner.dtype) * (inner - turned(inner))
-    ) / 2
-    total = product(product(u, core), vh) + product(times_columns(u, by_cap * cap_change[:, None]), vh)
+    twice = differences.astype(u.dtype) * (inner + turned(inner)) + means.astype(u.dtype) * (inner - turned(inner))
+    total = product(product(u, twice / 2), vh) + product(times_columns(u, by_cap * cap_change[:, None]), vh)
     rows, columns = stack.shape[-2:]
     if rows > columns:
         outside = product(change, turned(vh)) - product(u, inner)
@@ -102,7 +100,8 @@ def _capped_jvp(soft: bool, primals: Any, tangents: Any) -> tuple[Capped, Capped
     if rows < columns:
         outside = product(turned(u), change) - product(inner, vh)
         total += product(u, times_rows(outside, share))
-    return out, Capped(total, np.zeros(out.kept.shape, jax.dtypes.float0))
+    no_change: Any = np.zeros(out.kept.shape, jax.dtypes.float0)  # of what is no number
+    return out, Capped(total, no_change)
 
 
 @functools.partial(jax.jit, static_argnums=2)

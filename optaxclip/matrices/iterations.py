@@ -97,7 +97,7 @@ def _angles(x: jax.Array, cap: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _polar(x: jax.Array, condition: float) -> jax.Array:
-    """The polar factor of matrices with singular values up to 1; those below `1 / condition` come out between 0 and 1."""
+    """The polar factor of matrices with singular values up to 1. Those below `1 / condition` end between 0 and 1."""
 
     def step(x: jax.Array, coefficients: jax.Array) -> tuple[jax.Array, None]:
         a, b = coefficients

@@ -33,8 +33,9 @@ def of_leaves(
 def _as_stack(leaf: jax.Array, layers: int, split: mesh.Split, units: str) -> jax.Array:
     if axes := split.over(tuple(range(layers, leaf.ndim)), leaf.ndim):
         raise ValueError(
-            f"the matrix {split.path!r} is split over mesh axes {axes}, and its singular values take all of it: clip under "
-            "jit, outside of shard_map, where jax gathers it, or gather it before and take this device's piece after"
+            f"the matrix {split.path!r} is split over mesh axes {axes}, and its singular values need all of it: clip "
+            "under jit, outside of shard_map, where jax gathers it, or gather it before and take this device's piece "
+            "after"
         )
     rows = math.prod(leaf.shape[layers:-1]) if units == "io" else leaf.shape[layers]
     columns = leaf.shape[-1] if units == "io" else math.prod(leaf.shape[layers + 1 :])
