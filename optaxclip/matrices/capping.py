@@ -49,9 +49,10 @@ def _largest_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
 # At module level and jitted, so that eager calls do not compile anew, as is the next.
 @jax.jit
 def largest_singular_values(stack: jax.Array) -> jax.Array:
-    """The largest singular value of each matrix of a stack: at most the largest float, and inf if an entry is not finite.
+    """The largest singular value of each matrix of a stack.
 
-    The derivative is u v^T. It is 0 at 0, and where several are the largest it is that of one of them.
+    It is inf where an entry is not finite, and otherwise at most the largest float. Its derivative is u v^T; at 0 that
+    is 0, and where several singular values are the largest it is that of one of them.
     """
     if stack.size == 0:
         return jnp.zeros(stack.shape[0], sums.accumulator(stack.dtype))
