@@ -34,7 +34,11 @@ def capped(x: jax.Array, cap: jax.Array, reach: jax.Array, soft: bool) -> tuple[
       The matrices in units of their caps, and the largest singular values, or what is not below these.
     """
     # One after the other, as LAPACK takes them too, so that each can have the decomposition that it needs.
-    matrices, largest = jax.lax.map(lambda each: _screened(each[0], each[1], each[2], soft), (tall(x), cap, reach))
+    args = (tall(x), cap, reach)
+    if len(x) == 1:  # a loop would copy it, in and out
+        matrices, largest = (one[None] for one in _screened(*(arg[0] for arg in args), soft))
+    else:
+        matrices, largest = jax.lax.map(lambda one: _screened(one[0], one[1], one[2], soft), args)
     return (turned(matrices) if x.shape[-2] < x.shape[-1] else matrices), largest
 
 
@@ -68,10 +72,8 @@ def share(ratio: jax.Array, soft: bool) -> jax.Array:
 
 
 def _estimate(x: jax.Array) -> jax.Array:
-    """A number not above the largest singular value, and hardly ever far below it: a few steps of power iteration."""
+    """A number not above the largest singular value, and hardly ever far below it: a step of power iteration."""
     longest = jnp.argmax(jnp.sum(jnp.square(jnp.abs(x)), axis=1))
     v = jnp.conj(x[longest])[:, None]
-    for _ in range(2):
-        u = product(x, v / length(v).astype(v.dtype))
-        v = product(turned(x), u)
-    return length(product(x, v / length(v).astype(v.dtype)))
+    u = product(x, v / length(v).astype(v.dtype))
+    return length(product(turned(x), u / length(u).astype(u.dtype)))

@@ -7,10 +7,10 @@ the plain forms are not.
     python -m tests.benchmarks.spectral --shapes 2048x512 --caps 0.3 0.001 --json spectral.json
 
 How it measures. Each repeat runs every program once, in an order of its own; medians are printed, and the error, in the
-spectral norm, as a part of what the issue of this method allows: 1e-3 of the cap and 20 eps of the largest singular
-value. `SVD` is U min(S, c) V^T; `Gram` scales in the eigenvectors of A^T A. `iterations` is what accelerators take and
-`decompositions` what CPUs do, whatever runs here; `ours` is what the library takes. Spectra: singular values of Gaussian
-numbers; and from 1 down to 1e-6, evenly by ratio.
+spectral norm, as a part of what is promised: 1e-3 of the cap and 20 eps of the largest singular value, or 1e-5 of that
+where it is what is measured. `SVD` is U min(S, c) V^T; `Gram` scales in the eigenvectors of A^T A. `iterations` is what
+accelerators take and `decompositions` what CPUs do, whatever runs here; `ours` is what the library takes. Spectra: that
+of Gaussian numbers, and one from 1 down to 1e-6, evenly by ratio.
 """
 
 import argparse
