@@ -34,11 +34,11 @@ def capped(x: jax.Array, cap: jax.Array, reach: jax.Array, soft: bool) -> tuple[
       The matrices in units of their caps, and the largest singular values, or what is not below these.
     """
     # One after the other, as LAPACK takes them too, so that each can have the decomposition that it needs.
-    args = (tall(x), cap, reach)
+    upright = tall(x)
     if len(x) == 1:  # a loop would copy it, in and out
-        matrices, largest = (one[None] for one in _screened(*(arg[0] for arg in args), soft))
+        matrices, largest = (one[None] for one in _screened(upright[0], cap[0], reach[0], soft))
     else:
-        matrices, largest = jax.lax.map(lambda one: _screened(one[0], one[1], one[2], soft), args)
+        matrices, largest = jax.lax.map(lambda one: _screened(one[0], one[1], one[2], soft), (upright, cap, reach))
     return (turned(matrices) if x.shape[-2] < x.shape[-1] else matrices), largest
 
 
