@@ -5,11 +5,12 @@ its docstring says at which place.
 
 ====================  =============================================================================================
 `clip_by`             the mechanism: a norm (how big is each group?) and a threshold (how big may it be?)
-`norms`               what can be measured: all leaves, groups, leaves, units, relative change
+`norms`               what can be measured: all leaves, groups, leaves, units, matrices, relative change
 `thresholds`          what can be permitted: fixed, relative to the parameters, from the history of the norms
 values                `clip`, `clip_by_value`, `zero_nonfinite`
 a fixed bound         `clip_by_global_norm`, `clip_by_leaf_norm`, `clip_by_block_rms`, `clip_by_norm_range`,
                       `smooth_clip_by_global_norm`
+singular values       `clip_by_spectral_norm`: of each matrix the largest, by scaling it; `clip_singular_values`: each
 relative to weights   `adaptive_grad_clip`, `clippy`
 the norms so far      `autoclip`, `percentile_clip`, `clip_by_tracked_quantile`: a quantile of them;
                       `zclip`, `clip_by_history`: their mean and deviation; `adagc`, `aggc`: a moving average;
@@ -43,6 +44,7 @@ from optaxclip.clippers.momentum import clipped_momentum, mixed_clip
 from optaxclip.clippers.quantiles import autoclip, clip_by_tracked_quantile, percentile_clip
 from optaxclip.clippers.relative import adaptive_grad_clip, clippy
 from optaxclip.clippers.scale_by import scale_by_acclip, scale_by_stable_adam
+from optaxclip.clippers.spectral import clip_by_spectral_norm, clip_singular_values
 from optaxclip.clippers.spikes import adaptive_spike_clip, scale_by_adaptive_norm, spam_clip
 from optaxclip.core import Norm, Threshold, clip_by
 from optaxclip.per_example.stacked import per_example_global_norm_clip, per_example_layer_norm_clip
@@ -73,10 +75,12 @@ __all__ = [
     "clip_by_history",
     "clip_by_leaf_norm",
     "clip_by_norm_range",
+    "clip_by_spectral_norm",
     "clip_by_tracked_quantile",
     "clip_by_value",
     "clip_cotangents",
     "clip_norm_growth",
+    "clip_singular_values",
     "clip_stats",
     "clipped_momentum",
     "clippy",

@@ -11,6 +11,7 @@ Nearly every gradient clipper answers these two questions, and differs from the 
 
     clip_by_global_norm(c)      clip_by(norms.global_norm(), thresholds.constant(c))
     clip_by_leaf_norm(c)        clip_by(norms.leaf_norm(), thresholds.constant(c))
+    clip_by_spectral_norm(c)    clip_by(norms.spectral_norm(), thresholds.constant(c))
     clip_by_norm_range(lo, hi)  clip_by(norms.global_norm(), thresholds.between(lo, hi))
     adaptive_grad_clip(r, eps)  clip_by(norms.unit_norm(), thresholds.relative_to_params(r, floor=eps))
     clippy(rel, abs)            clip_by(norms.relative_change(rel, abs), thresholds.constant(1.0))

@@ -7,6 +7,7 @@ norm                      one group is                           norms are
 `group_norm`              the leaves with one label              a dict from label to scalar
 `leaf_norm`, `leaf_rms`   a leaf, or a layer of a stacked one    a scalar per leaf
 `leaf_peaks`              a leaf; only its peaks are scaled      a scalar per leaf
+`spectral_norm`           a matrix: its largest singular value   a scalar per leaf
 `unit_norm`               a unit (an output neuron, a filter)    an array per leaf, reduced axes kept as 1
 `relative_change`         a leaf                                 a scalar per leaf
 ========================  =====================================  =====================================
@@ -21,9 +22,11 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from optaxclip import checks, groups, leaves, mesh, ratios, scaling, sums
 from optaxclip.core import Norm, Norms, Updates, require_params
+from optaxclip.matrices import capping, stacks
 
 Axis: TypeAlias = int | tuple[int, ...] | None
 DimsOf: TypeAlias = Callable[[tuple[int, ...], str], tuple[int, ...]]  # (shape, path) -> dimensions
@@ -205,12 +208,46 @@ def leaf_rms(*, stacked: Any = None) -> Norm:
     return _by_leaf(_whole, 2, stacked, mean=True)
 
 
-def _is_beyond(leaf: jax.Array, high: jax.Array) -> jax.Array:
-    if jnp.iscomplexobj(leaf):
-        return sums.modulus(leaf) > high
-    # Not by the moduli, which XLA would calculate once for here and for the maximum, and write to memory between.
-    wide = leaf.astype(high.dtype)
-    return (wide > high) | (wide < -high)
+def spectral_norm(*, units: str = "io", stacked: Any = None) -> Norm:
+    """The largest singular value of each leaf, its 2-norm where the leaf is a vector or a number.
+
+    On CPUs it comes from eigenvalues of the Gram matrix of the smaller side and is right to rounding; elsewhere from
+    powers of that matrix, which are products alone, and may be 1e-5 too large. In `shard_map` a matrix must be whole on
+    every device; under `jit` jax gathers it.
+
+    Args:
+      units: which matrix a leaf of rank over 2 is. `"io"`: its last axis against all others (kernels [in, out] or
+        HWIO, as in Flax); `"oi"`: its first axis against all others (kernels [out, in, ...], as in PyTorch and
+        Equinox).
+      stacked: how many leading axes of a leaf index independent matrices; see `leaf_norm`.
+
+    Returns:
+      A Norm; its norms are a scalar per leaf, or an array of shape `leaf.shape[:stacked]`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from optaxclip import clip_by, norms, thresholds
+      >>> tx = clip_by(norms.spectral_norm(), thresholds.constant(1.0))
+      >>> updates, _ = tx.update(jnp.array([[3.0, 0.0], [0.0, 4.0]]), tx.init(None))
+      >>> print(updates)
+      [[0.75 0.  ]
+       [0.   1.  ]]
+    """
+    checks.one_of("units", units, stacks.UNITS)
+    by_leaf = leaf_norm(stacked=stacked)
+
+    def measure(updates: Updates, params: Any, split: list[mesh.Split]) -> Norms:
+        flat, treedef = jax.tree.flatten(updates)
+        layers = leaves.values("stacked", stacked, updates)
+        norms = stacks.together(capping.largest_singular_values, stacks.of_leaves(flat, layers, split, units))
+        # What is no float has no norm, and the matrices have theirs.
+        rest = treedef.unflatten([np.int32(0) if i in norms else leaf for i, leaf in enumerate(flat)])
+        measured = treedef.flatten_up_to(by_leaf.measure(rest, params, split))
+        for i, norm in norms.items():
+            measured[i] = norm.reshape(jnp.shape(flat[i])[: layers[i] or 0])
+        return treedef.unflatten(measured)
+
+    return Norm(measure, by_leaf.scale)
 
 
 def unit_norm(units: str = "io", *, axis: Axis = None, stacked: Any = None) -> Norm:
@@ -291,6 +328,14 @@ def relative_change(relative: Any, absolute: Any) -> Norm:
         return _rescale_each(updates, jax.tree.structure(updates).flatten_up_to(scaling.factors(norms, reachable)))
 
     return Norm(measure, scale)
+
+
+def _is_beyond(leaf: jax.Array, high: jax.Array) -> jax.Array:
+    if jnp.iscomplexobj(leaf):
+        return sums.modulus(leaf) > high
+    # Not by the moduli, which XLA would calculate once for here and for the maximum, and write to memory between.
+    wide = leaf.astype(high.dtype)
+    return (wide > high) | (wide < -high)
 
 
 def _by_leaf(dims_of: DimsOf, ord: float, stacked: Any, *, keepdims: bool = False, mean: bool = False) -> Norm:

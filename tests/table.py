@@ -62,6 +62,11 @@ def per_leaf(leaves: Leaves) -> Leaves:
     return {path: np.ravel(leaf) for path, leaf in leaves.items()}
 
 
+def whole(leaves: Leaves) -> Leaves:
+    """Each leaf, in its shape: a matrix, or a vector of at least one number."""
+    return {path: np.atleast_1d(leaf) for path, leaf in leaves.items()}
+
+
 def per_label(label: Callable[[str], str]) -> Callable[[Leaves], Leaves]:
     def split(leaves: Leaves) -> Leaves:
         labels = {label(path) for path in leaves}
@@ -96,6 +101,10 @@ def per_coordinate(leaves: Leaves) -> Leaves:
 
 def norm(ord: float = 2) -> Callable[[np.ndarray, np.ndarray], float]:
     return lambda u, _: fixed.vector_norm(u, ord)
+
+
+def spectral(u: np.ndarray, _: np.ndarray) -> float:
+    return float(np.linalg.norm(u, 2)) if np.all(np.isfinite(u)) else np.inf
 
 
 def rms(u: np.ndarray, _: np.ndarray) -> float:
@@ -141,6 +150,7 @@ class Row:
       first_passes: the first step is never clipped, so that no bound can be tested after one.
       static_args: the arguments that `optax.inject_hyperparams` must not inject.
       direction_preserving: each group is multiplied by a positive number.
+      sums: coordinates are sums of others, so that one near 0 has their rounding.
       idempotent: a second application changes nothing more.
       elementwise: bounds values and not norms, so that inf is clipped and NaN is not contagious.
       zeroes: what comes out as zeros where a coordinate is not finite: "step", "coordinate", or nothing.
@@ -165,6 +175,7 @@ class Row:
     first_passes: bool = False
     static_args: tuple[str, ...] = ()
     direction_preserving: bool = True
+    sums: bool = False
     idempotent: bool = True
     elementwise: bool = False
     zeroes: str = ""
@@ -361,6 +372,43 @@ ROWS = (
         inside=None,
     ),
     Row(
+        name="clip_by_spectral_norm",
+        public="clip_by_spectral_norm",
+        factory=oc.clip_by_spectral_norm,
+        args=(0.5,),
+        groups=whole,
+        measure=spectral,
+        band=at_most(0.5),
+    ),
+    Row(
+        name="clip_singular_values",
+        public="clip_singular_values",
+        factory=oc.clip_singular_values,
+        args=(0.5,),
+        static_args=("soft",),
+        groups=whole,
+        measure=spectral,
+        band=at_most(0.5),
+        direction_preserving=False,
+        sums=True,
+    ),
+    Row(
+        name="clip_singular_values-soft-scheduled",
+        public="clip_singular_values",
+        factory=oc.clip_singular_values,
+        args=(halving,),
+        kwargs={"soft": True},
+        static_args=("soft",),
+        groups=whole,
+        measure=spectral,
+        band=at_most(1.0),
+        direction_preserving=False,
+        sums=True,
+        idempotent=False,
+        stateless=False,
+        inside=None,
+    ),
+    Row(
         name="clippy",
         public="clippy",
         factory=oc.clippy,
@@ -520,6 +568,21 @@ ROWS = (
         kwargs={},
         static_args=(),
         groups=per_unit("io"),
+        band=at_most(0.5),
+        idempotent=False,
+        stateless=False,
+    ),
+    Row(
+        name="clip_by-spectral_norm-zscore",
+        dtypes=TWO,
+        public="clip_by",
+        factory=lambda z, c: oc.clip_by(
+            oc.norms.spectral_norm(),
+            oc.thresholds.chain(oc.thresholds.zscore(z, warmup_steps=1), oc.thresholds.constant(c)),
+        ),
+        args=(2.5, 0.5),
+        groups=whole,
+        measure=spectral,
         band=at_most(0.5),
         idempotent=False,
         stateless=False,

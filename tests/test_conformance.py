@@ -164,7 +164,7 @@ def test_direction_is_kept(row, dtype):
     updates, weights = tree(0, dtype), params(dtype)
     after = row.split(first_step(row, updates, weights)[0])
     for name, before in row.split(updates).items():
-        factors = after[name] / before
+        factors = np.ravel(after[name] / before)
         assert np.all(np.real(factors) > 0), name
         np.testing.assert_allclose(factors, factors[0], rtol=2 * rounding(dtype))
 
@@ -469,7 +469,7 @@ def test_vmap_equals_a_loop(row):
     examples = [tree(0, "float32"), tree(10, "float32", 1e25), jax.tree.map(jnp.zeros_like, weights)]
     batched = jax.jit(jax.vmap(lambda updates: transformation(row).update(updates, state, weights)[0]))(stack(examples))
     expected = [first_step(row, updates, weights)[0] for updates in examples]
-    chex.assert_trees_all_close(batched, stack(expected), rtol=1e-6)
+    chex.assert_trees_all_close(batched, stack(expected), rtol=1e-6, atol=1e-6 if row.sums else 0)
 
 
 # Leaves of every kind.

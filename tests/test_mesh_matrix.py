@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding
 import optaxclip as oc
 from tests.collectives import collectives, collectives_under_branches
 from tests.meshes import AUTO, EXPLICIT, P, is_spec, over_steps, pieces, put, with_specs
-from tests.table import ROWS, numbers
+from tests.table import ROWS, numbers, spectral
 
 each_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 
@@ -132,6 +132,8 @@ def refused(row, layout, bound):
     if layout.params is not None and row.name in BESIDE_PARAMS:
         return r"differ in shape"
     kernel = layout.specs["dense"]["kernel"]
+    if row.measure is spectral and any(name in bound for name in kernel):
+        return r"matrix 'dense/kernel' is split over mesh axes"
     kept = [kernel[dim] for dim in PARTS.get(row.name, ()) if dim < len(kernel)]
     if row.name in HISTORY_OF_PARTS and any(name in bound for name in kept):
         return r"groups lie on different devices|shard_map has pieces"
@@ -211,6 +213,11 @@ def expected(row):
 
 
 UPDATES, STATES = 1e-6, 1e-5
+
+
+def near_zero(row):
+    """What coordinates that are sums of others can differ by: those others' rounding, which are of order 10."""
+    return 10 * UPDATES if row.sums else 0.0
 
 
 def assert_close(path, actual, want, rtol, atol=0.0):
@@ -323,11 +330,11 @@ def along_one_axis(row, layout, transform):
     return outputs, with_specs(lambda spec, leaf: pieces(leaf, spec), (over_steps(specs), states), expected(row))
 
 
-def assert_same_pieces(actual, want):
+def assert_same_pieces(actual, want, atol=0.0):
     for part, rtol, theirs, ours in zip(("updates", "state"), (UPDATES, STATES), actual, want, strict=True):
         flat = jax.tree_util.tree_leaves_with_path(theirs)
         for (path, leaf), whole in zip(flat, jax.tree.leaves(ours), strict=True):
-            assert_close(f"{part} {jax.tree_util.keystr(path)}", np.asarray(leaf), whole, rtol)
+            assert_close(f"{part} {jax.tree_util.keystr(path)}", np.asarray(leaf), whole, rtol, atol)
 
 
 def assert_first_inside(row, updates):
@@ -386,7 +393,7 @@ def test_jit(row, mesh):
         updates, state = under_jit(row, layout, mesh)
         wanted, wanted_state = expected(row)
         for i, now in enumerate(updates):
-            assert_same((now, ()), (jax.tree.map(lambda leaf, i=i: leaf[i], wanted), ()))
+            assert_same((now, ()), (jax.tree.map(lambda leaf, i=i: leaf[i], wanted), ()), near_zero(row))
         assert_same(((), state), ((), wanted_state))
 
 
@@ -409,7 +416,7 @@ def test_shard_map(row, way):
             with pytest.raises(ValueError, match=message):
                 in_shard_map(row, layout, **options)
         else:
-            assert_same(in_shard_map(row, layout, **options), expected(row))
+            assert_same(in_shard_map(row, layout, **options), expected(row), near_zero(row))
 
 
 @pytest.mark.slow
@@ -423,7 +430,7 @@ def test_one_named_axis(row, transform):
             with pytest.raises(ValueError, match=message):
                 along_one_axis(row, layout, transform)
         else:
-            assert_same_pieces(*along_one_axis(row, layout, transform))
+            assert_same_pieces(*along_one_axis(row, layout, transform), near_zero(row))
 
 
 # What the types know, and what is said.

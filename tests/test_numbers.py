@@ -272,6 +272,9 @@ INSIDE = {
     "smooth_clip_by_global_norm, inf": lambda _: oc.smooth_clip_by_global_norm(np.inf),
     "adaptive_grad_clip": lambda _: oc.adaptive_grad_clip(1e9),
     "adaptive_grad_clip, inf": lambda _: oc.adaptive_grad_clip(np.inf, units="oi"),
+    "clip_by_spectral_norm": lambda _: oc.clip_by_spectral_norm(1e5),
+    "clip_singular_values": lambda _: oc.clip_singular_values(1e5),
+    "clip_singular_values, soft, inf": lambda _: oc.clip_singular_values(np.inf, soft=True),
     "clippy": lambda _: oc.clippy(1e9, 1e9),
 }
 
@@ -315,6 +318,9 @@ ZERO = {
     "clip_by_norm_range": lambda c: oc.clip_by_norm_range(0.0, c),
     "smooth_clip_by_global_norm": oc.smooth_clip_by_global_norm,
     "adaptive_grad_clip": oc.adaptive_grad_clip,
+    "clip_by_spectral_norm": oc.clip_by_spectral_norm,
+    "clip_singular_values": oc.clip_singular_values,
+    "clip_singular_values, soft": lambda c: oc.clip_singular_values(c, soft=True),
     "clippy": lambda c: oc.clippy(c, c),
     "exactly": lambda c: oc.clip_by(oc.norms.leaf_norm(), oc.thresholds.exactly(c)),
 }
@@ -406,6 +412,9 @@ HOSTILE = {
     "smooth": oc.smooth_clip_by_global_norm,
     "agc": oc.adaptive_grad_clip,
     "agc, oi": lambda c: oc.adaptive_grad_clip(c, eps=0.0, units="oi"),
+    "spectral norm": oc.clip_by_spectral_norm,
+    "singular values": oc.clip_singular_values,
+    "singular values, soft": lambda c: oc.clip_singular_values(c, soft=True),
     "clippy": lambda c: oc.clippy(c, c),
     "clippy, no floor": lambda c: oc.clippy(c, 0.0),
     "exactly, rms": lambda c: oc.clip_by(oc.norms.leaf_rms(), oc.thresholds.exactly(c)),

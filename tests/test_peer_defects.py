@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 import optaxclip as oc
 from optaxclip import norms, thresholds
-from tests.reference import fixed
+from tests.reference import fixed, spectral
 from tests.reference.trees import assert_same_bits
 from tests.table import ROWS, halving
 
@@ -424,6 +424,25 @@ def test_27_many_small_leaves_share_their_reductions():
     # 20 is far below one per leaf and leaves room for a second try at other scales.
     assert len(re.findall(r"stablehlo\.reduce\b", program)) < 20
     assert len(re.findall(r"stablehlo\.(?:case|if)\b", program)) < 5
+
+
+@pytest.mark.parametrize("times", [10.0, 30.0, 60.0, 1000.0])
+def test_30_a_singular_value_far_above_a_soft_cap(times):
+    # Ten coupled Newton-Schulz steps: off by 28 % at 60 times the cap, by 95 % at 1000.
+    matrix = np.float32(spectral.with_singular_values(np.random.default_rng(0), (8, 6), [times, 2, 1, 1, 0.5, 0.1]))
+    for soft in (True, False):
+        right = spectral.capped(spectral.svd(matrix), 1.0, soft=soft)
+        error = once(oc.clip_singular_values(1.0, soft=soft), jnp.asarray(matrix)) - right
+        assert np.linalg.norm(error, 2) <= 1e-3 + 20 * np.finfo(np.float32).eps * times
+
+
+@pytest.mark.parametrize("times", [1e4, 1e8, 1e30])
+def test_30_a_singular_value_beyond_what_float32_resolves(times):
+    # Thirty steps: NaN at 1e4.
+    matrix = np.float32(times * spectral.with_singular_values(np.random.default_rng(1), (8, 6), np.ones(6)))
+    for soft in (True, False):
+        ours = once(oc.clip_singular_values(1.0, soft=soft), jnp.asarray(matrix))
+        np.testing.assert_allclose(np.linalg.svd(np.float64(ours), compute_uv=False), 1.0, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,11 @@
-"""Numbers that can be checked by hand: AGC by its three kinds of unit, and clippy."""
+"""Numbers that can be checked by hand: AGC by its three kinds of unit, clippy, and capped singular values."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import optaxclip as oc
-from tests.reference import fixed, trees
+from tests.reference import fixed, spectral, trees
 
 WEIGHTS = [[3.0, 4.0], [0.0, 0.0], [1.0, 2.0]]
 GRADIENTS = [[0.3, 0.4], [3e-4, 4e-4], [0.0, 0.01]]
@@ -54,3 +54,19 @@ def test_clippy_defaults_are_those_of_tensorflow_recommenders():
         trees.update(oc.clippy(), updates, params), trees.update(oc.clippy(0.1, 1e-7), updates, params)
     )
     np.testing.assert_allclose(trees.update(oc.clippy(), updates, params), [0.01, -0.2, 0.0], rtol=1e-6)
+
+
+SINGULAR_VALUES = {
+    "soft": [[-0.066629, 0.625780], [0.542284, 0.880475], [1.151196, 1.135170]],
+    "hard": [[-0.071787, 0.642350], [0.553098, 0.900470], [1.177983, 1.158590]],
+}
+
+
+@pytest.mark.parametrize("form", SINGULAR_VALUES)
+def test_singular_values(form):
+    matrix = np.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    reference = spectral.capped(spectral.svd(matrix), 2.0, soft=form == "soft")
+    tx = oc.clip_singular_values(2.0, soft=form == "soft")
+    np.testing.assert_allclose(reference, SINGULAR_VALUES[form], rtol=0, atol=5e-7)
+    np.testing.assert_allclose(trees.update(tx, jnp.array(matrix)), reference, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(trees.update(tx, jnp.array(matrix.T)), reference.T, rtol=0, atol=1e-6)

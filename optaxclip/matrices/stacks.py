@@ -1,0 +1,65 @@
+"""Leaves as stacks of matrices, and back."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optaxclip import mesh, sums
+
+UNITS = ("io", "oi")
+
+
+def of_leaves(
+    flat: Sequence[Any], layers: Sequence[int | None], split: Sequence[mesh.Split], units: str
+) -> dict[int, jax.Array]:
+    """The leaves that are matrices, by their place: those of floats with two dimensions or more behind `layers`.
+
+    Returns:
+      Of each a stack of shape [number of layers, rows, columns], in float32 or wider, whole on every device.
+
+    Raises:
+      ValueError: if a matrix is split over the devices of a `shard_map`.
+    """
+    return {
+        i: _as_stack(jnp.asarray(leaf), stacked or 0, at, units)
+        for i, (leaf, stacked, at) in enumerate(zip(flat, layers, split, strict=True))
+        if sums.is_counted(leaf) and jnp.ndim(leaf) - (stacked or 0) >= 2
+    }
+
+
+def _as_stack(leaf: jax.Array, layers: int, split: mesh.Split, units: str) -> jax.Array:
+    if axes := split.over(tuple(range(layers, leaf.ndim)), leaf.ndim):
+        raise ValueError(
+            f"the matrix {split.path!r} is split over mesh axes {axes}, and its singular values need all of it: clip "
+            "under jit, outside of shard_map, where jax gathers it, or gather it before and take this device's piece "
+            "after"
+        )
+    rows = math.prod(leaf.shape[layers:-1]) if units == "io" else leaf.shape[layers]
+    columns = leaf.shape[-1] if units == "io" else math.prod(leaf.shape[layers + 1 :])
+    return mesh.whole(leaf).astype(sums.wide(leaf.dtype)).reshape(math.prod(leaf.shape[:layers]), rows, columns)
+
+
+def together(fn: Callable[..., Any], *columns: dict[int, jax.Array]) -> dict[int, Any]:
+    """`fn(*arrays)` of every place, with what is alike in one call.
+
+    Args:
+      fn: takes arrays with a leading axis of matrices, the first a stack; returns a pytree of arrays with such an axis.
+      *columns: the arguments at every place.
+    """
+    alike: dict[Any, list[int]] = {}
+    for i, stack in columns[0].items():
+        # On an Auto mesh XLA decides how arrays are laid out, and would lay out alike what is put together.
+        kind = (stack.shape[1:], stack.dtype, mesh.varying(stack), None if mesh.layout_is_known(stack) else i)
+        alike.setdefault(kind, []).append(i)
+    results: dict[int, Any] = {}
+    for places in alike.values():
+        out = fn(*(jnp.concatenate([column[i] for i in places]) for column in columns))
+        ends = [0]
+        for i in places:
+            ends.append(ends[-1] + columns[0][i].shape[0])
+        for i, start, end in zip(places, ends[:-1], ends[1:], strict=True):
+            results[i] = jax.tree.map(lambda x, start=start, end=end: x[start:end], out)
+    return results
