@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import optaxclip
 from tests.benchmarks import interleaved, overhead, show_environment, trees, write_json
@@ -74,11 +74,11 @@ def leaves(args: argparse.Namespace) -> dict[str, dict[str, float]]:
 
 
 def devices(args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    shapes = [jax.ShapeDtypeStruct((2500, 1000), np.float32)] * 8
-    counts = [count for count in (1, 2, 4, 8) if count <= jax.device_count() and 2500 % count == 0]
+    shapes = [jax.ShapeDtypeStruct((2560, 1000), np.float32)] * 8
+    counts = [count for count in (1, 2, 4, 8) if count <= jax.device_count() and 2560 % count == 0]
     found = {}
     for count in counts:
-        mesh = jax.make_mesh((count,), ("data",), devices=jax.devices()[:count])
+        mesh = jax.make_mesh((count,), ("data",), (AxisType.Auto,), devices=jax.devices()[:count])
         found[f"{count}, jit"] = added(shapes, args.repeats, mesh)
         found[f"{count}, shard_map"] = added(shapes, args.repeats, mesh, manual=True)
     return found
@@ -105,7 +105,7 @@ def program(clip: Any, shapes: Any, mesh: Any, manual: bool) -> Callable[[], Any
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    state = jax.jit(tx.init)(params)
+    state = jax.tree.map(lambda leaf: place(leaf) if jnp.ndim(leaf) else leaf, tx.init(params))
     if manual:
         split = jax.tree.map(lambda leaf: PartitionSpec("data") if jnp.ndim(leaf) else PartitionSpec(), state)
         data = PartitionSpec("data")
