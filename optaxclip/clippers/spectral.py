@@ -39,7 +39,8 @@ def clip_by_spectral_norm(
 
     Guarantees:
       The direction of each matrix is kept, and its rank and condition with it. The spectral norm afterwards is at most
-      `max_norm (1 + 1e-5)` in float32, over the whole float range. A matrix within is returned bit for bit.
+      `max_norm (1 + 1e-5)` in float32, for norms up to the largest float. A matrix within is returned bit for bit, if
+      by more than the norm is off: by rounding on CPUs, by 1e-5 elsewhere.
 
     Edge cases:
       Vectors and numbers (biases, gains) are clipped by their 2-norm, which is their only singular value. A matrix of
@@ -98,9 +99,10 @@ def clip_singular_values(
 
     Guarantees:
       In float32 the result is off by at most `1e-3 c` and 20 eps of the largest singular value, in the spectral norm,
-      for caps down to a thousandth of that; further down it stays finite, and its norm near the cap. A matrix whose
-      singular values are within the hard cap is returned bit for bit. First derivatives are finite everywhere, also
-      where singular values are the same or 0; second ones where they are neither.
+      for caps down to a thousandth of that; further down it stays finite, and its norm at most the cap and this. A
+      matrix whose singular values are within the hard cap, by more than they are off, is returned bit for bit. First
+      derivatives are finite everywhere, also where singular values are the same or 0; second ones where they are
+      neither.
 
     Edge cases:
       Vectors and numbers (biases, gains) have one singular value, their 2-norm, and are scaled by the same map of it. A
