@@ -57,7 +57,7 @@ def _spread(bound: Any, tree: Any) -> Any:
     for path, entry, bounded in zip(leaves.paths(tree), jax.tree.leaves(spread), jax.tree.leaves(tree), strict=True):
         shape, whole = jnp.shape(entry), jnp.shape(bounded)
         if not _fits(shape, whole):
-            raise ValueError(f"a bound of shape {shape} does not fit {path!r}, where what it bounds is of shape {whole}")
+            raise ValueError(f"a bound of shape {shape} does not fit {path!r}, where what it bounds has shape {whole}")
     return spread
 
 

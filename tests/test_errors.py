@@ -478,7 +478,7 @@ MISFITS = {
     "an entry too few": (oc.clip_by_leaf_norm({"b": 1.0}), "no entry for 'a'"),
     "an entry too deep": (oc.clip_by_leaf_norm({"a": 1.0, "b": {"c": {"d": 1.0}}}), "at 'b/c/d'"),
     "another container": (oc.clip([1.0, 2.0]), "at '0'"),
-    "too long for its norm": (oc.clip_by_leaf_norm(jnp.ones(3)), r"shape \(3,\) does not fit 'a'.*of shape \(\)"),
+    "too long for its norm": (oc.clip_by_leaf_norm(jnp.ones(3)), r"shape \(3,\) does not fit 'a'.*has shape \(\)"),
     "one axis too many": (oc.clip_by_leaf_norm({"a": jnp.ones(1), "b": 1.0}), r"shape \(1,\) does not fit 'a'"),
     "too long for its leaf": (oc.clip({"a": jnp.ones(3), "b": 1.0}), r"shape \(3,\) does not fit 'a'.*\(2,\)"),
     "a bound for a scalar": (
