@@ -6,7 +6,7 @@ import optax
 import pytest
 
 from tests.benchmarks import overhead, trees
-from tests.table import ROWS
+from tests.table import ROWS, spectral
 
 # The XLA of jax before 0.10 fuses not even a multiplication into Adam.
 FUSES = jax.__version_info__ >= (0, 10)
@@ -19,8 +19,12 @@ TREE = {
 }
 
 
+# Singular values need room for the matrix and its vectors, several times over.
+LEAN = [row for row in ROWS if not row.param_state and row.measure is not spectral]
+
+
 @pytest.mark.skipif(not FUSES, reason="jax 0.8 writes the gradients anew for any multiplication")
-@pytest.mark.parametrize("row", [row for row in ROWS if not row.param_state], ids=lambda row: row.name)
+@pytest.mark.parametrize("row", LEAN, ids=lambda row: row.name)
 def test_temporary_memory_is_under_a_tenth_of_the_gradients(row):
     tx = row.make()
     program = overhead.compile_step(tx, TREE)

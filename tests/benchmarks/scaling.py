@@ -19,7 +19,7 @@ what collectives cost and not how a cluster scales. In
 
 import argparse
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,11 +41,14 @@ LEAVES = (1, 10, 100, 1000, 3000)
 def main() -> None:
     args = parse_arguments()
     show_environment()
-    found = {}
-    for name, measure in {"parameters": parameters, "leaves": leaves, "devices": devices}.items():
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for name, cases in {"parameters": parameters, "leaves": leaves, "devices": devices}.items():
         if name in args.over:
-            found[name] = measure(args)
-            show(name, found[name])
+            show_head(name)
+            found[name] = {}
+            for title, case in cases(args):
+                found[name][title] = case()
+                show_row(title, found[name][title])
     write_json(args.json, results=found)
 
 
@@ -60,28 +63,27 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def parameters(args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    sizes = [10**k for k in range(5, 10) if 10**k <= args.largest]
-    return {f"{size:.0e}": added([jax.ShapeDtypeStruct((size,), np.float32)], args.repeats) for size in sizes}
+Case = tuple[str, Callable[[], dict[str, float]]]
 
 
-def leaves(args: argparse.Namespace) -> dict[str, dict[str, float]]:
+def parameters(args: argparse.Namespace) -> Iterator[Case]:
+    for size in (10**k for k in range(5, 10) if 10**k <= args.largest):
+        yield f"{size:.0e}", partial(added, [jax.ShapeDtypeStruct((size,), np.float32)], args.repeats)
+
+
+def leaves(args: argparse.Namespace) -> Iterator[Case]:
     size = int(min(args.largest, 1e7))
-    return {
-        f"{count:,}": added([jax.ShapeDtypeStruct((size // count,), np.float32)] * count, args.repeats)
-        for count in LEAVES
-    }
+    for count in LEAVES:
+        shapes = [jax.ShapeDtypeStruct((size // count,), np.float32)] * count
+        yield f"{count:,}", partial(added, shapes, args.repeats)
 
 
-def devices(args: argparse.Namespace) -> dict[str, dict[str, float]]:
+def devices(args: argparse.Namespace) -> Iterator[Case]:
     shapes = [jax.ShapeDtypeStruct((2560, 1000), np.float32)] * 8
-    counts = [count for count in (1, 2, 4, 8) if count <= jax.device_count() and 2560 % count == 0]
-    found = {}
-    for count in counts:
+    for count in (count for count in (1, 2, 4, 8) if count <= jax.device_count()):
         mesh = jax.make_mesh((count,), ("data",), (AxisType.Auto,), devices=jax.devices()[:count])
-        found[f"{count}, jit"] = added(shapes, args.repeats, mesh)
-        found[f"{count}, shard_map"] = added(shapes, args.repeats, mesh, manual=True)
-    return found
+        yield f"{count}, jit", partial(added, shapes, args.repeats, mesh)
+        yield f"{count}, shard_map", partial(added, shapes, args.repeats, mesh, manual=True)
 
 
 def added(shapes: Any, repeats: int, mesh: Any = None, *, manual: bool = False) -> dict[str, float]:
@@ -120,15 +122,19 @@ def program(clip: Any, shapes: Any, mesh: Any, manual: bool) -> Callable[[], Any
     return take
 
 
-def show(over: str, rows: dict[str, dict[str, float]]) -> None:
-    """Prints the rows as a Markdown table."""
-    columns = ["floor", "adam", "optax", "ours", "of_floor", "of_optax"]
+COLUMNS = {"floor": 8, "adam": 7, "optax": 10, "ours": 9, "of_floor": 12, "of_optax": 10}  # and their widths
+
+
+def show_head(over: str) -> None:
+    """Prints the head of a Markdown table."""
     print(f"\n| {over:12} | floor ms | adam ms | optax adds | ours adds | of the floor | of optax's |")
-    print("|---|" + "---:|" * len(columns))
-    widths = [8, 7, 10, 9, 12, 10]
-    for name, row in rows.items():
-        cells = [f"{row[column]:.3g}" for column in columns]
-        print(f"| {name:12} | " + " | ".join(f"{c:>{w}}" for c, w in zip(cells, widths, strict=True)) + " |")
+    print("|---|" + "---:|" * len(COLUMNS), flush=True)
+
+
+def show_row(name: str, row: dict[str, float]) -> None:
+    cells = [f"{row[column]:.3g}" for column in COLUMNS]
+    numbers = " | ".join(f"{cell:>{width}}" for cell, width in zip(cells, COLUMNS.values(), strict=True))
+    print(f"| {name:12} | {numbers} |", flush=True)
 
 
 if __name__ == "__main__":
