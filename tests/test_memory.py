@@ -45,3 +45,13 @@ def test_leaves_of_one_shape_share_no_array(name):
     tree = trees.gpt2(layers=2, width=128, vocabulary=1000)
     (row,) = [row for row in ROWS if row.name == name]
     assert overhead.compile_step(row.make(), tree).temporary_bytes < 0.1 * trees.nbytes(tree)
+
+
+@pytest.mark.skipif(not FUSES, reason="as above")
+@pytest.mark.parametrize("name", ["clip_by_global_norm", "clip_by_leaf_norm"])
+def test_sixteen_bits_are_not_converted_once_for_norm_and_scale(name):
+    tree = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), TREE)
+    (row,) = [row for row in ROWS if row.name == name]
+    # What XLA converts once it writes to memory in float32, and twice the size; that is what optax's clip takes.
+    assert overhead.compile_step(row.make(), tree).temporary_bytes < 1.1 * trees.nbytes(tree)
+    assert overhead.compile_step(optax.clip_by_global_norm(1.0), tree).temporary_bytes > 1.9 * trees.nbytes(tree)

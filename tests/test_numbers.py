@@ -492,3 +492,13 @@ def test_double_precision_has_the_same_promises():
                 np.testing.assert_allclose(ours, [0.6 * bound, -0.8 * bound], rtol=1e-5)
         tiny = jnp.array([1e-310, -0.0, 1.0])
         trees.assert_same_bits(trees.update(oc.clip_by_global_norm(10.0), tiny), tiny)
+
+
+@pytest.mark.parametrize("bad", [jnp.inf, jnp.nan, complex(1, jnp.inf), complex(jnp.nan, 1)], ids=str)
+def test_clippy_leaves_complex_numbers_that_are_not_finite(bad):
+    # The difference of a number from itself, by which that is told, may be NaN in either part.
+    updates = jnp.array([1 + 2j, bad, 3j], jnp.complex64)
+    params = jnp.ones(3, jnp.complex64)
+    tx = oc.clippy()
+    found, _ = tx.update(updates, tx.init(params), params)
+    np.testing.assert_array_equal(found, updates)
