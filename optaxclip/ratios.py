@@ -36,7 +36,7 @@ def _ratio(update: jax.Array, param: jax.Array, relative: Any, absolute: Any, ze
     info = jnp.finfo(zero.dtype)
     size, limit = sums.modulus(update), (zero + relative) * sums.modulus(param).astype(zero.dtype) + (zero + absolute)
     most, tiny, one = zero + float(info.max) * (1 - 2.0**-20), zero + info.tiny, zero + 1  # a quotient rounds by less
-    ratio = sums.quotient(jnp.minimum(size, limit * most), jnp.maximum(limit, tiny))
+    ratio = sums.quotient(jnp.minimum(size, jax.lax.stop_gradient(limit * most)), jnp.maximum(limit, tiny))
     per_tiny = zero + 1 / float(info.tiny)
     is_some, is_none = jnp.minimum(size * per_tiny, one), one - jnp.minimum(limit * per_tiny, one)  # 1 or 0
     return jnp.maximum(ratio, jax.lax.stop_gradient(most * is_some * is_none))
