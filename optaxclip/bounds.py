@@ -1,8 +1,10 @@
-"""Bounds: numbers, arrays, optax schedules, or prefix pytrees of these.
+"""Bounds: numbers, arrays, optax schedules, or prefix pytrees of these. None in a pytree is no bound for that leaf.
 
 A threshold with a schedule among its bounds counts its own steps; without one it has no state.
 """
 
+import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -11,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optaxclip import leaves
+from optaxclip import checks, leaves, states
 
 Bound: TypeAlias = Any
 
@@ -28,37 +30,44 @@ class ScheduleState(NamedTuple):
 
 def init(*given: Bound) -> ScheduleState | optax.EmptyState:
     """The state that bounds need."""
-    if any(callable(leaf) for leaf in jax.tree.leaves(given)):
-        return ScheduleState(jnp.zeros((), jnp.int32))
-    return optax.EmptyState()
+    return ScheduleState(jnp.zeros((), jnp.int32)) if _is_scheduled(given) else optax.EmptyState()
 
 
 def resolve(given: Sequence[Bound], state: Any, tree: Any) -> tuple[list[Any], Any]:
     """The bounds of this step, and the state one step on (a state without a schedule, None too, stays what it was).
 
     Returns:
-      For each bound, one number for all of `tree` or a pytree of its structure; and the state.
+      For each bound, one number for all of `tree` or a pytree of its structure, in which None is no bound; and the
+      state.
     """
-    scheduled = any(callable(leaf) for leaf in jax.tree.leaves(tuple(given)))
-    if not scheduled:
+    if not _is_scheduled(given):
         return [_spread(bound, tree) for bound in given], state
-    if not isinstance(state, ScheduleState):
-        raise ValueError(f"a bound is a schedule, which needs the ScheduleState that `init` makes; got {state!r}")
-    now = [jax.tree.map(lambda leaf: leaf(state.schedule_step) if callable(leaf) else leaf, bound) for bound in given]
-    step = jnp.asarray(optax.safe_increment(state.schedule_step))
-    return [_spread(bound, tree) for bound in now], ScheduleState(step)
+    step = states.of_kind(ScheduleState, state, "a bound that follows a schedule").schedule_step
+    now = [jax.tree.map(functools.partial(_at, step), bound, is_leaf=checks.is_function) for bound in given]
+    return [_spread(bound, tree) for bound in now], ScheduleState(jnp.asarray(optax.safe_increment(step)))
+
+
+def _is_scheduled(given: Sequence[Bound]) -> bool:
+    return any(callable(leaf) for leaf in jax.tree.leaves(tuple(given), is_leaf=checks.is_function))
+
+
+def _at(step: jax.Array, bound: Any) -> Any:
+    return bound(step) if callable(bound) else bound
 
 
 def _spread(bound: Any, tree: Any) -> Any:
     """A prefix pytree brought to the structure of `tree`; one number stays one number."""
     if jnp.isscalar(bound):
         return bound
-    spread = leaves.broadcast("a bound does not fit what it bounds", bound, tree)
-    for path, entry, bounded in zip(leaves.paths(tree), jax.tree.leaves(spread), jax.tree.leaves(tree), strict=True):
-        shape, whole = jnp.shape(entry), jnp.shape(bounded)
-        if not _fits(shape, whole):
-            raise ValueError(f"a bound of shape {shape} does not fit {path!r}, where what it bounds has shape {whole}")
-    return spread
+    entries = leaves.spread("a bound does not fit what it bounds", bound, tree)
+    flat, treedef = jax.tree.flatten(tree)
+    for path, entry, bounded in zip(leaves.paths(tree), entries, flat, strict=True):
+        if entry is not None and not _fits(jnp.shape(entry), jnp.shape(bounded)):
+            raise ValueError(
+                f"a bound of shape {jnp.shape(entry)} does not fit {path!r}, where what it bounds has shape "
+                f"{jnp.shape(bounded)}"
+            )
+    return treedef.unflatten(entries)
 
 
 def _fits(shape: tuple[int, ...], whole: tuple[int, ...]) -> bool:
@@ -68,9 +77,18 @@ def _fits(shape: tuple[int, ...], whole: tuple[int, ...]) -> bool:
     )
 
 
-def as_array(value: Any, dtype: Any) -> jax.Array | np.ndarray:
-    """A number or array of a bound, in `dtype`; a Python number past the largest of `dtype` is inf."""
+def as_array(value: Any, dtype: Any, *, none: float = math.inf) -> jax.Array | np.ndarray:
+    """A number or array of a bound, in `dtype`.
+
+    A Python number past the largest of `dtype` is inf. None, where a pytree of bounds has one, is the number `none`.
+    """
+    value = none if value is None else value
     if isinstance(value, jax.Array):
         return value.astype(dtype)
     with np.errstate(over="ignore"):
         return np.asarray(value).astype(dtype)
+
+
+def highest(dtype: Any) -> float:
+    """The upper end of a band that bounds nothing. It is no infinity, which `jax_debug_infs` would report."""
+    return float(jnp.finfo(dtype).max)

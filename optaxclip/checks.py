@@ -12,6 +12,15 @@ import jax
 import numpy as np
 
 
+def is_function(value: Any) -> bool:
+    """Whether a value is to be called: a schedule, or a function of a path.
+
+    A pytree whose own type is callable, such as an Equinox module, is a pytree.
+    """
+    is_leaf = jax.tree_util.all_leaves([value]) or isinstance(value, jax.tree_util.Partial)
+    return callable(value) and is_leaf
+
+
 def _is_concrete(value: Any) -> bool:
     return isinstance(value, int | float | np.number | np.ndarray) and not isinstance(value, bool)
 
@@ -34,7 +43,7 @@ def bound(name: str, value: Any, *, signed: bool = False, finite: bool = False, 
     if not leaves or (single and (leaves[0] is not value or np.ndim(value) > 0)):
         raise ValueError(f"{name} must be {kinds}, got {value!r}")
     for leaf in leaves:
-        if isinstance(leaf, jax.Array) or callable(leaf):
+        if isinstance(leaf, jax.Array) or callable(leaf) or (leaf is None and value is not None):
             continue
         if not _is_concrete(leaf):
             raise ValueError(f"{name} must be {kinds}, got {leaf!r}")

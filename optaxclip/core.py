@@ -33,7 +33,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip import bounds, checks, groups, leaves, mesh, recorder, sums
+from optaxclip import bounds, checks, groups, leaves, mesh, recorder, states, sums
 
 Updates: TypeAlias = Any  # a pytree of arrays
 Norms: TypeAlias = Any  # a pytree with one real array, float32 or wider, per group
@@ -165,13 +165,16 @@ def clip_by(
     length = checks.record(record)
 
     def init(params: Any) -> State:
-        norms = jax.eval_shape(lambda tree: norm.measure(tree, tree, mesh.split_of(tree, tree, axes)), params)
+        params = parameters(params)
+        norms = shapes_of(norm, params, axes)
         state = threshold.init(norms)
         return RecordedState(state, recorder.init(norms, params, length)) if length else state
 
     def update(updates: Updates, state: State, params: Any = None, **extra_args: Any) -> tuple[Updates, State]:
+        params = parameters(params, updates)
         filled = fill_missing(updates, params)
         recorder.require_state(state, RecordedState, length)
+        state = states.as_arrays(state)
         before = state.threshold_state if length else state
         judged = judge(norm, threshold, filled, before, params, axes, extra_args)
         clipped, after = norm.scale(filled, judged.norms, judged.permitted), judged.state
@@ -183,6 +186,11 @@ def clip_by(
     tx = Clip(init, update)
     tx.made_of = MadeOf(norm, threshold, axes)
     return tx
+
+
+def shapes_of(norm: Norm, params: Any, axes: mesh.Axes) -> Norms:
+    """What a norm measures of updates like `params`, in shapes and dtypes alone."""
+    return jax.eval_shape(lambda tree: norm.measure(tree, tree, mesh.split_of(tree, tree, axes)), params)
 
 
 class Judged(NamedTuple):
@@ -242,22 +250,56 @@ def require_params(updates: Updates, params: Any) -> None:
     if params is None:
         raise ValueError(NO_PARAMS)
     aligned = jax.tree.leaves(leaves.broadcast("the structure of updates is not that of params", updates, params))
-    for path, param, update in zip(leaves.paths(params), jax.tree.leaves(params), aligned, strict=True):
+    known = leaves.paths(params)
+    if missing := sorted(set(leaves.paths(updates)) - set(known)):
+        raise ValueError(
+            f"update {missing[0]!r} has no parameter beside it; params has arrays at {leaves.listed(known)}"
+        )
+    for path, param, update in zip(known, jax.tree.leaves(params), aligned, strict=True):
         if jnp.shape(param) != jnp.shape(update):
             raise ValueError(f"update and parameter {path!r} differ in shape: {jnp.shape(update)}, {jnp.shape(param)}")
 
 
 def _between(norm: jax.Array, lower: Any, upper: jax.Array) -> jax.Array:
-    lower = bounds.as_array(lower, norm.dtype)
+    lower = bounds.as_array(lower, norm.dtype, none=0)
     return jnp.minimum(jnp.maximum(norm, jnp.where(jnp.isnan(lower), jnp.zeros_like(lower), lower)), upper)
 
 
 def upper_end(norm: jax.Array, upper: Any) -> jax.Array:
-    """The upper end of the band of some norms, as numbers that norms can be compared with."""
-    upper = bounds.as_array(upper, norm.dtype)
+    """The upper end of the band of some norms, as finite numbers that norms can be compared with."""
+    highest = bounds.highest(norm.dtype)
+    upper = bounds.as_array(upper, norm.dtype, none=highest)
     # A traced bound can't be refused when it is negative. As 0 it at least turns no gradient around.
-    upper = jnp.where(jnp.isnan(upper), jnp.full_like(upper, jnp.inf), jnp.maximum(upper, jnp.zeros_like(upper)))
+    upper = jnp.where(jnp.isnan(upper), jnp.full_like(upper, highest), jnp.clip(upper, 0, highest))
     return upper + jnp.zeros_like(norm)  # of the shape and sharding of the norms
+
+
+def parameters(params: Any, updates: Any = None) -> Any:
+    """`params` with None in place of whatever is no parameter.
+
+    A model may be its own parameters: an Equinox module holds functions, strings and settings beside its arrays. What
+    is no array is no parameter, and a Python number is one only where `updates` has a leaf.
+    """
+    if all(map(_is_array, jax.tree.leaves(params))):
+        return params
+
+    def known(update: Any, param: Any) -> Any:
+        is_known = _is_array if update is None else _is_array_or_number
+        return jax.tree.map(lambda leaf: leaf if is_known(leaf) else None, param)
+
+    beside = params if updates is None else updates
+    try:
+        return jax.tree.map(known, beside, params, is_leaf=leaves.is_none)
+    except ValueError:  # of another structure, which only those that need parameters refuse
+        return jax.tree.map(lambda leaf: leaf if _is_array(leaf) else None, params)
+
+
+def _is_array(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and hasattr(leaf, "shape")
+
+
+def _is_array_or_number(leaf: Any) -> bool:
+    return _is_array(leaf) or isinstance(leaf, bool | int | float | complex)
 
 
 def fill_missing(updates: Updates, params: Any) -> Updates:

@@ -73,5 +73,6 @@ def as_vector(norms: Any) -> tuple[jax.Array, Callable[[jax.Array], Any]]:
 
 
 def entries(value: Any, treedef: Any) -> list[Any]:
-    """The entries of a pytree of the structure `treedef`, or one number as often as that has leaves."""
-    return [value] * treedef.num_leaves if jnp.isscalar(value) else treedef.flatten_up_to(value)
+    """The entries of a pytree of the structure `treedef`, or one number, or None, as often as that has leaves."""
+    is_one = value is None or jnp.isscalar(value)
+    return [value] * treedef.num_leaves if is_one else treedef.flatten_up_to(value)

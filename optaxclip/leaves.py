@@ -5,11 +5,46 @@ from typing import Any
 
 import jax
 
+from optaxclip import checks
+
 
 def paths(tree: Any) -> list[str]:
-    """The path of every leaf, as in "decoder/kernel" or "layers/0/bias"."""
+    """The path of every leaf, as in "decoder/kernel" or "layers/0/bias".
+
+    Flax boxes its arrays (`nnx.Param`, `nn.Partitioned`), and jax gives the box's own "value" as the last key. That key
+    is left out, so that a leaf has one path whether it is boxed or not.
+    """
+    return ["/".join(keys) for keys in _keys(tree)]
+
+
+def _keys(tree: Any) -> list[tuple[str, ...]]:
+    """The keys on the way to every leaf, except those of boxes."""
     flat = jax.tree_util.tree_leaves_with_path(tree)
-    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in flat]
+    keys = [_simple(path) for path, _ in flat]
+    if not any(path and path[-1] == jax.tree_util.GetAttrKey("value") for path, _ in flat):
+        return keys
+    boxed = _in_boxes(jax.tree.structure(tree))
+    return [path[:-1] if is_boxed else path for path, is_boxed in zip(keys, boxed, strict=True)]
+
+
+def _simple(path: tuple[Any, ...]) -> tuple[str, ...]:
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+
+
+def _in_boxes(treedef: Any) -> list[bool]:
+    """Which leaves of a tree are all that a box of Flax holds."""
+    data = treedef.node_data()
+    if data is None:
+        return [False] * treedef.num_leaves
+    if treedef.num_leaves == 1 and _is_box(data[0]):
+        return [True]
+    return [flag for child in treedef.children() for flag in _in_boxes(child)]
+
+
+def _is_box(kind: type) -> bool:
+    # By name, since Flax need not be installed: nnx.Variable, its state in Flax before 0.12, linen's metadata.
+    names = ("Variable", "VariableState", "AxisMetadata")
+    return any(base.__module__.startswith("flax.") and base.__name__ in names for base in kind.__mro__)
 
 
 def values(name: str, value: Any, tree: Any) -> list[Any]:
@@ -17,7 +52,7 @@ def values(name: str, value: Any, tree: Any) -> list[Any]:
 
     Args:
       name: the argument's name, for the message.
-      value: a callable `path -> value`, or a prefix pytree of values (a single value, say).
+      value: a function `path -> value`, or a prefix pytree of values (a single value, say). A None in it is a value.
       tree: the pytree whose leaves are asked about.
 
     Raises:
@@ -25,10 +60,48 @@ def values(name: str, value: Any, tree: Any) -> list[Any]:
     """
     if not jax.tree.leaves(tree):  # as when `optax.tree.map_params` looks for the parameters in a state
         return []
-    if callable(value):
+    if checks.is_function(value):
         return [value(path) for path in paths(tree)]
+    return spread(f"{name} does not fit the updates", value, tree)
+
+
+def spread(problem: str, value: Any, tree: Any) -> list[Any]:
+    """The entry of a prefix pytree for every leaf of `tree`. A None in it is an entry.
+
+    Args:
+      problem: what it means if there is none, for the message.
+      value: a prefix pytree, by structure, or by keys where the containers differ: a plain dict fits an `nnx.State` or
+        a `FrozenDict` with its keys.
+      tree: a pytree.
+
+    Raises:
+      ValueError: with the problem and the path where the structures part.
+    """
     boxes = jax.tree.map(_Box, value, is_leaf=is_none)
-    return [box.value for box in jax.tree.leaves(broadcast(f"{name} does not fit the updates", boxes, tree))]
+    return [box.value for box in _spread(problem, boxes, tree)]
+
+
+def _spread(problem: str, prefix: Any, tree: Any) -> list[Any]:
+    try:
+        return jax.tree.leaves(jax.tree.broadcast(prefix, tree))
+    except ValueError as error:
+        entries = dict(zip(_keys(prefix), jax.tree.leaves(prefix), strict=True))
+        places = [_first_start(path, entries) for path in _keys(tree)]
+        if None in places or {*places, *_at_empty(tree, entries)} != set(entries):
+            raise ValueError(f"{problem}: {_difference(prefix, tree) or error}") from None
+        return [entries[place] for place in places if place is not None]
+
+
+def _first_start(path: tuple[str, ...], entries: Any) -> tuple[str, ...] | None:
+    """The shortest beginning of a path that has an entry."""
+    starts = (path[:length] for length in range(len(path) + 1))
+    return next((start for start in starts if start in entries), None)
+
+
+def _at_empty(tree: Any, entries: Any) -> set[Any]:
+    """The entries for what is there and holds no leaf: None, or what a mask hides."""
+    flat = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: not jax.tree.leaves(node))
+    return {_first_start(_simple(path), entries) for path, node in flat if not jax.tree.leaves(node)} - {None}
 
 
 def broadcast(problem: str, prefix: Any, tree: Any) -> Any:

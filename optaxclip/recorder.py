@@ -5,6 +5,7 @@ last k steps. It costs no pass over the updates: the norms are there already, an
 not finite are the leaves searched. `stats.clip_stats` reads the records.
 """
 
+import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optaxclip import layouts, leaves, mesh, scaling, sums
+from optaxclip import bounds, layouts, leaves, mesh, scaling, states, sums
 
 
 class ClipStats(NamedTuple):
@@ -22,22 +23,25 @@ class ClipStats(NamedTuple):
     Of the units or stacked layers of one leaf, the one that is furthest beyond its limit stands for the leaf.
 
     Attributes:
+      recorded_steps: int32 scalar, the number of steps so far.
       clip_steps: int32 of shape (k,), the step that each row of the rings belongs to, counted from 1; 0 for none yet.
       clip_norm: floats of shape (k, G), the norms.
-      clip_limit: floats of shape (k, G), the upper end of the band.
+      clip_limit: floats of shape (k, G), the upper end of the band; the largest float where nothing bounds.
       clip_scale: floats of shape (k, G), by what the group was multiplied.
       clipped_steps: int32 scalar, the number of steps in which some group was scaled.
       nonfinite_steps: int32 scalar, the number of steps in which some norm was infinite or NaN.
       first_nonfinite_step: int32 scalar, the first of these; 0 for none yet.
       first_nonfinite_leaf: int32 scalar, the first leaf that was not finite in that step; -1 for none yet.
+      norm_axes: uint8 of shape (48,), the mesh axes that the norms of the last step went over, with commas between.
       group_names: uint8 vector, the paths of the G groups. They are here as bytes so that they pass through jit, scan
         and checkpoints like any other array.
-      leaf_names: uint8 vector, the paths of the leaves.
+      leaf_names: uint8 vector, the paths of the leaves that hold floats.
 
     See also:
       `clip_stats`, which reads it.
     """
 
+    recorded_steps: jax.Array
     clip_steps: jax.Array
     clip_norm: jax.Array
     clip_limit: jax.Array
@@ -46,6 +50,7 @@ class ClipStats(NamedTuple):
     nonfinite_steps: jax.Array
     first_nonfinite_step: jax.Array
     first_nonfinite_leaf: jax.Array
+    norm_axes: jax.Array
     group_names: jax.Array
     leaf_names: jax.Array
 
@@ -74,24 +79,28 @@ def init(norms: Any, updates: Any, length: int) -> ClipStats:
     rings = (length, max(len(entries), 1))  # without groups one of norm 0 stands in: checkpoints refuse empty arrays
     dtype = jnp.result_type(jnp.float32, *(entry.dtype for entry in entries))
     return ClipStats(
+        recorded_steps=jnp.zeros((), jnp.int32),
         clip_steps=jnp.zeros(length, jnp.int32),
         clip_norm=jnp.zeros(rings, dtype),
-        clip_limit=jnp.full(rings, jnp.inf, dtype),
+        clip_limit=jnp.full(rings, bounds.highest(dtype), dtype),
         clip_scale=jnp.ones(rings, dtype),
         clipped_steps=jnp.zeros((), jnp.int32),
         nonfinite_steps=jnp.zeros((), jnp.int32),
         first_nonfinite_step=jnp.zeros((), jnp.int32),
         first_nonfinite_leaf=jnp.full((), -1, jnp.int32),
+        norm_axes=_axes_as_bytes([]),
         group_names=_encoded(leaves.paths(norms)),
-        leaf_names=_encoded(leaves.paths(updates)),
+        leaf_names=_encoded([path for path, _ in _counted_leaves(updates)]),
     )
 
 
 def require_state(state: Any, recorded: type, length: int) -> None:
     """Raises unless a state has a record of `length` steps in it, or none if that is 0."""
-    has = state.clip_stats.clip_steps.shape[-1] if isinstance(state, recorded) else 0
+    has = np.shape(state.clip_stats.clip_steps)[-1] if isinstance(state, recorded) else 0
     if has != length:
-        raise ValueError(f"the clipper was built with record={length}, and its state has a record of {has} steps")
+        expected = f"a record of {length} steps beside the threshold's state" if length else "the threshold's alone"
+        came = f"a record of {has} steps beside it" if has else states.described(state)
+        raise ValueError(states.wrong(f"a clipper built with record={length}", expected, came))
 
 
 def advance(
@@ -107,8 +116,7 @@ def advance(
       updates: the updates that were measured.
       splits: over which mesh axes each of their leaves is split.
     """
-    # Counts start at 0 and so, with every step that is written, does the largest.
-    step = jnp.asarray(optax.safe_increment(jnp.max(stats.clip_steps)))
+    step = jnp.asarray(optax.safe_increment(stats.recorded_steps))
     row = (step - 1) % len(stats.clip_steps)
     if max(len(jax.tree.leaves(norms)), 1) != stats.clip_norm.shape[-1]:
         raise ValueError(
@@ -120,7 +128,7 @@ def advance(
     scale = sums.quotient(jnp.where(kept, jnp.ones_like(goal), goal), jnp.where(kept, jnp.ones_like(norm), norm))
     nonfinite = ~jnp.all(jnp.isfinite(norm))
     is_first = nonfinite & (stats.first_nonfinite_step == 0)
-    leaf = _search_if(is_first, jax.tree.leaves(updates))
+    leaf = _search_if(is_first, [leaf for _, leaf in _counted_leaves(updates)])
     # The devices agree outside of the branch: inside it a collective would hang if they ever took different ones.
     if axes := mesh.may_vary_over(leaf, splits):
         leaf = jax.lax.pmin(leaf, axes)
@@ -129,6 +137,7 @@ def advance(
         return ring.at[row].set(new.astype(ring.dtype))
 
     return stats._replace(
+        recorded_steps=step,
         clip_steps=into(stats.clip_steps, step),
         clip_norm=into(stats.clip_norm, norm),
         clip_limit=into(stats.clip_limit, limit),
@@ -137,7 +146,14 @@ def advance(
         nonfinite_steps=_counted(stats.nonfinite_steps, nonfinite),
         first_nonfinite_step=jnp.where(is_first, step, stats.first_nonfinite_step),
         first_nonfinite_leaf=jnp.where(is_first & (leaf < _NONE), leaf, stats.first_nonfinite_leaf),
+        norm_axes=_axes_as_bytes(sorted({name for split in splits for name in split.axes})),
     )
+
+
+def _counted_leaves(tree: Any) -> list[tuple[str, Any]]:
+    """Path and leaf of all that count in norms: `init` may have seen others beside them that `update` does not."""
+    pairs = zip(leaves.paths(tree), jax.tree.leaves(tree), strict=True)
+    return [(path, leaf) for path, leaf in pairs if sums.is_counted(leaf)]
 
 
 def no_skips() -> SkipStats:
@@ -168,7 +184,12 @@ def _by_entry(
         row = (norm, limit, goal, clipped)
         rows.append(row if norm.ndim == 0 else _worst_unit(*row, mesh.may_vary_over(norm, splits)))
     if not rows:
-        return jnp.zeros(1, dtype), jnp.full(1, jnp.inf, dtype), jnp.zeros(1, dtype), jnp.zeros((), jnp.bool_)
+        return (
+            jnp.zeros(1, dtype),
+            jnp.full(1, bounds.highest(dtype), dtype),
+            jnp.zeros(1, dtype),
+            jnp.zeros((), jnp.bool_),
+        )
     norm, limit, goal, clipped = (jnp.stack(column) for column in zip(*rows, strict=True))
     return norm.astype(dtype), limit.astype(dtype), goal.astype(dtype), jnp.any(clipped)
 
@@ -190,28 +211,27 @@ def _worst_unit(norm: Any, limit: Any, goal: Any, clipped: Any, axes: tuple[str,
 def excess(xp: Any, norm: Any, limit: Any, scale: Any) -> Any:
     """By what factor a norm is outside its band, on either side; below 1 inside, and inf if it is not finite."""
     positive = xp.where(limit > 0, limit, xp.ones_like(limit))
-    ratio = xp.where(limit > 0, norm / positive, xp.where(norm > 0, xp.inf, 0))
+    ratio = xp.where(limit > 0, norm / positive, xp.where(norm > 0, bounds.highest(norm.dtype), 0))
     ratio = xp.where(scale > 1, scale, ratio)
     return xp.where(xp.isfinite(norm), ratio, xp.inf)
 
 
 # At module level and jitted, so that eager calls do not compile anew.
 @jax.jit
-def _search_if(wanted: jax.Array, updates: list[Any]) -> jax.Array:
+def _search_if(wanted: jax.Array, counted: list[Any]) -> jax.Array:
     """Which leaf is the first that is not finite, on this device: its number, or `_NONE`. Reads them only if wanted."""
-    counted = [i for i, leaf in enumerate(updates) if sums.is_counted(leaf)]
-    names = {name for i in counted for name in layouts.varying(updates[i])}
+    names = {name for leaf in counted for name in layouts.varying(leaf)}
 
-    def search(updates: list[Any]) -> jax.Array:
-        bad = jnp.stack([sums.has_nonfinite(jnp.asarray(updates[i])) for i in counted])
-        number = jnp.asarray(counted, jnp.int32)[jnp.argmax(bad)]
+    def search(counted: list[Any]) -> jax.Array:
+        bad = jnp.stack([sums.has_nonfinite(jnp.asarray(leaf)) for leaf in counted])
+        number = jnp.argmax(bad).astype(jnp.int32)
         return layouts.varying_over(jnp.where(jnp.any(bad), number, _NONE), names)
 
-    def skip(updates: list[Any]) -> jax.Array:
-        del updates
+    def skip(counted: list[Any]) -> jax.Array:
+        del counted
         return layouts.varying_over(jnp.full((), _NONE, jnp.int32), names)
 
-    return jax.lax.cond(wanted, search, skip, updates) if counted else jnp.full((), _NONE, jnp.int32)
+    return jax.lax.cond(wanted, search, skip, counted) if counted else jnp.full((), _NONE, jnp.int32)
 
 
 _NONE = np.iinfo(np.int32).max
@@ -222,10 +242,23 @@ def _counted(total: jax.Array, happened: jax.Array) -> jax.Array:
 
 
 def _encoded(names: list[str]) -> jax.Array:
-    """The names as bytes, a zero after each."""
-    return jnp.asarray(np.frombuffer("".join(name + "\0" for name in names or [""]).encode(), np.uint8))
+    """The names as bytes: JSON, in which a key may hold any character."""
+    return jnp.asarray(np.frombuffer(json.dumps(names).encode(), np.uint8))
 
 
 def decoded(names: Any) -> list[str]:
     """The names that `_encoded` made bytes of."""
-    return bytes(names).decode().split("\0")[:-1]
+    return json.loads(bytes(names))
+
+
+def _axes_as_bytes(names: list[str]) -> jax.Array:
+    """Names of mesh axes in a fixed number of bytes: the state must not change its shape where they are bound."""
+    room = np.zeros(48, np.uint8)
+    text = np.frombuffer(",".join(names).encode()[: room.size], np.uint8)
+    room[: text.size] = text
+    return jnp.asarray(room)
+
+
+def axes_from_bytes(text: Any) -> str:
+    """What `_axes_as_bytes` wrote."""
+    return bytes(text).rstrip(b"\0").decode(errors="ignore")

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from optaxclip.recorder import ClipStats, SkipStats, decoded, excess
+from optaxclip import bounds, states
+from optaxclip.recorder import ClipStats, SkipStats, axes_from_bytes, decoded, excess
 
 
 def clip_stats(opt_state: Any, *, per_group: bool = False, history: bool = False) -> dict[str, Any]:
@@ -25,6 +26,7 @@ def clip_stats(opt_state: Any, *, per_group: bool = False, history: bool = False
     `nonfinite_steps`       number of steps in which some norm was infinite or NaN
     `first_nonfinite_step`  the first of these, counted from 1; 0 if there was none
     `first_nonfinite_leaf`  path of the first leaf that was not finite in that step; "" if there was none
+    `norm_axes`             the mesh axes that the norm went over, as "data,model"; not there if it went over none
     ======================  ===========================================================================================
 
     Where it has several groups, norm, limit and scale are those of the group furthest outside its band.
@@ -48,8 +50,8 @@ def clip_stats(opt_state: Any, *, per_group: bool = False, history: bool = False
       history: whether steps, norm, limit and scale are wanted as NumPy arrays over the steps recorded, oldest first.
 
     Returns:
-      A dict of Python numbers (and one string); empty if there is no record. In a jitted function, which can't return a
-      string, a dict of scalar arrays without `first_nonfinite_leaf`.
+      A dict of Python numbers and strings; empty if there is no record. In a jitted function, which can't return a
+      string, a dict of scalar arrays without `first_nonfinite_leaf` and `norm_axes`.
 
     Raises:
       ValueError: if `per_group` or `history` is asked for in a jitted function, or the states of several replicas are
@@ -98,7 +100,12 @@ def _found(opt_state: Any, kind: type) -> dict[str, Any]:
 
     flat = jax.tree_util.tree_leaves_with_path(opt_state, is_leaf=is_record)
     records = [(path, node) for path, node in flat if is_record(node)]
-    return dict(zip(_distinct([path for path, _ in records]), [node for _, node in records], strict=True))
+    return dict(zip(_distinct([path for path, _ in records]), [_unboxed(node) for _, node in records], strict=True))
+
+
+def _unboxed(record: Any) -> Any:
+    """A record of arrays: Flax boxes each leaf of a state, and checkpoints return NumPy's arrays and Python numbers."""
+    return states.as_arrays(type(record)(*(jax.tree.leaves(field)[0] for field in record)))
 
 
 def _skips(stats: SkipStats) -> dict[str, Any]:
@@ -135,7 +142,7 @@ def _numbers(stats: ClipStats, xp: Any, history: bool) -> dict[str, Any]:
     steps, rings = _rows(stats, xp, history)
     furthest = xp.argmax(excess(xp, *rings.values()), axis=-1)[..., None]
     taken = {name: xp.take_along_axis(ring, furthest, axis=-1)[..., 0] for name, ring in rings.items()}
-    share = stats.clipped_steps / xp.maximum(xp.max(stats.clip_steps), 1)
+    share = stats.clipped_steps / xp.maximum(stats.recorded_steps, 1)
     counts = {name: getattr(stats, name) for name in ("nonfinite_steps", "first_nonfinite_step")}
     found = {"clip_steps": steps, **taken, "clipped_share": share, **counts}
     return found if xp is jnp else {name: _plain(value) for name, value in found.items()}
@@ -145,23 +152,37 @@ def _named(stats: ClipStats, per_group: bool, history: bool) -> dict[str, Any]:
     """What only makes sense with the names, which a traced record cannot tell."""
     number = int(stats.first_nonfinite_leaf)
     found: dict[str, Any] = {"first_nonfinite_leaf": decoded(stats.leaf_names)[number] if number >= 0 else ""}
-    if per_group:
+    if axes := axes_from_bytes(stats.norm_axes):
+        found["norm_axes"] = axes
+    groups = decoded(stats.group_names)
+    if per_group and groups != [""]:  # a global norm has no path
         _, rings = _rows(stats, np, history)
-        for place, group in enumerate(decoded(stats.group_names)):
-            if not group:  # the one of a global norm, which has no path
-                continue
+        for place, group in enumerate(groups):
             found |= {f"{name}/{group}": _plain(ring[..., place]) for name, ring in rings.items()}
     return found
 
 
 def _rows(stats: ClipStats, xp: Any, history: bool) -> tuple[Any, dict[str, Any]]:
-    """The steps recorded, oldest first, and their rows of the rings; or the last of them alone."""
-    order = xp.argsort(stats.clip_steps)
-    rows = order[stats.clip_steps[order] > 0] if history else order[-1]
-    return stats.clip_steps[rows], {name: getattr(stats, name)[rows] for name in _RINGS}
+    """The steps recorded, oldest first, and their rows of the rings; or the last of them alone.
+
+    A ring that was restored into one of another length may hold rows of older steps: these do not count.
+    """
+    steps = stats.clip_steps
+    is_recent = (steps > stats.recorded_steps - len(steps)) & (steps > 0)
+    steps = xp.where(is_recent, steps, 0)
+    order = xp.argsort(steps)
+    rows = order[steps[order] > 0] if history else order[-1]
+    rings = {name: xp.where(is_recent[:, None], getattr(stats, name), empty) for name, empty in _RINGS.items()}
+    rings["clip_limit"] = _as_shown(rings["clip_limit"], xp)
+    return (steps[rows] if history else stats.recorded_steps), {name: ring[rows] for name, ring in rings.items()}
 
 
-_RINGS = ("clip_norm", "clip_limit", "clip_scale")
+_RINGS = {"clip_norm": 0.0, "clip_limit": np.inf, "clip_scale": 1.0}  # and what is in a row without a step
+
+
+def _as_shown(limits: Any, xp: Any) -> Any:
+    """inf where the record has the largest float, which bounds nothing."""
+    return xp.where(limits >= bounds.highest(limits.dtype), np.inf, limits).astype(limits.dtype)
 
 
 def _plain(value: Any) -> Any:

@@ -530,51 +530,6 @@ def test_floors_and_offsets_are_bounds_like_any_other():
             assert float(jnp.linalg.norm(clipped[name])) == pytest.approx(size, rel=1e-5)
 
 
-def test_a_schedule_after_a_constant_asks_for_its_state():
-    with pytest.raises(ValueError, match=r"schedule.*ScheduleState.*got EmptyState"):
-        oc.clip_by_global_norm(lambda count: 1.0).update(updates(), optax.EmptyState())
-
-
-# States from elsewhere.
-
-STRAY = {
-    "no state": (oc.zclip(), lambda: None, "init makes a tuple here|init makes a ZScoreState here"),
-    "a state of nothing": (oc.zclip(max_norm=None), optax.EmptyState, "init makes a ZScoreState.*is a EmptyState"),
-    "of another tree": (
-        oc.percentile_clip(),
-        lambda: oc.percentile_clip().init({"a": jnp.ones(2)}),
-        r"\(2, 100\).*\(1, 100\).*another tree",
-    ),
-    "of another window": (
-        oc.clip_by_history(window=128),
-        lambda: oc.clip_by_history(window=64).init(updates()),
-        r"\(1, 128\).*\(1, 64\).*other arguments",
-    ),
-    "without the record": (
-        oc.clip_by_global_norm(1.0, record=3),
-        optax.EmptyState,
-        "built with record=3, and its state has a record of 0 steps",
-    ),
-    "with a record": (
-        oc.clip_by_global_norm(1.0),
-        lambda: oc.clip_by_global_norm(1.0, record=2).init(updates()),
-        "built with record=0, and its state has a record of 2 steps",
-    ),
-    "with a record of another tree": (
-        oc.clip_by_leaf_norm(1.0, record=2),
-        lambda: oc.clip_by_leaf_norm(1.0, record=2).init({"a": jnp.ones(2)}),
-        "the record is of 1 groups, and the updates have 2",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", STRAY)
-def test_a_state_from_elsewhere_is_refused(case):
-    tx, state, message = STRAY[case]
-    with pytest.raises(ValueError, match=message):
-        jax.jit(tx.update)(updates(), state())
-
-
 @pytest.mark.parametrize(
     "wrapper",
     [

@@ -1,5 +1,6 @@
 """Clippers of single coordinates: no norm, so plain transformations."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -126,7 +127,7 @@ def clip_by_value(
     checks.bound("max_value", high, signed=True)
     checks.ordered("min_value", low, "max_value", high)
     return _clip_values(
-        lambda low, high, dtype: (bounds.as_array(low, dtype), bounds.as_array(high, dtype)),
+        lambda low, high, dtype: (bounds.as_array(low, dtype, none=-math.inf), bounds.as_array(high, dtype)),
         low,
         high,
     )

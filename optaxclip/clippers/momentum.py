@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip import bounds, checks, mesh, norms, sums, thresholds
+from optaxclip import bounds, checks, mesh, norms, states, sums, thresholds
 from optaxclip.bounds import Bound
-from optaxclip.core import Judged, Threshold, Updates, drop_missing, fill_missing, judge
+from optaxclip.core import Judged, Threshold, Updates, drop_missing, fill_missing, judge, parameters
 from optaxclip.each_leaf import each_leaf, zeros_like
 
 
@@ -84,11 +84,13 @@ def clipped_momentum(
     threshold = thresholds.constant(max_norm)
 
     def init(params: Any) -> ClippedMomentumState:
-        return ClippedMomentumState(zeros_like(params, state_dtype), bounds.init(max_norm))
+        return ClippedMomentumState(zeros_like(parameters(params), state_dtype), bounds.init(max_norm))
 
     def update(updates: Updates, state: Any, params: Any = None, **extra: Any) -> tuple[Updates, ClippedMomentumState]:
         del extra
-        filled = fill_missing(updates, params)
+        state = states.of_kind(ClippedMomentumState, state, "clipped_momentum")
+        params = parameters(params, updates)
+        filled = fill_missing(updates, state.clipped_average)
         mesh.require_reduced(filled)
         average = _average(filled, state.clipped_average, decay)
         clipped, judged = _clip_together(threshold, average, state.bound_state, params, axes)
@@ -180,11 +182,13 @@ def mixed_clip(
     threshold = thresholds.smooth(max_norm) if smooth else thresholds.constant(max_norm)
 
     def init(params: Any) -> MixedClipState:
-        return MixedClipState(zeros_like(params, state_dtype), bounds.init(max_norm))
+        return MixedClipState(zeros_like(parameters(params), state_dtype), bounds.init(max_norm))
 
     def update(updates: Updates, state: Any, params: Any = None, **extra: Any) -> tuple[Updates, MixedClipState]:
         del extra
-        filled = fill_missing(updates, params)
+        state = states.of_kind(MixedClipState, state, "mixed_clip")
+        params = parameters(params, updates)
+        filled = fill_missing(updates, state.mixed_average)
         mesh.require_reduced(filled)
         average = _average(filled, state.mixed_average, decay)
         clipped_average, judged = _clip_together(threshold, average, state.bound_state, params, axes)

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip import checks, mesh, sums
-from optaxclip.core import Updates, drop_missing, fill_missing
+from optaxclip import checks, mesh, states, sums
+from optaxclip.core import Updates, drop_missing, fill_missing, parameters
 from optaxclip.each_leaf import each_leaf, power_mean, sizes_like, zeros_like
 
 
@@ -81,10 +81,12 @@ def scale_by_acclip(
     checks.number("eps", eps)
 
     def init(params: Any) -> AcclipState:
+        params = parameters(params)
         return AcclipState(zeros_like(params, state_dtype), sizes_like(params, state_dtype))
 
     def update(updates: Updates, state: Any, params: Any = None, **extra: Any) -> tuple[Updates, AcclipState]:
         del params, extra
+        state = states.of_kind(AcclipState, state, "scale_by_acclip")
 
         def one(leaf: Any, momentum: jax.Array, size: jax.Array) -> tuple[jax.Array, ...]:
             leaf = jnp.asarray(leaf)
@@ -185,12 +187,15 @@ def scale_by_stable_adam(
     checks.number("eps", eps)
 
     def init(params: Any) -> StableAdamState:
+        params = parameters(params)
         return StableAdamState(
             jnp.zeros((), jnp.int32), zeros_like(params, state_dtype), sizes_like(params, state_dtype)
         )
 
     def update(updates: Updates, state: Any, params: Any = None, **extra: Any) -> tuple[Updates, StableAdamState]:
         del extra
+        state = states.of_kind(StableAdamState, state, "scale_by_stable_adam")
+        params = parameters(params, updates)
         step = jnp.asarray(optax.safe_increment(state.adam_step))
         filled = fill_missing(updates, state.adam_mean)
         flat, treedef = jax.tree.flatten(filled)

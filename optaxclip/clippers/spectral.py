@@ -9,7 +9,7 @@ import optax
 
 from optaxclip import bounds, checks, groups, layouts, leaves, mesh, norms, scaling, sums, thresholds
 from optaxclip.bounds import Bound
-from optaxclip.core import State, Updates, clip_by, drop_missing, fill_missing, upper_end
+from optaxclip.core import State, Updates, clip_by, drop_missing, fill_missing, parameters, upper_end
 from optaxclip.matrices import capping, stacks
 from optaxclip.mesh import Axes
 
@@ -166,6 +166,7 @@ def clip_singular_values(
 
     def update(updates: Updates, state: State, params: Any = None, **extra_args: Any) -> tuple[Updates, State]:
         del extra_args
+        params = parameters(params, updates)
         filled = fill_missing(updates, params)
         flat, treedef = jax.tree.flatten(filled)
         splits, layers = mesh.split_of(filled, params, axes), leaves.values("stacked", stacked, filled)

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip import checks, mesh, norms, scaling, sums, thresholds
-from optaxclip.core import Updates, clip_by, drop_missing, fill_missing
+from optaxclip import checks, mesh, norms, scaling, states, sums, thresholds
+from optaxclip.core import Updates, clip_by, drop_missing, fill_missing, parameters
 from optaxclip.each_leaf import each_leaf, power_mean, sizes_like
 from optaxclip.mesh import Axes
 
@@ -94,10 +94,11 @@ def spam_clip(
         checks.whole("period", period)
 
     def init(params: Any) -> SpamState:
-        return SpamState(jnp.zeros((), jnp.int32), sizes_like(params, state_dtype))
+        return SpamState(jnp.zeros((), jnp.int32), sizes_like(parameters(params), state_dtype))
 
     def update(updates: Updates, state: Any, params: Any = None, **extra: Any) -> tuple[Updates, SpamState]:
         del params, extra
+        state = states.of_kind(SpamState, state, "spam_clip")
         filled = fill_missing(updates, state.spam_rms)
         mesh.require_reduced(filled, state.spam_rms, called="average")
         step = jnp.asarray(optax.safe_increment(state.spam_step))

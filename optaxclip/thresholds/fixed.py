@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip import bounds, checks, groups, sums
+from optaxclip import bounds, checks, groups, states, sums
 from optaxclip.core import Norms, State, Threshold
 
 Band: TypeAlias = tuple[Any, Any]  # its lower and its upper end
@@ -179,8 +179,10 @@ def relative_to_params(ratio: bounds.Bound, *, floor: bounds.Bound = 0.0, offset
     checks.bound("floor", floor)
     checks.bound("offset", offset)
 
-    def permitted(norm: jax.Array, *given: Any) -> jax.Array:
-        share, low, more = (bounds.as_array(value, norm.dtype) for value in given)
+    def permitted(norm: jax.Array, share: Any, low: Any, more: Any) -> jax.Array:
+        if share is None:
+            return jnp.full_like(norm, bounds.highest(norm.dtype))
+        share, low, more = (bounds.as_array(value, norm.dtype, none=0) for value in (share, low, more))
         return jnp.asarray(share * jnp.maximum(norm, low) + more)
 
     return _from_bounds(
@@ -224,19 +226,22 @@ def chain(*thresholds: Threshold) -> Threshold:
         checks.instance(f"threshold {number} of the chain", threshold, Threshold, "thresholds.constant(1.0)")
 
     def init(norms: Norms) -> State:
-        states = tuple(threshold.init(norms) for threshold in thresholds)
-        return states if jax.tree.leaves(states) else optax.EmptyState()
+        each = tuple(threshold.init(norms) for threshold in thresholds)
+        return each if jax.tree.leaves(each) else optax.EmptyState()
 
     def limit(norms: Norms, state: State, param_norms: ParamNorms, **extra_args: Any) -> tuple[Band, State]:
         stateless = not jax.tree.leaves(state)
-        lower, upper = 0.0, jnp.inf
-        states: list[State] = []
+        if not stateless and not (type(state) is tuple and len(state) == len(thresholds)):
+            expected = f"a tuple of {len(thresholds)} states"
+            raise ValueError(states.wrong("thresholds.chain", expected, states.described(state)))
+        lower, upper = 0.0, None
+        after_each: list[State] = []
         for threshold, before in zip(thresholds, [state] * len(thresholds) if stateless else state, strict=True):
             (low, high), after = threshold.limit(norms, before, param_norms, **extra_args)
             lower = groups.over_groups(_larger, norms, lower, low)
             upper = groups.over_groups(_smaller, norms, upper, high)
-            states.append(after)
-        return (lower, upper), state if stateless else tuple(states)
+            after_each.append(after)
+        return (lower, upper), state if stateless else tuple(after_each)
 
     return Threshold(init, limit)
 
@@ -258,15 +263,18 @@ def _from_bounds(band: Callable[..., Band], *given: bounds.Bound) -> Threshold:
 
 def _harmonic(norm: jax.Array, high: Any) -> jax.Array:
     """n c / (n + c), without the product and the sum that could overflow."""
+    if high is None:
+        return jnp.full_like(norm, bounds.highest(norm.dtype))
     high = jnp.maximum(bounds.as_array(high, norm.dtype), jnp.zeros_like(norm))
     small, large = jnp.minimum(norm, high), jnp.maximum(norm, high)
     return small / (1 + sums.quotient(small, jnp.where(large > 0, large, jnp.ones_like(large))))
 
 
-# In both, NaN bounds nothing, so the other end holds.
+# In both, None and NaN bound nothing, so the other end holds.
 def _larger(norm: jax.Array, one: Any, other: Any) -> jax.Array:
-    return jnp.fmax(bounds.as_array(one, norm.dtype), bounds.as_array(other, norm.dtype))
+    return jnp.fmax(*(bounds.as_array(end, norm.dtype, none=0) for end in (one, other)))
 
 
 def _smaller(norm: jax.Array, one: Any, other: Any) -> jax.Array:
-    return jnp.fmin(bounds.as_array(one, norm.dtype), bounds.as_array(other, norm.dtype))
+    highest = bounds.highest(norm.dtype)
+    return jnp.fmin(*(jnp.minimum(bounds.as_array(end, norm.dtype, none=highest), highest) for end in (one, other)))

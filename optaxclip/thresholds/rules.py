@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip import groups
+from optaxclip import groups, states
 from optaxclip.core import Norms, State, Threshold
 
 RuleState: TypeAlias = Any  # a NamedTuple of arrays
@@ -78,10 +78,13 @@ def _require_like(state: State, expected: State) -> None:
     """Raises unless a state is one that `init` makes for these norms, by these arguments."""
     shapes = [[jnp.shape(leaf) for leaf in jax.tree.leaves(tree)] for tree in (state, expected)]
     if type(state) is not type(expected) or shapes[0] != shapes[1]:
+        needed, came = (
+            f"{states.described(tree)} with arrays of shapes {shape}"
+            for tree, shape in zip((expected, state), reversed(shapes), strict=True)
+        )
         raise ValueError(
-            f"init makes a {type(expected).__name__} here, with arrays of shapes {shapes[1]}; the state is a "
-            f"{type(state).__name__} with {shapes[0]}: made for another tree, by other arguments, or for whole leaves "
-            "where shard_map has pieces of them"
+            states.wrong("a threshold that follows the history of norms", needed, came)
+            + " (in shard_map, of the same pieces of the leaves)"
         )
 
 

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip import checks, leaves, mesh, sums
-from optaxclip.core import Updates, drop_missing, fill_missing
+from optaxclip import checks, leaves, mesh, states, sums
+from optaxclip.core import Updates, drop_missing, fill_missing, parameters
 from optaxclip.each_leaf import each_leaf, zeros_like
 
 
@@ -87,9 +87,10 @@ def with_carry(
     wrapped = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> CarryState:
-        return CarryState(zeros_like(params, state_dtype), wrapped.init(params))
+        return CarryState(zeros_like(parameters(params), state_dtype), wrapped.init(params))
 
     def update(updates: Updates, state: Any, params: Any = None, **extra_args: Any) -> tuple[Updates, CarryState]:
+        state = states.of_kind(CarryState, state, "with_carry")
         filled = fill_missing(updates, state.carry)
         mesh.require_reduced(filled, state.carry, called="carry")
         # A gradient that is missing gives its parameter no chance to get rid of anything: its carry is in no norm.

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip import checks, layouts, sums
-from optaxclip.core import NO_PARAMS, Updates
+from optaxclip import checks, layouts, leaves, states, sums
+from optaxclip.core import NO_PARAMS, Updates, parameters
 
 
 class ResetState(NamedTuple):
@@ -91,9 +91,10 @@ def reset_state_every(
     def update(updates: Updates, state: Any, params: Any = None, **extra_args: Any) -> tuple[Updates, ResetState]:
         if params is None:
             raise ValueError(NO_PARAMS)
+        state = states.of_kind(ResetState, state, "reset_state_every")
         step = jnp.asarray(optax.safe_increment(state.reset_step))
         phase = step % period
-        before = _reset_if(phase == 0, wrapped, state.inner_state, params)
+        before = _reset_if(phase == 0, wrapped, state.inner_state, _known_at_init(wrapped, state, params, updates))
         updates, after = wrapped.update(updates, before, params, **extra_args)
         grows = (step >= period) & (phase < warmup_steps)
         factor = 1 - 0.99 * (1 + jnp.cos(jnp.pi * phase.astype(jnp.float32) / (warmup_steps + 1))) / 2
@@ -108,6 +109,20 @@ def reset_state_every(
         return jax.tree.map(scaled, updates), ResetState(step, after)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _known_at_init(tx: optax.GradientTransformationExtraArgs, state: ResetState, params: Any, updates: Updates) -> Any:
+    """What of `params` the inner state was made of: with a whole model, perhaps only what has a gradient."""
+    arrays = parameters(params, updates)
+    if arrays is params or _has_structure(tx, arrays, state.inner_state):
+        return arrays
+    return jax.tree.map(
+        lambda update, param: None if update is None else param, updates, arrays, is_leaf=leaves.is_none
+    )
+
+
+def _has_structure(tx: optax.GradientTransformationExtraArgs, params: Any, state: Any) -> bool:
+    return jax.tree.structure(jax.eval_shape(tx.init, params)) == jax.tree.structure(state)
 
 
 def _reset_if(resets: jax.Array, tx: optax.GradientTransformationExtraArgs, state: Any, params: Any) -> Any:

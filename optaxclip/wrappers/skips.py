@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip import checks, core, groups, layouts, mesh, norms, recorder, sums, thresholds
+from optaxclip import checks, core, groups, layouts, mesh, norms, recorder, states, sums, thresholds
 from optaxclip.core import Norm, Threshold, Updates
 from optaxclip.wrappers.holding import update_or_hold
 
@@ -180,7 +180,7 @@ def skip_spikes(
     wrapped = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> SkipState:
-        measured = jax.eval_shape(lambda tree: norm.measure(tree, tree, mesh.split_of(tree, tree, axes)), params)
+        measured = core.shapes_of(norm, core.parameters(params), axes)
         no_loss = optax.EmptyState() if loss_threshold is None else loss_threshold.init(_LOSS)
         return SkipState(
             skip_stats=recorder.no_skips(),
@@ -191,9 +191,11 @@ def skip_spikes(
         )
 
     def update(updates: Updates, state: Any, params: Any = None, **extra_args: Any) -> tuple[Updates, SkipState]:
-        filled = core.fill_missing(updates, params)
-        judged = core.judge(norm, threshold, filled, state.norm_threshold_state, params, axes, extra_args)
-        whole = judged.norms if norm is _ALL else _ALL.measure(filled, params, judged.splits)
+        state = states.of_kind(SkipState, state, "a skip of steps")
+        known = core.parameters(params, updates)
+        filled = core.fill_missing(updates, known)
+        judged = core.judge(norm, threshold, filled, state.norm_threshold_state, known, axes, extra_args)
+        whole = judged.norms if norm is _ALL else _ALL.measure(filled, known, judged.splits)
         finite, high = jnp.isfinite(whole), _is_any_above(judged)
         high_loss, loss_state = jnp.zeros_like(finite), state.loss_threshold_state
         if loss_threshold is not None:
@@ -234,7 +236,7 @@ _LOSS = jax.ShapeDtypeStruct((), jnp.float32)
 
 def _is_any_above(judged: core.Judged) -> jax.Array:
     """Whether some norm, on any device, is above its limit."""
-    above = jax.tree.leaves(groups.over_groups(lambda norm, limit: norm > limit, judged.norms, judged.limits))
+    above = jax.tree.leaves(groups.over_groups(_is_above, judged.norms, judged.limits))
     found = jnp.zeros((), jnp.int32)
     for each in above:
         found = jnp.maximum(found, jnp.any(each).astype(jnp.int32))
@@ -242,6 +244,10 @@ def _is_any_above(judged: core.Judged) -> jax.Array:
         axes = mesh.may_vary_over(found, judged.splits)
         found = jax.lax.pmax(found, axes) if axes else found
     return found > 0
+
+
+def _is_above(norm: jax.Array, limit: jax.Array) -> jax.Array:
+    return jnp.isfinite(norm) & (norm > limit)
 
 
 def _loss(extra_args: Mapping[str, Any], splits: Sequence[mesh.Split]) -> jax.Array:
@@ -269,7 +275,7 @@ def _is_loss_above(
         raise ValueError("loss_threshold must not depend on the parameters: a loss has no norm of them beside it")
 
     (_, upper), state = threshold.limit(loss, state, no_param_norms, **extra_args)
-    return loss > groups.over_groups(core.upper_end, loss, upper), state
+    return _is_above(loss, groups.over_groups(core.upper_end, loss, upper)), state
 
 
 def _zero_if(flag: jax.Array, leaf: Any) -> Any:

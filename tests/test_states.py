@@ -1,0 +1,170 @@
+"""States that come from elsewhere: from another transformation, a checkpoint, a pickle, a ring of another length."""
+
+import pickle
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+
+import optaxclip as oc
+from tests.table import ROWS, params, tree
+
+PARAMS, GRADS = params("float32"), tree(0, "float32")
+STATEFUL = [pytest.param(row, id=row.name) for row in ROWS if not row.stateless]
+
+
+# Of another transformation, or of other arguments.
+
+FOREIGN = {
+    "None": None,
+    "EmptyState": optax.EmptyState(),
+    "ScaleByAdamState": optax.adam(1e-3).init(PARAMS)[0],
+    # A chain of two names the first of them that does not fit.
+    "((a tuple of 2: )?ScaleByAdamState|EmptyState)": optax.adam(1e-3).init(PARAMS),
+}
+
+
+@pytest.mark.parametrize("came", FOREIGN)
+@pytest.mark.parametrize("row", STATEFUL)
+def test_the_state_of_another_transformation_is_named_and_so_is_what_to_do(row, came):
+    with pytest.raises(ValueError, match=rf"the state of .+ must be .+, got {came}.*call init again"):
+        jax.eval_shape(row.make().update, GRADS, FOREIGN[came], PARAMS)
+
+
+def updates():
+    return {"a": jnp.ones(2), "b": jnp.ones(3)}
+
+
+STRAY = {
+    "a schedule after a constant": (
+        oc.clip_by_global_norm(lambda count: 1.0),
+        optax.EmptyState,
+        "a bound that follows a schedule must be ScheduleState, got EmptyState",
+    ),
+    "one of a chain": (
+        oc.zclip(max_norm=1.0),
+        lambda: oc.zclip(max_norm=None).init(updates()),
+        "thresholds.chain must be a tuple of 2 states, got ZScoreState",
+    ),
+    "of another tree": (
+        oc.percentile_clip(),
+        lambda: oc.percentile_clip().init({"a": jnp.ones(2)}),
+        r"\(2, 100\).*\(1, 100\).*of the tree",
+    ),
+    "of another window": (
+        oc.clip_by_history(window=128),
+        lambda: oc.clip_by_history(window=64).init(updates()),
+        r"\(1, 128\).*\(1, 64\).*change of arguments",
+    ),
+    "without the record": (
+        oc.clip_by_global_norm(1.0, record=3),
+        optax.EmptyState,
+        "built with record=3 must be a record of 3 steps beside the threshold's state, got EmptyState",
+    ),
+    "with a record": (
+        oc.clip_by_global_norm(1.0),
+        lambda: oc.clip_by_global_norm(1.0, record=2).init(updates()),
+        "built with record=0 must be the threshold's alone, got a record of 2 steps",
+    ),
+    "with a record of another tree": (
+        oc.clip_by_leaf_norm(1.0, record=2),
+        lambda: oc.clip_by_leaf_norm(1.0, record=2).init({"a": jnp.ones(2)}),
+        "the record is of 1 groups, and the updates have 2",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", STRAY)
+def test_a_state_of_other_arguments_is_refused(case):
+    tx, state, message = STRAY[case]
+    with pytest.raises(ValueError, match=message):
+        jax.jit(tx.update)(updates(), state())
+
+
+# NumPy's arrays and Python's numbers.
+
+
+def as_python_numbers(state):
+    return jax.tree.map(lambda leaf: leaf.item() if leaf.ndim == 0 else leaf, jax.device_get(state))
+
+
+@pytest.mark.parametrize("bring", [jax.device_get, as_python_numbers, lambda state: pickle.loads(pickle.dumps(state))])
+@pytest.mark.parametrize("row", STATEFUL)
+def test_states_of_plain_numbers_make_the_same_types(row, bring):
+    tx = row.make()
+    state = tx.init(PARAMS)
+    plain = bring(state)  # a constant to the trace, as it is outside of jit
+    seen, wanted = (jax.eval_shape(lambda grads, s=s: tx.update(grads, s, PARAMS), GRADS) for s in (plain, state))
+    jax.tree.map(lambda one, other: chex.assert_equal((one, one.weak_type), (other, other.weak_type)), seen, wanted)
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        oc.clip_by_leaf_norm(0.5, record=3),
+        oc.zclip(warmup_steps=1, record=2),
+        oc.skip_spikes(oc.clip_by_global_norm(0.5, record=2), oc.thresholds.mean_std(6.0)),
+        oc.reset_state_every(optax.adam(0.1), 3, warmup_steps=0),
+    ],
+    ids=["leaf_norm", "zclip", "skip_spikes", "reset_state_every"],
+)
+@pytest.mark.parametrize("bring", [jax.device_get, as_python_numbers])
+def test_states_of_plain_numbers_go_on_as_jax_arrays_do_eagerly(tx, bring):
+    grads = {"w": jnp.array([3.0, 4.0])}
+    ours = plain = tx.init(grads)
+    for _ in range(3):
+        (one, ours), (other, plain) = tx.update(grads, ours, grads), tx.update(grads, bring(plain), grads)
+        chex.assert_trees_all_close(one, other, rtol=1e-6)
+    chex.assert_trees_all_close(ours, plain, rtol=1e-6)
+    chex.assert_trees_all_equal_dtypes(ours, plain)
+    assert oc.clip_stats(bring(plain)) == oc.clip_stats(ours)
+
+
+# A ring that was restored into one of another length.
+
+
+def restored(template, saved, folder):
+    """A checkpoint in arrays of other lengths: orbax cuts and pads with zeros where it is not strict."""
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(folder, saved)
+        return checkpointer.restore(
+            folder,
+            item=template,
+            restore_args=jax.tree.map(
+                lambda leaf: ocp.ArrayRestoreArgs(
+                    sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype, strict=False
+                ),
+                template,
+            ),
+        )
+
+
+@pytest.mark.parametrize(("before", "after"), [(40, 10), (10, 40), (40, 7)])
+def test_a_ring_of_another_length_keeps_the_numbers_of_its_steps(before, after, tmp_path):
+    def run(tx, state, steps):
+        update = jax.jit(lambda state, norm: tx.update(jnp.array([norm]), state)[1])
+        for step in steps:
+            state = update(state, float(step))
+        return state
+
+    old, new = (oc.clip_by_global_norm(1e6, record=length) for length in (before, after))
+    saved = run(old, old.init(jnp.zeros(1)), range(1, 54))
+    state = restored(new.init(jnp.zeros(1)), saved, tmp_path / "state")
+
+    def assert_true(state, now):
+        found = oc.clip_stats(state, history=True)
+        np.testing.assert_array_equal(found["clip_steps"], found["clip_norm"])  # the norm of step n was n
+        assert oc.clip_stats(state)["clip_steps"] == now
+        assert set(found["clip_steps"]) <= set(range(now - after + 1, now + 1))
+        return found["clip_steps"].tolist()
+
+    assert_true(state, 53)
+    state = run(new, state, range(54, 57))
+    assert assert_true(state, 56)[-3:] == [54, 55, 56]
+    assert oc.clip_stats(state)["clip_norm"] == 56.0
+    state = run(new, state, range(57, 57 + after))
+    assert assert_true(state, 56 + after) == list(range(57, 57 + after))
