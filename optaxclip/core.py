@@ -118,8 +118,10 @@ def clip_by(
       norm: what is measured, from `optaxclip.norms`.
       threshold: how much is permitted, from `optaxclip.thresholds`.
       axes: over which mesh axes the leaves are split, inside `shard_map` and `pmap`: `"auto"` (the default, from the
-        types, with `check_vma=True`), a name, a tuple of names, a prefix pytree of PartitionSpec, or None for each
-        device alone.
+        types, with `check_vma=True`), a PartitionSpec or a prefix pytree of them, a name or a tuple of names (every
+        leaf is then split over all of them), or None for each device alone. One model per device (seeds, populations)
+        needs None: no type tells such a model from a piece of one, so `"auto"` takes one norm of all devices, without a
+        warning. `clip_stats` says which axes a recorded norm went over.
       record: of how many of the last steps the state keeps norms and limits, for `clip_stats`; True is 1. Whatever it
         is, the record counts clipped and non-finite steps, and names the leaf that was the first not to be finite.
 

@@ -8,12 +8,16 @@ over: all of them, and no other (a replicated leaf must be counted once).
 
 - `"auto"`: the axes that the leaf varies over, which `shard_map` tracks in the types when `check_vma=True` (its
   default). Nothing is known in `pmap` and with `check_vma=False`: there is a warning, and the axes must be named.
-- a name or a tuple of names: the same axes for every leaf.
+- a name or a tuple of names: the same axes for every leaf. Where the types know nothing, there is a warning if a leaf
+  could be whole: it would be counted once per device.
 - a PartitionSpec or a prefix pytree of them: per leaf, and by dimension, which norms of single units need.
 - `None`: nothing is split; each device stands for itself.
 
 Names that are not bound where we run (outside `shard_map`) are dropped, as are names over which a leaf is known not to
 vary. A gradient that is a sum not yet taken is refused: its norm on each device would be that of a summand.
+
+No type tells a piece of one model from a model of its own (seeds, populations): `"auto"` takes what varies for a piece,
+and one norm then couples all devices. A model per device needs `None`.
 
 Axes along which devices hold different examples, each with a gradient of its own, split no leaf: see `apart`.
 """
@@ -29,6 +33,7 @@ from collections.abc import Generator, Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
@@ -110,6 +115,7 @@ def split_of(tree: Any, params: Any = None, axes: Axes = "auto") -> list[Split]:
     tracked = _Tracked()
     if is_chosen:
         names = (axes,) if isinstance(axes, str) else tuple(axes)
+        _warn_of_whole_leaves(axes, names, flat, tracked)
         return [Split(path, tracked.keep(names, leaf), None) for leaf, path in zip(flat, paths, strict=True)]
     if is_auto:
         if flat:
@@ -173,8 +179,22 @@ def _warn_of_the_unseen(tracked: "_Tracked") -> None:
         warnings.warn(
             f"axes='auto' sees nothing along mesh axes {names}: in pmap, and in shard_map with check_vma=False, jax "
             "does not track over which axes an array is split, so every device takes the norm of its own share alone. "
-            "Where arrays are split pass axes=, the names of these axes or PartitionSpecs; where all of them are whole "
-            "on every device, as after psum, pass axes=None",
+            "Where arrays are split pass axes=, a PartitionSpec for all leaves or a pytree of them (P() for a leaf "
+            "that is whole on every device); where all are whole, or each device has a model of its own, "
+            "pass axes=None",
+            stacklevel=_steps_up_to_the_caller(),
+        )
+
+
+def _warn_of_whole_leaves(axes: Axes, names: tuple[str, ...], flat: list[Any], tracked: "_Tracked") -> None:
+    """One warning where names stand for all leaves and nothing tells which of them are whole on every device."""
+    measured = [leaf for leaf in flat if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)]
+    may_be_whole = len(measured) > 1 or any(jnp.ndim(leaf) == 0 for leaf in measured)
+    if may_be_whole and any(tracked(name) is False for name in names):
+        warnings.warn(
+            f"axes={axes!r} takes every leaf to be split over these mesh axes, and in pmap, and in shard_map with "
+            "check_vma=False, jax does not track whether it is: a leaf that is whole on every device is counted once "
+            "per device. Pass PartitionSpecs instead, P() for such a leaf: axes={'kernel': P('data'), 'bias': P()}",
             stacklevel=_steps_up_to_the_caller(),
         )
 

@@ -207,3 +207,72 @@ def test_a_list_of_names_is_as_good_as_a_tuple():
         return jax.shard_map(lambda grads: oc.global_norm(grads, axes=axes), mesh=AUTO, in_specs=BOTH, out_specs=P())
 
     np.testing.assert_array_equal(norm(["data", "model"])(GRADS), norm(("data", "model"))(GRADS))
+
+
+# Where names take every leaf to be split.
+
+
+TWO = {"split": np.ones((8, 3), np.float32), "whole": np.ones(3, np.float32)}
+OF_TWO = {"split": BOTH, "whole": P()}
+
+
+def unchecked_pair(tx, grads=TWO, specs=OF_TWO):
+    mapped = jax.shard_map(update_of(tx), mesh=AUTO, in_specs=(specs,), out_specs=specs, check_vma=False)
+    return lambda: jax.eval_shape(mapped, grads)
+
+
+@pytest.mark.parametrize("axes", ["data", ("data", "model")])
+def test_names_beside_a_leaf_that_may_be_whole_are_warned_of(axes):
+    (warning,) = shown(unchecked_pair(oc.clip_by_global_norm(1.0, axes=axes)))
+    for word in (f"axes={axes!r}", "whole on every device", "once per device", "PartitionSpecs"):
+        assert word in str(warning.message)
+    assert warning.filename == __file__
+
+
+def test_a_scalar_cannot_be_split_whatever_is_named():
+    scalar = {"scale": np.float32(1.0)}
+    call = unchecked_pair(oc.clip_by_global_norm(1.0, axes="data"), scalar, {"scale": P()})
+    assert "whole on every device" in str(shown(call)[0].message)
+
+
+def test_what_the_warnings_recommend_silences_them_and_is_right():
+    tx = oc.clip_by_global_norm(1.0, axes=OF_TWO, record=1)
+
+    def update(grads):
+        updates, state = tx.update(grads, tx.init(grads))
+        return updates, optax.tree.get(state, "clip_norm")[0, 0]
+
+    mapped = jax.shard_map(update, mesh=AUTO, in_specs=(OF_TWO,), out_specs=(OF_TWO, P()), check_vma=False)
+    norms = []
+    assert shown(lambda: norms.append(jax.jit(mapped)(TWO)[1])) == []
+    np.testing.assert_allclose(norms[0], np.sqrt(8 * 3 + 3), rtol=1e-6)
+
+
+def test_names_are_silent_where_the_types_know_and_outside_of_any_mesh():
+    tx = oc.clip_by_global_norm(1.0, axes=("data", "model"))
+    tracked = jax.shard_map(update_of(tx), mesh=AUTO, in_specs=(OF_TWO,), out_specs=OF_TWO)
+    for call in (lambda: jax.eval_shape(tracked, TWO), lambda: update_of(tx)(TWO)):
+        assert shown(call) == []
+
+
+# One model per device.
+
+
+@pytest.mark.parametrize(("axes", "alone"), [("auto", False), (None, True)], ids=repr)
+def test_a_record_says_over_which_axes_its_norm_went(axes, alone):
+    """Four seeds on the devices of an axis: "auto" makes one norm of them, without a word; None clips each alone."""
+    tx = oc.clip_by_global_norm(1.0, axes=axes, record=1)
+    grads = np.float32([[0.5], [5.0], [0.1], [500.0], [1.0], [0.2], [0.3], [0.4]])
+
+    def update(grads):
+        updates, state = tx.update(grads, tx.init(grads))
+        return updates, jax.tree.map(lambda leaf: leaf[None], state)
+
+    mapped = jax.shard_map(update, mesh=AUTO, in_specs=BOTH, out_specs=(BOTH, BOTH), check_vma=True)
+    results = []
+    assert shown(lambda: results.append(jax.jit(mapped)(grads))) == []
+    ((updates, state),) = results
+    found = oc.clip_stats(jax.tree.map(lambda leaf: leaf[0], state))
+    expected = np.minimum(1, grads) if alone else grads / np.linalg.norm(grads)
+    np.testing.assert_allclose(updates, expected, rtol=1e-5)
+    assert found.get("norm_axes") == (None if alone else "data,model")
