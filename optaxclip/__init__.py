@@ -28,6 +28,9 @@ to log                `clip_stats`: what a clipper with `record=`, or a skip, di
 ====================  =============================================================================================
 """
 
+from optaxclip import starting as starting  # first: it acts while the others import jax, which takes a while
+
+# isort: split
 from optaxclip import diagnostics, norms, per_example, thresholds
 from optaxclip.backward import clip_cotangents
 from optaxclip.clippers.averages import adagc, aggc, clip_by_history, clip_norm_growth, zclip
