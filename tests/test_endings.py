@@ -240,16 +240,21 @@ def test_a_signal_that_is_ignored_stays_ignored(tmp_path):
     assert (tmp_path / "a").exists()
 
 
-def test_only_the_command_itself_takes_ctrl_c_while_it_imports(monkeypatch):
-    for given, name, expected in [
-        (["python", "-m", "optaxclip", "-m"], "-m", True),
-        (["python", "-moptaxclip", "-m"], "-m", True),
-        (["python", "-m", "other", "optaxclip"], "-m", False),
-        (["python", "train.py", "optaxclip"], "train.py", False),
-    ]:
-        monkeypatch.setattr(sys, "orig_argv", given)
-        monkeypatch.setattr(sys, "argv", [name, *given[3 - ("-moptaxclip" in given) - (given[1] == "train.py") :]])
-        assert starting._is_the_command() is expected
+@pytest.mark.parametrize(
+    ("given", "seen", "expected"),
+    [
+        (["python", "-m", "optaxclip", "-m"], ["-m", "-m"], True),
+        (["python", "-moptaxclip"], ["-m"], True),
+        (["python", "-m", "other", "optaxclip"], ["-m", "optaxclip"], False),
+        (["python", "train.py", "optaxclip"], ["train.py", "optaxclip"], False),
+        (["python"], [""], False),
+    ],
+    ids=str,
+)
+def test_only_the_command_itself_takes_ctrl_c_while_it_imports(monkeypatch, given, seen, expected):
+    monkeypatch.setattr(sys, "orig_argv", given)
+    monkeypatch.setattr(sys, "argv", seen)
+    assert starting._is_the_command() is expected
 
 
 # As processes.
@@ -298,15 +303,28 @@ def test_closed_stderr_costs_the_progress_only(tmp_path):
 
 
 def test_ctrl_c_while_jax_is_imported():
-    with process(*SHORT, stdout=subprocess.PIPE) as importing:
-        time.sleep(0.25)
+    told = os.environ | {"PYTHONPROFILEIMPORTTIME": "1"}  # a line on stderr for each module, once it is imported
+    with process("--list", stdout=subprocess.PIPE, env=told) as importing:
+        while "optaxclip.starting" not in importing.stderr.readline():
+            assert importing.poll() is None
         importing.send_signal(signal.SIGINT)
-        assert (importing.communicate(), importing.returncode) == (("", ""), 130)
+        out, err = importing.communicate()
+    assert (importing.returncode, out, "Traceback" in err, "optaxclip.demo" in err) == (130, "", False, False)
+
+
+def test_ctrl_c_at_the_very_end():
+    last = list(rows.ROWS)[-1]
+    with process("--list", stdout=subprocess.PIPE) as listing:
+        while not listing.stdout.readline().startswith(f"{last} "):
+            assert listing.poll() is None
+        listing.send_signal(signal.SIGINT)
+        assert listing.communicate() == ("", "")
+    assert listing.returncode in {0, 130, -signal.SIGINT}  # the last where Python has given up its handlers
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
-@pytest.mark.parametrize("delay", np.linspace(0.2, 12, 16).tolist())
+@pytest.mark.parametrize("delay", [0.5, 2, 4, 6, 8, 10])
 def test_a_signal_at_any_moment(tmp_path, number, delay):
     with process(*SHORT, "--out", tmp_path / "new" / "out", stdout=subprocess.PIPE) as running:
         time.sleep(delay)
