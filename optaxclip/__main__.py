@@ -5,9 +5,8 @@
 `python -m optaxclip sweep` trains four small models with every method, over four decades of learning rates.
 """
 
-import sys
-
 from optaxclip.demo.command import main
+from optaxclip.demo.ending import end_process
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main)

@@ -411,6 +411,8 @@ BAD = {
         "a,b\n1,2\n",
         "'{path}', line 1: no column of norms; one must be called 'norm', 'clip_norm', 'grad_norm', 'global_norm'",
     ),
+    "underscore": ("step,norm\n1,1_0\n", "'{path}', line 2, column 'norm': '1_0' is not a number"),
+    "digits": ("step,norm\n1,\u0661\n", "'{path}', line 2, column 'norm': '\u0661' is not a number"),
     "word": ("step,norm\n1,1\n\n2,one\n", "'{path}', line 4, column 'norm': 'one' is not a number"),
     "no-value": ("step,norm\n1,\n", "'{path}', line 2, column 'norm': '' is not a number"),
     "break": ('step,norm\n1,"a\nb"\n', "'{path}', line 3, column 'norm': 'a\\nb' is not a number"),

@@ -203,7 +203,9 @@ def test_interrupted_at_once_leaves_no_folder(capsys, monkeypatch, tmp_path):
     assert "0 of 2 programs finished" in err
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"task": "regression"}', "half a fi"])
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"task": "regression"}', "half a fi", "[" * 200_000], ids=lambda each: each[:9]
+)
 def test_a_file_of_something_else_is_refused(capsys, trained, tmp_path, content):
     path = tmp_path / "programs" / "regression-none.json"
     path.parent.mkdir()
@@ -220,11 +222,20 @@ def test_a_method_that_has_other_arguments_now_is_refused(capsys, monkeypatch, t
     assert trained == []
 
 
-def test_a_file_with_rows_missing_is_refused(capsys, trained, tmp_path):
+def with_rows_missing(found):
+    return found | {"held_out": found["held_out"][:3]}
+
+
+def with_a_number_beyond_floats(found):
+    return found | {"held_out": [[10**400] * 2, *found["held_out"][1:]]}
+
+
+@pytest.mark.parametrize("spoilt", [with_rows_missing, with_a_number_beyond_floats])
+def test_a_file_with_other_numbers_is_refused(capsys, trained, tmp_path, spoilt):
     run(capsys, *SHORT, "--out", tmp_path)
     path = tmp_path / "programs" / "regression-none.json"
     content = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps(content | {"held_out": content["held_out"][:3]}), encoding="utf-8")
+    path.write_text(json.dumps(spoilt(content)), encoding="utf-8")
     trained.clear()
     refused(capsys, "regression-none.json' is no result of a sweep", *SHORT, "--out", tmp_path)
     assert trained == []

@@ -8,14 +8,17 @@ from pathlib import Path
 import numpy as np
 
 from optaxclip import diagnostics
-from optaxclip.demo.folder import FolderError, folder
-from optaxclip.demo.options import Parser, path
+from optaxclip.demo import memory
+from optaxclip.demo.ending import InputError
+from optaxclip.demo.folder import folder
+from optaxclip.demo.options import COMMAND, Parser, path
 from optaxclip.diagnostics import Advice, Summary
 from optaxclip.diagnostics.plots import require_matplotlib
 
 NAME = "advise"
 FIGURE = "advice.png"
 ROUND = (1, 2, 5)  # candidate bounds are these, times powers of ten
+BYTES = 160  # of memory that are needed for each byte of the file
 FEW = 3  # decades about the median that the table covers at most, half of them below
 
 
@@ -33,7 +36,7 @@ class Asked(argparse.Namespace):
     out: Path | None
 
 
-def main(argv: Sequence[str]) -> int:
+def run(argv: Sequence[str]) -> int:
     """Prints what a history of norms looks like, and which clipper it speaks for.
 
     Args:
@@ -43,19 +46,19 @@ def main(argv: Sequence[str]) -> int:
       The exit code 0.
 
     Raises:
-      SystemExit: with code 2, after one line on stderr, if the input is bad.
+      InputError: if the input is wrong.
     """
-    parser = _parser()
-    asked = parser.parse_args(argv, Asked())
+    asked = _parser().parse_args(argv, Asked())
     try:
+        memory.require_file(asked.norms, BYTES)
         norms = diagnostics.read_csv(asked.norms, clipper=asked.clipper)
         advice = diagnostics.advise(norms)
         if asked.out is None:
             print(_report(norms, advice))
         else:
             _write(norms, advice, asked.out)
-    except (ValueError, ImportError, FolderError) as error:
-        parser.error(str(error))
+    except (ValueError, ImportError) as error:
+        raise InputError(str(error)) from error
     return 0
 
 
@@ -67,7 +70,7 @@ def _report(norms: np.ndarray, advice: Advice) -> str:
 
 def _parser() -> Parser:
     made = Parser(
-        prog=f"python -m optaxclip {NAME}",
+        prog=f"{COMMAND} {NAME}",
         description="Says which clipper, with which bound, a recorded history of gradient norms speaks for.",
         allow_abbrev=False,
     )
@@ -86,9 +89,9 @@ def _parser() -> Parser:
 def _write(norms: np.ndarray, advice: Advice, out: Path) -> None:
     """Draws, then prints: nothing is printed where matplotlib is missing or the folder can't be written to."""
     require_matplotlib()
-    with folder(out, (FIGURE,)) as write:
-        write(lambda unfinished: diagnostics.plot(norms, unfinished / FIGURE, bound=advice.bound))
-        print(f"{_report(norms, advice)}\n\nFigure: {FIGURE} in {str(out)!r}")
+    write = folder(out, (FIGURE,))
+    write(lambda unfinished: diagnostics.plot(norms, unfinished / FIGURE, bound=advice.bound))
+    print(f"{_report(norms, advice)}\n\nFigure: {FIGURE} in {str(out)!r}")
 
 
 def _summary(found: Summary) -> str:

@@ -1,29 +1,28 @@
 """What `python -m optaxclip` does, from the command line to the exit code."""
 
-import contextlib
 import math
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import jax
 
-from optaxclip.demo import advising, corpus, csv_files, figures, model, options
-from optaxclip.demo.corpus import Corpus, CorpusError
-from optaxclip.demo.folder import FolderError, Write, folder
+from optaxclip.demo import advising, corpus, csv_files, figures, memory, model, options
+from optaxclip.demo.corpus import Corpus
+from optaxclip.demo.ending import INTERRUPTED, ended
+from optaxclip.demo.folder import Write, folder
 from optaxclip.demo.interrupts import held_back
-from optaxclip.demo.job import Job
+from optaxclip.demo.job import Job, bytes_per_step
 from optaxclip.demo.options import Options
-from optaxclip.demo.panels import FiguresError, require_matplotlib
-from optaxclip.demo.progress import Progress, ProgressError
+from optaxclip.demo.panels import require_matplotlib
+from optaxclip.demo.progress import Progress
 from optaxclip.demo.rows import ROWS
 from optaxclip.demo.sweep import command as sweep
 from optaxclip.demo.sweep.options import NAME as SWEEP
 from optaxclip.demo.table import Line, table
 from optaxclip.demo.timing import ROUNDS
 
-INTERRUPTED = 130  # what shells report for Ctrl-C
+SUBCOMMANDS = {advising.NAME: advising.run, SWEEP: sweep.run}
 FILES = ("loss.png", "norm.png", "table.csv", "steps.csv")
 
 
@@ -34,45 +33,52 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: the arguments; those of the process by default.
 
     Returns:
-      The exit code: 0, or 130 after Ctrl-C.
+      The exit code; `optaxclip.demo.ending` lists them.
 
     Raises:
-      SystemExit: with code 2, after one line on stderr, if the input is bad.
+      SystemExit: of argparse, with code 0 after the help, with 2 after one line on stderr.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments[:1] == [advising.NAME]:
-        return advising.main(arguments[1:])
-    if arguments[:1] == [SWEEP]:
-        return sweep.main(arguments[1:])
-    asked = options.parsed(arguments)
-    if asked.list:
-        print(_listing())
-        return 0
-    try:
-        return _run(asked)
-    except (CorpusError, FolderError, ProgressError, FiguresError) as error:
-        options.refuse(str(error))
-    except KeyboardInterrupt:  # not while training, or for the second time
-        return INTERRUPTED
+    if arguments and arguments[0] in SUBCOMMANDS:
+        subcommand, *others = arguments
+        return ended(f"{options.COMMAND} {subcommand}", lambda: SUBCOMMANDS[subcommand](others))
+    return ended(options.COMMAND, lambda: _run(options.parsed(arguments)))
 
 
 def _run(asked: Options) -> int:
+    if asked.list:
+        print(_listing())
+        return 0
+    return _train(asked)
+
+
+def _train(asked: Options) -> int:
     """The whole job. What is wrong with the input comes to light before anything is printed."""
     text = corpus.language_reference() if asked.text is None else corpus.from_file(asked.text)
+    write = _folder(asked.out)
+    each = bytes_per_step(len(asked.rows), figures=write is not None)
+    memory.require("--steps", asked.steps, each, ", or for fewer --clippers")
     job = Job(asked, text, Progress(len(asked.rows), asked.steps))
-    with _folder(asked.out) as write:
-        print(_heading(asked, text), flush=True)
-        interrupted = _is_interrupted(job)
-        if job.lines:
-            print(f"\n{table(job.lines)}\n\n{_footing(text)}", flush=True)
-        if interrupted:
-            print(f"interrupted; {len(job.lines)} of {len(asked.rows)} rows finished", file=sys.stderr)
-        if job.lines and write is not None:
-            with held_back() as raise_if_interrupted:
-                write(lambda unfinished: _write_files(unfinished, job.lines, text))
-                print(f"Figures and numbers: {', '.join(FILES)} in {str(asked.out)!r}", flush=True)
-                raise_if_interrupted()
+    print(_heading(asked, text), flush=True)
+    interrupted = _is_interrupted(job)
+    if interrupted:
+        print(f"interrupted; {len(job.lines)} of {len(asked.rows)} rows finished", file=sys.stderr)
+    if job.lines:
+        with held_back() as raise_if_interrupted:
+            _show(asked, job.lines, text, write)
+            raise_if_interrupted()
     return INTERRUPTED if interrupted else 0
+
+
+def _show(asked: Options, lines: Sequence[Line], text: Corpus, write: Callable[[Write], None] | None) -> None:
+    """Files first: they must not be lost if the reader of stdout has gone. The table comes even if the disk is full."""
+    try:
+        if write is not None:
+            write(lambda unfinished: _write_files(unfinished, lines, text))
+    finally:
+        print(f"\n{table(lines)}\n\n{_footing(text)}", flush=True)
+    if write is not None:
+        print(f"Figures and numbers: {', '.join(FILES)} in {str(asked.out)!r}", flush=True)
 
 
 def _is_interrupted(job: Job) -> bool:
@@ -83,9 +89,9 @@ def _is_interrupted(job: Job) -> bool:
     return False
 
 
-def _folder(out: Path | None) -> AbstractContextManager[Callable[[Write], None] | None]:
+def _folder(out: Path | None) -> Callable[[Write], None] | None:
     if out is None:
-        return contextlib.nullcontext()
+        return None
     require_matplotlib()
     return folder(out, FILES)
 

@@ -6,12 +6,15 @@ from typing import NamedTuple
 
 import numpy as np
 
+from optaxclip.demo import memory
 from optaxclip.demo.batches import SEQUENCE
+from optaxclip.demo.ending import InputError
 
+BYTES = 64  # of memory that are needed for each byte of a text
 _FEWEST = 10 * SEQUENCE + 1  # the last tenth, rounded up, holds one sequence
 
 
-class CorpusError(Exception):
+class CorpusError(InputError):
     """There is no text to train on; the message says why."""
 
 
@@ -53,6 +56,7 @@ def from_file(path: Path) -> Corpus:
       CorpusError: if it can't be read, is something else, or is too short.
     """
     name = repr(str(path))  # quoted, so that no name can break the message's line
+    memory.require_file(path, BYTES)
     try:
         text = path.read_text(encoding="utf-8-sig")  # as utf-8, but for a mark at the start that is no character
     except OSError as error:

@@ -1,4 +1,7 @@
-"""Ctrl-C between steps: inside a compilation it can make jax crash when the process ends."""
+"""Signals at moments where they would do harm: Ctrl-C inside a compilation, SIGTERM between two files.
+
+Ctrl-C inside a compilation can make jax crash when the process ends, so it waits for the end of a step.
+"""
 
 import contextlib
 import signal
@@ -33,3 +36,40 @@ def held_back() -> Generator[Callable[[], None], None, None]:
         yield raise_if_noted
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+class Terminated(BaseException):
+    """The process is to end: SIGTERM, or SIGHUP of a terminal that was closed.
+
+    Attributes:
+      signal_number: which of them.
+    """
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(signal_number)
+        self.signal_number = signal_number
+
+
+@contextlib.contextmanager
+def cleaned_up() -> Generator[None, None, None]:
+    """Inside, SIGTERM and SIGHUP raise Terminated, so that what is half done on the disk is undone.
+
+    Anywhere else they end the process as they always do. There is nothing on the disk to undo then, and a handler in
+    Python would have to wait for XLA, which can take a minute.
+    """
+
+    def terminate(signal_number: int, frame: FrameType | None) -> None:
+        del frame
+        signal.signal(signal_number, signal.SIG_IGN)  # a second one must not interrupt the cleaning up
+        raise Terminated(signal_number)
+
+    names = ("SIGTERM", "SIGHUP")  # Windows has only the first
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    ours = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+    for number in ours:
+        signal.signal(number, terminate)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)

@@ -11,6 +11,22 @@ from optaxclip.demo.table import Line
 from optaxclip.demo.timing import relative_step_times
 from optaxclip.demo.training import Program, Result, prepare, train
 
+LOG = 80  # bytes at most that a row logs in a step; a test compares
+COLUMNS = 32  # the same step in the numbers that are shown
+FIGURES = (700, 60)  # a step in a row's panels, and that of each other row in them: measured, rounded up
+
+
+def bytes_per_step(rows: int, *, figures: bool) -> int:
+    """How much memory the whole job needs at most for each step.
+
+    Args:
+      rows: how many.
+      figures: whether any are drawn.
+    """
+    own, other = FIGURES
+    drawn = own + other * rows if figures else 0
+    return rows * (2 * LOG + COLUMNS + drawn)  # two logs: that of the training, and one while steps are timed
+
 
 class Job:
     """What `python -m optaxclip` does between its heading and its table.

@@ -1,16 +1,24 @@
 """The command line: what can be asked for, and what is refused."""
 
 import argparse
+import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
+from optaxclip.demo.ending import one_line
 from optaxclip.demo.rows import ROWS, Row
 
 Named = TypeVar("Named")
+WHOLE = re.compile(r"[+-]?[0-9]+")  # Python's `int` takes underscores, and the digits of every script
+DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+DIGITS = 1000  # of a number; Python refuses those of a few thousand with words of its own
+COMMAND = "python -m optaxclip"
+SHOWN = 60  # characters of what was wrong that a message repeats
 
 
 class Options(argparse.Namespace):
@@ -38,15 +46,19 @@ class Options(argparse.Namespace):
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, without the usage above it."""
 
+    def print_help(self, file: Any = None) -> None:
+        """Writes the help, and raises OSError if that fails: argparse's own ignores it."""
+        print(self.format_help(), end="", file=file or sys.stdout)
+
     def error(self, message: str) -> NoReturn:
         """Writes the line and exits with code 2."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
 
 def parser() -> Parser:
     """The parser of `python -m optaxclip`, which fills in `Options`."""
     made = Parser(
-        prog="python -m optaxclip",
+        prog=COMMAND,
         description="Trains a character model that explodes on its own, once without clipping and once per clipper.",
         epilog="python -m optaxclip advise norms.csv says which clipper a recorded history of norms speaks for; "
         "python -m optaxclip sweep compares all methods over learning rates. Both take --help.",
@@ -55,7 +67,7 @@ def parser() -> Parser:
     made.add_argument(
         "--text", type=path, metavar="FILE", help="train on this text, in UTF-8 (the Python language reference)"
     )
-    made.add_argument("--steps", type=_steps, default=400, help="training steps of each row (%(default)s)")
+    made.add_argument("--steps", type=integer(1), default=400, help="training steps of each row (%(default)s)")
     made.add_argument("--learning-rate", type=_learning_rate, default=0.03, help="of Adam (%(default)s)")
     made.add_argument(
         "--clippers",
@@ -66,7 +78,10 @@ def parser() -> Parser:
         help="which rows, in order (all)",
     )
     made.add_argument(
-        "--seed", type=_seed, default=0, help="of the initial parameters and the batches of every row (%(default)s)"
+        "--seed",
+        type=integer(0),
+        default=0,
+        help="of the initial parameters and the batches of every row (%(default)s)",
     )
     made.add_argument("--out", type=path, metavar="DIR", help="write figures and numbers to this folder (nothing)")
     made.add_argument("--list", action="store_true", help="list the rows and stop")
@@ -78,11 +93,6 @@ def parsed(argv: Sequence[str] | None) -> Options:
     return parser().parse_args(argv, Options())
 
 
-def refuse(message: str) -> NoReturn:
-    """Exits as for a command line that is wrong."""
-    parser().error(message)
-
-
 def path(text: str) -> Path:
     """A path in the command line; argparse refuses an empty one with a line of its own."""
     if not text:
@@ -90,35 +100,32 @@ def path(text: str) -> Path:
     return Path(text)
 
 
-def integer(text: str) -> int:
-    """A whole number in the command line."""
-    try:
+def integer(least: int) -> Callable[[str], int]:
+    """What turns a whole number in the command line, of at least so much, into an int that jax can count to."""
+
+    def parse(text: str) -> int:
+        if not WHOLE.fullmatch(text):
+            raise argparse.ArgumentTypeError(f"must be a whole number, got {_shown(text)}")
+        if len(text) > DIGITS or not least <= int(text) < 2**31:
+            raise argparse.ArgumentTypeError(f"must be at least {least} and less than 2**31, got {_shortened(text)}")
         return int(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from error
 
-
-def _steps(text: str) -> int:
-    if (steps := integer(text)) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return steps
-
-
-def _seed(text: str) -> int:
-    if not 0 <= (seed := integer(text)) < 2**31:
-        raise argparse.ArgumentTypeError(f"must be at least 0 and less than 2**31, got {text}")
-    return seed
+    return parse
 
 
 def _learning_rate(text: str) -> float:
-    message = f"must be a positive, finite float32, got {text!r}"
-    try:
-        rate = float(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(message) from error
+    rate = float(text) if DECIMAL.fullmatch(text) else np.nan
     if not np.finfo(np.float32).tiny <= rate <= np.finfo(np.float32).max:
-        raise argparse.ArgumentTypeError(message)
+        raise argparse.ArgumentTypeError(f"must be a positive, finite float32, got {_shown(text)}")
     return rate
+
+
+def _shown(text: str) -> str:
+    return repr(_shortened(text))
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}... ({len(text)} characters)"
 
 
 def named(kind: str, known: Mapping[str, Named]) -> Callable[[str], list[Named]]:
@@ -129,7 +136,7 @@ def named(kind: str, known: Mapping[str, Named]) -> Callable[[str], list[Named]]
         for name in names:
             if name not in known:
                 similar = "".join(f" (did you mean {close}?)" for close in get_close_matches(name, known, n=1))
-                raise argparse.ArgumentTypeError(f"no {kind} is called {name!r}{similar}; --list names them all")
+                raise argparse.ArgumentTypeError(f"no {kind} is called {_shown(name)}{similar}; --list names them all")
         return [known[name] for name in dict.fromkeys(names)]
 
     return parse

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from optaxclip.demo.ending import InputError
 from optaxclip.demo.table import Line
 
 COLUMNS = 3
@@ -38,7 +39,7 @@ STYLE: dict[Any, Any] = {
 }
 
 
-class FiguresError(Exception):
+class FiguresError(InputError):
     """Figures can't be drawn; the message says why."""
 
 

@@ -5,8 +5,10 @@ import time
 from types import TracebackType
 from typing import Self
 
+from optaxclip.demo.ending import InputError
 
-class ProgressError(Exception):
+
+class ProgressError(InputError):
     """Progress can't be shown; the message says why."""
 
 

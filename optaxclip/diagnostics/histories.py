@@ -156,6 +156,8 @@ class _Table:
 
 
 def _is_number(cell: str) -> bool:
+    if not cell.isascii() or "_" in cell:  # Python's `float` takes digits of every script, and underscores
+        return False
     try:
         float(cell)
     except ValueError:

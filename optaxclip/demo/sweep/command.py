@@ -1,30 +1,27 @@
 """What `python -m optaxclip sweep` does, from the command line to the exit code."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
 
-from optaxclip.demo.folder import FolderError, folder
+from optaxclip.demo.ending import INTERRUPTED
+from optaxclip.demo.folder import Write, folder
 from optaxclip.demo.interrupts import held_back
-from optaxclip.demo.panels import FiguresError, require_matplotlib
-from optaxclip.demo.progress import ProgressError
+from optaxclip.demo.panels import require_matplotlib
 from optaxclip.demo.sweep import figures, results, tables
-from optaxclip.demo.sweep.job import Job
+from optaxclip.demo.sweep.job import Job, require_memory
 from optaxclip.demo.sweep.methods import METHODS, PLACES
 from optaxclip.demo.sweep.options import Options, parser
 from optaxclip.demo.sweep.registry import RATES, TASKS
 from optaxclip.demo.sweep.report import Report, report
-from optaxclip.demo.sweep.results import ResultsError
-from optaxclip.demo.sweep.tasks import TaskError
 
-INTERRUPTED = 130  # what shells report for Ctrl-C
 PROGRAMS = "programs"  # the folder in the folder, with a file per program
 FILES = ("table.csv", "table.md", "ranges.png", "losses.png")
 
 
-def main(argv: Sequence[str]) -> int:
+def run(argv: Sequence[str]) -> int:
     """Trains every method in every task, and prints a table.
 
     Args:
@@ -32,46 +29,44 @@ def main(argv: Sequence[str]) -> int:
 
     Returns:
       The exit code: 0, or 130 after Ctrl-C.
-
-    Raises:
-      SystemExit: with code 2, after one line on stderr, if the input is bad.
     """
-    made = parser()
-    asked = made.parse_args(argv, Options())
+    asked = parser().parse_args(argv, Options())
     if asked.list:
         print(_listing())
         return 0
-    try:
-        return _run(asked)
-    except (FiguresError, FolderError, ProgressError, ResultsError, TaskError) as error:
-        made.error(str(error))
-    except KeyboardInterrupt:  # not while training, or for the second time
-        return INTERRUPTED
+    return _sweep(asked)
 
 
-def _run(asked: Options) -> int:
+def _sweep(asked: Options) -> int:
     """The whole sweep. What is wrong with the input comes to light before anything is printed."""
     require_matplotlib()
     names = [results.file_name(task, method) for task in asked.tasks for method in asked.methods]
     programs = asked.out / PROGRAMS
-    with folder(asked.out, FILES) as write_files, folder(programs, names) as write_program:
-        job = Job(asked, programs)
-        print(_heading(asked, job), flush=True)
-        try:
-            job.run(write_program)
-        except KeyboardInterrupt:
-            print(
-                f"interrupted; {job.finished} of {job.programs} programs finished; the same command goes on from there",
-                file=sys.stderr,
-            )
-            return INTERRUPTED
-        found = report(asked.tasks, asked.methods, RATES, job.found)
-        print(f"\n{tables.text(found)}\n\n{tables.footing(asked.seeds, RATES)}", flush=True)
-        with held_back() as raise_if_interrupted:
-            write_files(lambda unfinished: _write_files(unfinished, found))
-            print(f"Table and figures: {', '.join(FILES)} in {str(asked.out)!r}", flush=True)
-            raise_if_interrupted()
+    write_files, write_program = folder(asked.out, FILES), folder(programs, names)
+    require_memory(asked)
+    job = Job(asked, programs)
+    print(_heading(asked, job), flush=True)
+    try:
+        job.run(write_program)
+    except KeyboardInterrupt:
+        print(
+            f"interrupted; {job.finished} of {job.programs} programs finished; the same command goes on from there",
+            file=sys.stderr,
+        )
+        return INTERRUPTED
+    with held_back() as raise_if_interrupted:
+        _show(asked, report(asked.tasks, asked.methods, RATES, job.found), write_files)
+        raise_if_interrupted()
     return 0
+
+
+def _show(asked: Options, found: Report, write: Callable[[Write], None]) -> None:
+    """Files first: they must not be lost if the reader of stdout has gone. The table comes even if the disk is full."""
+    try:
+        write(lambda unfinished: _write_files(unfinished, found))
+    finally:
+        print(f"\n{tables.text(found)}\n\n{tables.footing(asked.seeds, RATES)}", flush=True)
+    print(f"Table and figures: {', '.join(FILES)} in {str(asked.out)!r}", flush=True)
 
 
 def _write_files(where: Path, found: Report) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from optaxclip.demo import memory
 from optaxclip.demo.folder import Write
 from optaxclip.demo.interrupts import held_back
 from optaxclip.demo.sweep import results
@@ -14,6 +15,20 @@ from optaxclip.demo.sweep.registry import RATES
 from optaxclip.demo.sweep.tasks import Task
 
 Found = Mapping[str, Mapping[str, Losses]]
+SEED = 128 * 2**20  # bytes; measured: 87 MiB for `characters`, most of it when the models are measured
+EXAMPLE = 24  # bytes of its place in the data: an int64, and an int32 that is stacked over the seeds
+
+
+def require_memory(options: Options) -> None:
+    """Refuses seeds, or steps, that do not fit into memory.
+
+    Raises:
+      InputError: if they don't.
+    """
+    memory.require("--seeds", options.seeds, SEED)
+    if options.steps is not None:
+        examples = max(task.batch_size for task in options.tasks)
+        memory.require("--steps", options.steps, options.seeds * examples * EXAMPLE, ", or for fewer --seeds")
 
 
 class Job:

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from optaxclip.demo.options import Parser, integer, named, path
+from optaxclip.demo.options import COMMAND, Parser, integer, named, path
 from optaxclip.demo.sweep.methods import METHODS, Method
 from optaxclip.demo.sweep.registry import SEEDS, TASKS
 from optaxclip.demo.sweep.tasks import Task
@@ -34,7 +34,7 @@ class Options(argparse.Namespace):
 def parser() -> Parser:
     """The parser of `python -m optaxclip sweep`, which fills in `Options`."""
     made = Parser(
-        prog=f"python -m optaxclip {NAME}",
+        prog=f"{COMMAND} {NAME}",
         description="Which clipper? Trains four small models with every method, over four decades of learning rates. "
         "What is finished is kept in the folder, and the same command goes on from there.",
         allow_abbrev=False,
@@ -49,16 +49,10 @@ def parser() -> Parser:
         help="which methods, in order (all)",
     )
     steps = ", ".join(f"{task.steps} in {task.name}" for task in TASKS.values())
-    made.add_argument("--steps", type=_positive, help=f"of each run ({steps})")
-    made.add_argument("--seeds", type=_positive, default=SEEDS, help="how many seeds (%(default)s)")
+    made.add_argument("--steps", type=integer(1), help=f"of each run ({steps})")
+    made.add_argument("--seeds", type=integer(1), default=SEEDS, help="how many seeds (%(default)s)")
     made.add_argument(
         "--out", type=path, default=Path(NAME), metavar="DIR", help="the folder for all that is found (%(default)s)"
     )
     made.add_argument("--list", action="store_true", help="list the tasks and the clippers, and stop")
     return made
-
-
-def _positive(text: str) -> int:
-    if not 1 <= (number := integer(text)) < 2**31:
-        raise argparse.ArgumentTypeError(f"must be at least 1 and less than 2**31, got {text}")
-    return number

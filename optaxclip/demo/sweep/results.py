@@ -11,13 +11,14 @@ import numpy as np
 import optax
 
 import optaxclip
+from optaxclip.demo.ending import InputError
 from optaxclip.demo.folder import Write
 from optaxclip.demo.sweep.methods import Method
 from optaxclip.demo.sweep.programs import Losses
 from optaxclip.demo.sweep.tasks import Task
 
 
-class ResultsError(Exception):
+class ResultsError(InputError):
     """A file can't be used; the message says why."""
 
 
@@ -91,7 +92,7 @@ def load(folder: Path, task: Task, method: Method, used: Settings) -> Losses | N
         return None
     except OSError as error:
         raise ResultsError(f"cannot read {str(path)!r}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ResultsError(f"{str(path)!r} is no result of a sweep: delete it, or choose another --out") from error
     if (shown, before) != (method.shown, used):
         raise ResultsError(

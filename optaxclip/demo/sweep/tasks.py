@@ -7,8 +7,10 @@ import jax
 import numpy as np
 import optax
 
+from optaxclip.demo.ending import InputError
 
-class TaskError(Exception):
+
+class TaskError(InputError):
     """A task can't be run here; the message says why."""
 
 
