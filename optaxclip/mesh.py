@@ -173,9 +173,7 @@ def may_vary_over(value: Any, splits: Sequence[Split]) -> tuple[str, ...]:
 
 def _warn_of_the_unseen(tracked: "_Tracked") -> None:
     """One warning where `"auto"` finds nothing because this `shard_map` (or `pmap`, which is one) tracks nothing."""
-    # A named axis of `vmap` is no axis of the mesh, and one norm for each of its entries is what people want of it.
-    names = tuple(name for name in jax.sharding.get_abstract_mesh().manual_axes if tracked(name) is False)
-    if names:
+    if names := _untracked(tracked):
         warnings.warn(
             f"axes='auto' sees nothing along mesh axes {names}: in pmap, and in shard_map with check_vma=False, jax "
             "does not track over which axes an array is split, so every device takes the norm of its own share alone. "
@@ -190,13 +188,21 @@ def _warn_of_whole_leaves(axes: Axes, names: tuple[str, ...], flat: list[Any], t
     """One warning where names stand for all leaves and nothing tells which of them are whole on every device."""
     measured = [leaf for leaf in flat if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)]
     may_be_whole = len(measured) > 1 or any(jnp.ndim(leaf) == 0 for leaf in measured)
-    if may_be_whole and any(tracked(name) is False for name in names):
+    if may_be_whole and set(names).intersection(_untracked(tracked)):
         warnings.warn(
             f"axes={axes!r} takes every leaf to be split over these mesh axes, and in pmap, and in shard_map with "
             "check_vma=False, jax does not track whether it is: a leaf that is whole on every device is counted once "
             "per device. Pass PartitionSpecs instead, P() for such a leaf: axes={'kernel': P('data'), 'bias': P()}",
             stacklevel=_steps_up_to_the_caller(),
         )
+
+
+def _untracked(tracked: "_Tracked") -> tuple[str, ...]:
+    """The axes of the mesh along which types say nothing.
+
+    A named axis of `vmap` is none of them, and one norm for each of its entries is what people want of it.
+    """
+    return tuple(name for name in jax.sharding.get_abstract_mesh().manual_axes if tracked(name) is False)
 
 
 # What calls us in the name of somebody else. A warning is shown once for each line of theirs.
