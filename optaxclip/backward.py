@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.extend.core
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optaxclip import checks, layouts, sums
@@ -110,7 +111,9 @@ def clip_cotangents(x: Any, tx: optax.GradientTransformation, *, tap: jax.Array 
       Notebook: `notebooks/exploding_gradients.ipynb`, why gradients explode and vanish.
     """
     checks.transformation("tx", tx)
-    if tap is not None and not (getattr(tap, "shape", None) == (2,) and jnp.issubdtype(tap.dtype, jnp.floating)):
+    if tap is not None and not (
+        isinstance(tap, jax.Array | np.ndarray) and tap.shape == (2,) and jnp.issubdtype(tap.dtype, jnp.floating)
+    ):
         got = f"{tap.dtype} of shape {tap.shape}" if hasattr(tap, "dtype") else repr(tap)
         raise ValueError(
             f"tap must be a float array of shape (2,), in a scan a row of what goes along as xs; got {got}"

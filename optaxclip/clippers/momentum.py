@@ -79,12 +79,15 @@ def clipped_momentum(
 
       Notebook: `notebooks/stability.ipynb`, over which range of step sizes clipped methods converge.
     """
+    checks.static_together(state_dtype=state_dtype)
     checks.bound("max_norm", max_norm, single=True)
     checks.number("decay", decay, below=1.0)
+    dtype = checks.state_dtype(state_dtype)
+    checks.axes(axes)
     threshold = thresholds.constant(max_norm)
 
     def init(params: Any) -> ClippedMomentumState:
-        return ClippedMomentumState(zeros_like(params, state_dtype), bounds.init(max_norm))
+        return ClippedMomentumState(zeros_like(params, dtype), bounds.init(max_norm))
 
     def update(updates: Updates, state: Any, params: Any = None, **extra: Any) -> tuple[Updates, ClippedMomentumState]:
         del extra
@@ -173,14 +176,17 @@ def mixed_clip(
 
       Notebook: `notebooks/which_clipper.ipynb`, all methods compared.
     """
+    checks.static_together(smooth=smooth, state_dtype=state_dtype)
     checks.bound("max_norm", max_norm, single=True)
     checks.number("decay", decay, below=1.0)
     checks.number("mix", mix, at_most=1.0)
-    checks.static("smooth", smooth, lambda value: isinstance(value, bool), "True or False")
+    checks.flag("smooth", smooth)
+    dtype = checks.state_dtype(state_dtype)
+    checks.axes(axes)
     threshold = thresholds.smooth(max_norm) if smooth else thresholds.constant(max_norm)
 
     def init(params: Any) -> MixedClipState:
-        return MixedClipState(zeros_like(params, state_dtype), bounds.init(max_norm))
+        return MixedClipState(zeros_like(params, dtype), bounds.init(max_norm))
 
     def update(updates: Updates, state: Any, params: Any = None, **extra: Any) -> tuple[Updates, MixedClipState]:
         del extra

@@ -74,7 +74,8 @@ def autoclip(
 
       Notebook: `notebooks/choosing_a_threshold.ipynb`, how to choose a bound.
     """
-    checks.number("percentile", percentile, at_most=100.0)
+    checks.static_together(window=window, record=record)
+    percentile = checks.percentile("percentile", percentile)
     return clip_by(norm, thresholds.quantile(percentile / 100, window=window), axes=axes, record=record)
 
 
@@ -134,7 +135,7 @@ def percentile_clip(
 
       Notebook: `notebooks/which_clipper.ipynb`, all methods compared.
     """
-    checks.number("percentile", percentile, at_most=100.0)
+    checks.static_together(window=window, record=record)
     return clip_by(norm, thresholds.order_statistic(percentile, window=window), axes=axes, record=record)
 
 

@@ -75,13 +75,15 @@ def scale_by_acclip(
 
       Notebook: `notebooks/which_clipper.ipynb`, all methods compared.
     """
+    checks.static_together(alpha=alpha, state_dtype=state_dtype)
     checks.number("b1", b1, below=1.0)
     checks.number("b2", b2, below=1.0)
     order = checks.order("alpha", alpha)
-    checks.number("eps", eps)
+    eps = checks.number("eps", eps)
+    dtype = checks.state_dtype(state_dtype)
 
     def init(params: Any) -> AcclipState:
-        return AcclipState(zeros_like(params, state_dtype), sizes_like(params, state_dtype))
+        return AcclipState(zeros_like(params, dtype), sizes_like(params, dtype))
 
     def update(updates: Updates, state: Any, params: Any = None, **extra: Any) -> tuple[Updates, AcclipState]:
         del params, extra
@@ -180,14 +182,15 @@ def scale_by_stable_adam(
 
       Notebook: `notebooks/which_clipper.ipynb`, all methods compared.
     """
+    checks.static_together(state_dtype=state_dtype)
     checks.number("b1", b1, below=1.0)
     checks.number("b2", b2, below=1.0)
-    checks.number("eps", eps)
+    eps = checks.number("eps", eps)
+    dtype = checks.state_dtype(state_dtype)
+    checks.axes(axes)
 
     def init(params: Any) -> StableAdamState:
-        return StableAdamState(
-            jnp.zeros((), jnp.int32), zeros_like(params, state_dtype), sizes_like(params, state_dtype)
-        )
+        return StableAdamState(jnp.zeros((), jnp.int32), zeros_like(params, dtype), sizes_like(params, dtype))
 
     def update(updates: Updates, state: Any, params: Any = None, **extra: Any) -> tuple[Updates, StableAdamState]:
         del extra

@@ -87,14 +87,15 @@ def spam_clip(
 
       Notebook: `notebooks/which_clipper.ipynb`, all methods compared.
     """
+    checks.static_together(idle_steps=idle_steps, period=period, state_dtype=state_dtype)
     checks.number("threshold", threshold)
     checks.number("decay", decay, below=1.0)
-    checks.whole("idle_steps", idle_steps, at_least=0)
-    if period is not None:
-        checks.whole("period", period)
+    idle_steps = checks.whole("idle_steps", idle_steps, at_least=0)
+    period = checks.whole_or_none("period", period)
+    dtype = checks.state_dtype(state_dtype)
 
     def init(params: Any) -> SpamState:
-        return SpamState(jnp.zeros((), jnp.int32), sizes_like(params, state_dtype))
+        return SpamState(jnp.zeros((), jnp.int32), sizes_like(params, dtype))
 
     def update(updates: Updates, state: Any, params: Any = None, **extra: Any) -> tuple[Updates, SpamState]:
         del params, extra

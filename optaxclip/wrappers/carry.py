@@ -83,11 +83,13 @@ def with_carry(
 
       Notebook: `notebooks/bias.ipynb`, the bias of clipping and its cure.
     """
+    checks.static_together(state_dtype=state_dtype)
     checks.transformation("inner", inner)
+    dtype = checks.state_dtype(state_dtype)
     wrapped = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> CarryState:
-        return CarryState(zeros_like(params, state_dtype), wrapped.init(params))
+        return CarryState(zeros_like(params, dtype), wrapped.init(params))
 
     def update(updates: Updates, state: Any, params: Any = None, **extra_args: Any) -> tuple[Updates, CarryState]:
         filled = fill_missing(updates, state.carry)
