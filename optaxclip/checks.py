@@ -67,7 +67,7 @@ def bound(name: str, value: Any, *, signed: bool = False, finite: bool = False, 
     """
     kinds = "one number, scalar array or schedule" if single else "a number, an array, a schedule or a pytree of these"
     entries = [] if _is_built(value) else jax.tree.leaves(value, is_leaf=is_function)
-    if not entries or (single and (entries[0] is not value or np.ndim(value) > 0)):
+    if not entries or (single and (entries[0] is not value or (_is_real(value) and np.ndim(value) > 0))):
         raise ValueError(f"{name} must be {kinds}, got {value!r}")
     for entry in entries:
         if is_function(entry):
@@ -79,7 +79,7 @@ def bound(name: str, value: Any, *, signed: bool = False, finite: bool = False, 
 
 
 def _is_built(value: Any) -> bool:
-    """Whether a value is a Norm, a Threshold or a transformation: to jax a pytree of functions, but not of schedules."""
+    """Whether a value is a Norm, a Threshold or a transformation: a pytree of functions, but not of schedules."""
     return isinstance(value, tuple) and {"init", "measure"} & {*getattr(value, "_fields", ())} != set()
 
 
@@ -264,7 +264,7 @@ def state_dtype(value: Any) -> np.dtype[Any] | None:
         raise ValueError(
             f"state_dtype must be None or a real float dtype of at least 16 bits, such as jnp.float32, got {value!r}"
         )
-    widest = 64 if jax.config.jax_enable_x64 else 32
+    widest = 8 * jax.dtypes.canonicalize_dtype(np.float64).itemsize
     if jnp.finfo(dtype).bits > widest:
         advice = "" if widest == 64 else ": set jax_enable_x64, or pass jnp.float32"
         raise ValueError(f"state_dtype must have at most {widest} bits, as arrays have here, got {value!r}{advice}")
@@ -315,6 +315,12 @@ def transformation(name: str, value: Any) -> None:
     if not (callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))):
         hint = "; call it first" if callable(value) else ""
         raise ValueError(f"{name} must be an optax transformation, got {value!r}{hint}")
+
+
+def text(name: str, value: Any) -> None:
+    """Raises ValueError unless `value` is a string."""
+    if not isinstance(value, str):
+        raise ValueError(f"{name} must be a string, got {value!r}")
 
 
 def path(name: str, value: Any) -> None:

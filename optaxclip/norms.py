@@ -38,14 +38,14 @@ def global_norm(ord: float = 2, *, include: Any = None) -> Norm:
       ord: p of the p-norm, at least 1, or inf.
       include: a prefix pytree of booleans, or a callable from a leaf's path ("decoder/kernel") to one. Leaves not
         included are neither counted nor scaled (a frozen leaf must not shrink the trained ones). None includes all. A
-        callable that includes no leaf is an error.
+        choice of no leaf is an error.
 
     Returns:
       A Norm; its norms are one scalar.
 
     Raises:
-      ValueError: if `ord` is below 1 or NaN, or `include` none of these; at init and update, if a callable chooses
-        no leaf.
+      ValueError: if `ord` is below 1 or NaN, or `include` none of these, or no leaf is chosen; for a callable, at
+        init and update.
 
     Example:
       >>> import jax.numpy as jnp
@@ -108,7 +108,7 @@ def group_norm(labels: Any, ord: float = 2) -> Norm:
       no leaf has, under `optax.masked` say, has a norm of 0 if `labels` is a pytree, and none if it is a callable.
 
     Raises:
-      ValueError: if `labels` or `ord` is neither of these.
+      ValueError: if `labels` or `ord` is neither of these, or no leaf has a label; for a callable, at init and update.
 
     Example:
       >>> import jax.numpy as jnp
@@ -465,7 +465,7 @@ def _out_in(shape: tuple[int, ...], path: str) -> tuple[int, ...]:
 
 def _given(shape: tuple[int, ...], path: str, *, axis: int | tuple[int, ...]) -> tuple[int, ...]:
     rank = len(shape)
-    axes = (axis,) if checks.is_whole(axis) else axis
+    axes = axis if isinstance(axis, tuple | list) else (axis,)
     if any(not -rank <= each < rank for each in axes):
         raise ValueError(f"axis={axis!r} is out of range for leaf {path!r} of shape {shape}")
     return tuple(sorted({each % rank for each in axes}))

@@ -206,7 +206,7 @@ def aggc(
       Before the optimizer.
 
     Raises:
-      ValueError: if an argument is out of range.
+      ValueError: if an argument is out of range, or no leaf has a label.
 
     Example:
       >>> import jax.numpy as jnp

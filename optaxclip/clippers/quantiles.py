@@ -23,7 +23,7 @@ def autoclip(
 
     Args:
       percentile: p in [0, 100], interpolated linearly as in `numpy.percentile`; 10 in the paper, which clips nine of
-        ten gradients.
+        ten gradients. A number between 0 and 1 warns: it may be meant as a fraction.
       window: over how many of the last norms, exactly. None is the whole history: exactly for the first 64 norms,
         then by a histogram.
       norm: what is measured, from `optaxclip.norms`; each group has a history of its own.
@@ -92,7 +92,8 @@ def percentile_clip(
     .. math:: u \leftarrow u \cdot \min(1, s_k / n), \qquad k = \min(\lfloor p w / 100 \rfloor, w - 1)
 
     Args:
-      percentile: p in [0, 100]; 5 in bitsandbytes, and 100 clips nothing.
+      percentile: p in [0, 100]; 5 in bitsandbytes, and 100 clips nothing. A number between 0 and 1 warns: it may be
+        meant as a fraction.
       window: w, how many norms are kept, this one among them; s are these in ascending order. 100 in bitsandbytes.
       norm: what is measured, from `optaxclip.norms`; each group has a history of its own.
       axes: over which mesh axes the leaves are split; see `clip_by`.

@@ -69,6 +69,8 @@ def read_csv(path: Path | str, *, clipper: str | None = None) -> np.ndarray:
       `from_state`, for a history that a clipper has recorded; `advise`, `summary` and `plot`.
     """
     checks.path("path", path)
+    if clipper is not None:
+        checks.text("clipper", clipper)
     name = repr(str(path))  # quoted, so that no name can break the message's line
     try:
         text = Path(path).read_text(encoding="utf-8-sig")  # as utf-8, but for a mark at the start that is no character
@@ -202,6 +204,8 @@ def from_state(opt_state: Any, *, place: str = "", group: str = "") -> np.ndarra
 
       Notebook: `notebooks/choosing_a_threshold.ipynb`, how to choose a bound.
     """
+    checks.text("place", place)
+    checks.text("group", group)
     found = clip_stats(opt_state, per_group=True, history=True)
     records = {name.removesuffix(RECORD).removesuffix("/"): each for name, each in found.items() if _is_record(name)}
     if not records:

@@ -39,7 +39,8 @@ def plot(norms: Any, file: Path | str, bound: float | None = None) -> None:
 
     Raises:
       ImportError: if matplotlib is missing; it comes with the extra `demo`.
-      ValueError: if `norms` is no vector of real numbers, or a norm is negative, or none is finite and positive.
+      ValueError: if `norms` is no vector of real numbers, a norm is negative, or none is finite and positive; if
+        `file` is no path, or `bound` no number of at least 0.
 
     Example:
       >>> import pathlib, tempfile

@@ -168,7 +168,7 @@ def quantile(q: Any, *, window: int | None = None) -> Threshold:
       `autoclip`; `order_statistic`, without interpolation; `tracked_quantile`, with hardly any state.
     """
     checks.static_together(window=window)
-    checks.number("q", q, at_most=1.0)
+    q = checks.number("q", q, at_most=1.0)
     if window is None:
         return quantile_of_all(q)
 
@@ -185,7 +185,7 @@ def order_statistic(percentile: Any = 5.0, *, window: int = 100) -> Threshold:
     `floor(percentile * window / 100)` is taken, or the last.
 
     Args:
-      percentile: in [0, 100]; 100 bounds nothing.
+      percentile: in [0, 100]; 100 bounds nothing. A number between 0 and 1 warns: it may be meant as a fraction.
       window: how many norms.
 
     Returns:

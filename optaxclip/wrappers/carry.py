@@ -32,7 +32,8 @@ def with_carry(
 
     Args:
       inner: the clipper, or a chain of clippers. No optimizer: what that changes would be carried, too.
-      state_dtype: of the carry; None is that of each parameter. In 16 bits the carry is rounded at every step.
+      state_dtype: of the carry, a real float dtype of at least 16 bits; None is that of each parameter. In 16 bits
+        the carry is rounded at every step.
 
     Returns:
       An optax transformation. Its state is one number per coordinate and the inner one.
@@ -57,7 +58,8 @@ def with_carry(
       and for plain gradient descent.
 
     Raises:
-      ValueError: if `inner` is no transformation; at update, if a gradient inside `shard_map` has not been reduced yet.
+      ValueError: if `inner` is no transformation, or `state_dtype` no such dtype; at update, if a gradient inside
+        `shard_map` has not been reduced yet.
 
     Example:
       >>> import jax.numpy as jnp

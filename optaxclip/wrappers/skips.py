@@ -61,7 +61,7 @@ def skip_nonfinite(
       `chain(clip_by_leaf_norm(jnp.inf, record=100), skip_nonfinite(...))`.
 
     Raises:
-      ValueError: if `inner` is no transformation.
+      ValueError: if `inner` is no transformation, or `axes` names none.
 
     Example:
       >>> import jax.numpy as jnp
