@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.extend.core
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optaxclip import checks, layouts, sums
@@ -110,11 +111,8 @@ def clip_cotangents(x: Any, tx: optax.GradientTransformation, *, tap: jax.Array 
       Notebook: `notebooks/exploding_gradients.ipynb`, why gradients explode and vanish.
     """
     checks.transformation("tx", tx)
-    if tap is not None and not (getattr(tap, "shape", None) == (2,) and jnp.issubdtype(tap.dtype, jnp.floating)):
-        got = f"{tap.dtype} of shape {tap.shape}" if hasattr(tap, "dtype") else repr(tap)
-        raise ValueError(
-            f"tap must be a float array of shape (2,), in a scan a row of what goes along as xs; got {got}"
-        )
+    _require_tap(tap)
+    tap = None if tap is None else jnp.asarray(tap)
     flat, treedef = jax.tree.flatten(x)
     counted = [sums.is_counted(leaf) for leaf in flat]
 
@@ -138,6 +136,14 @@ def clip_cotangents(x: Any, tx: optax.GradientTransformation, *, tap: jax.Array 
         return clipped, layouts.varying_over(norms, layouts.varying(tap))
 
     return in_place(_with_backward(backward, floats, tap), others)
+
+
+def _require_tap(tap: Any) -> None:
+    is_array = isinstance(tap, jax.Array | np.ndarray)
+    if tap is None or (is_array and tap.shape == (2,) and jnp.issubdtype(tap.dtype, jnp.floating)):
+        return
+    got = f"{tap.dtype} of shape {tap.shape}" if is_array else repr(tap)
+    raise ValueError(f"tap must be a float array of shape (2,), in a scan a row of what goes along as xs; got {got}")
 
 
 def _with_backward(

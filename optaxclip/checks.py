@@ -1,32 +1,58 @@
-"""Checks of static arguments: each error names the argument and the value.
+"""Checks of arguments, when a transformation is built: each error names the argument, the value, and what to pass.
 
-Only concrete numbers are looked at. Arrays and schedules pass unseen, so that
-`optax.inject_hyperparams` can hand in traced values.
+Only concrete numbers are compared with their range. The values of arrays and of schedules pass unseen, so that
+`optax.inject_hyperparams` can hand in traced ones; what their types tell is looked at.
 """
 
+import inspect
 import math
+import os
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
+
+_INT32_MAX = np.iinfo(np.int32).max
 
 
 def is_function(value: Any) -> bool:
-    """Whether a value is to be called: a schedule, or a function of a path.
+    """Whether a value is to be called, as a schedule or a function of a path.
 
-    A pytree whose own type is callable, such as an Equinox module, is a pytree.
+    A callable whose type is a pytree, as an Equinox module, is a pytree: its leaves are what is meant.
+    `jax.tree_util.Partial` is a pytree in form alone. A class, as `jnp.float32`, makes values and says nothing of any.
     """
-    is_leaf = jax.tree_util.all_leaves([value]) or isinstance(value, jax.tree_util.Partial)
-    return callable(value) and is_leaf
+    if not callable(value) or isinstance(value, type):
+        return False
+    return isinstance(value, jax.tree_util.Partial) or jax.tree_util.all_leaves([value])
+
+
+# Numbers.
+
+
+def _is_real(value: Any) -> bool:
+    """Whether a value is a real number, or an array of these: no booleans, complex numbers or keys."""
+    if isinstance(value, int | float):
+        return not isinstance(value, bool)
+    if not isinstance(value, jax.Array | np.ndarray | np.generic):
+        return False
+    return bool(jnp.issubdtype(value.dtype, jnp.integer) or jnp.issubdtype(value.dtype, jnp.floating))
 
 
 def _is_concrete(value: Any) -> bool:
-    return isinstance(value, int | float | np.number | np.ndarray) and not isinstance(value, bool)
+    return _is_real(value) and not isinstance(value, jax.Array)
+
+
+def _require_64_bits(name: str, value: Any) -> None:
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} must fit into 64 bits, or be a float, got {value!r}")
 
 
 def bound(name: str, value: Any, *, signed: bool = False, finite: bool = False, single: bool = False) -> None:
-    """A bound: a number, an array, a schedule, or a prefix pytree of these.
+    """A bound: a number, an array, a schedule, or a prefix pytree of these, in which None bounds nothing.
 
     Args:
       name: the argument's name, for the message.
@@ -36,28 +62,34 @@ def bound(name: str, value: Any, *, signed: bool = False, finite: bool = False, 
       single: whether there is one group only, so that the bound must be one number.
 
     Raises:
-      ValueError: if a number in `value` is NaN, or negative where it may not be, or no bound at all.
+      ValueError: if a number in `value` is NaN, or negative where it may not be, or no bound at all; or if there is
+        none.
     """
-    leaves = jax.tree.leaves(value, is_leaf=lambda leaf: leaf is None)
     kinds = "one number, scalar array or schedule" if single else "a number, an array, a schedule or a pytree of these"
-    if not leaves or (single and (leaves[0] is not value or np.ndim(value) > 0)):
+    entries = [] if _is_built(value) else jax.tree.leaves(value, is_leaf=is_function)
+    if not entries or (single and (entries[0] is not value or (_is_real(value) and np.ndim(value) > 0))):
         raise ValueError(f"{name} must be {kinds}, got {value!r}")
-    for leaf in leaves:
-        if isinstance(leaf, jax.Array) or callable(leaf) or (leaf is None and value is not None):
+    for entry in entries:
+        if is_function(entry):
             continue
-        if not _is_concrete(leaf):
-            raise ValueError(f"{name} must be {kinds}, got {leaf!r}")
-        if np.any(np.isnan(leaf)) or (not signed and np.any(np.asarray(leaf) < 0)):
-            raise ValueError(f"{name} must be {'a number' if signed else 'at least 0'}, got {leaf!r}")
-        if finite and np.any(np.isinf(leaf)):
-            raise ValueError(f"{name} must be finite, got {leaf!r}")
+        if not _is_real(entry):
+            raise ValueError(f"{name} must be {kinds}, got {entry!r}")
+        if _is_concrete(entry):
+            _require_in_range(name, entry, signed=signed, finite=finite)
 
 
-def transformation(name: str, value: Any) -> None:
-    """An optax transformation, or what is used like one."""
-    if not (callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))):
-        hint = "; call it first" if callable(value) else ""
-        raise ValueError(f"{name} must be an optax transformation, got {value!r}{hint}")
+def _is_built(value: Any) -> bool:
+    """Whether a value is a Norm, a Threshold or a transformation: a pytree of functions, but not of schedules."""
+    return isinstance(value, tuple) and {"init", "measure"} & {*getattr(value, "_fields", ())} != set()
+
+
+def _require_in_range(name: str, entry: Any, *, signed: bool, finite: bool) -> None:
+    _require_64_bits(name, entry)
+    numbers = np.asarray(entry, np.float64)
+    if np.any(np.isnan(numbers)) or (not signed and np.any(numbers < 0)):
+        raise ValueError(f"{name} must be {'a number' if signed else 'at least 0'}, got {entry!r}")
+    if finite and np.any(np.isinf(numbers)):
+        raise ValueError(f"{name} must be finite, got {entry!r}")
 
 
 def number(
@@ -68,14 +100,19 @@ def number(
     at_most: float = math.inf,
     below: float | None = None,
     positive: bool = False,
-) -> None:
-    """A number or scalar array, and no schedule: those are `optax.inject_hyperparams`'s. Plain ones have a range."""
-    if callable(value):
+) -> Any:
+    """A number or scalar array, and no schedule: those are `optax.inject_hyperparams`'s. Plain ones have a range.
+
+    Returns:
+      The array, or the number as a float: jax has no integers beyond 32 bits.
+    """
+    if is_function(value):
         raise ValueError(f"{name} must be a number, got {value!r}; optax.inject_hyperparams takes schedules for it")
-    if not (isinstance(value, jax.Array) or _is_concrete(value)) or np.ndim(value) > 0:
+    if not _is_real(value) or np.ndim(value) > 0:
         raise ValueError(f"{name} must be one number or scalar array, got {value!r}")
     if not _is_concrete(value):
-        return
+        return value
+    _require_64_bits(name, value)
     fits = at_least <= value <= at_most and (below is None or value < below) and (value > 0 or not positive)
     if not fits:
         low = "more than 0" if positive else f"at least {at_least:g}"
@@ -85,77 +122,214 @@ def number(
             else f" and {f'below {below:g}' if below is not None else f'at most {at_most:g}'}"
         )
         raise ValueError(f"{name} must be {low}{high}, got {value!r}")
+    return float(value)
 
 
-def whole(name: str, value: Any, *, at_least: int = 1) -> None:
-    """Raises ValueError unless `value` is a static whole number."""
-    what = f"a whole number of at least {at_least}"
-    static(name, value, lambda each: _is_whole(each) and each >= at_least, what)
-    if not _is_whole(value):
-        raise ValueError(f"{name} must be {what}, got {value!r}")
+def percentile(name: str, value: Any) -> Any:
+    """A number from 0 to 100, as `number` returns it. One between 0 and 1 is often meant as a fraction: a warning."""
+    checked = number(name, value, at_most=100.0)
+    if _is_concrete(value) and 0 < value < 1:
+        warnings.warn(
+            f"{name} is in [0, 100], and {name}={value!r} means {float(value):g} % of the norms; for the quantile "
+            f"{float(value):g} pass {name}={100 * float(value):g}",
+            UserWarning,
+            stacklevel=_steps_to_the_caller(),
+        )
+    return checked
 
 
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
-
-
-def patience(value: Any) -> None:
-    """A number of steps, or None."""
-    if value is not None:
-        whole("patience", value)
+def _steps_to_the_caller() -> int:
+    """The `stacklevel`, for a warning of the function that calls this, of the first line outside of this package."""
+    package = __name__.partition(".")[0]
+    frame, steps = inspect.currentframe(), 0
+    while frame and str(frame.f_globals.get("__name__")).partition(".")[0] == package:
+        frame, steps = frame.f_back, steps + 1
+    return steps
 
 
 def ordered(low_name: str, low: Any, high_name: str, high: Any) -> None:
-    """Raises ValueError where two plain numbers stand in the wrong order."""
-    if _is_concrete(low) and _is_concrete(high) and np.any(np.asarray(low) > np.asarray(high)):
-        raise ValueError(f"{low_name} must be at most {high_name}, got {low_name}={low!r} and {high_name}={high!r}")
+    """Raises ValueError where two plain numbers stand in the wrong order, also at one place of two pytrees."""
+    for one, other in _pairs(low, high):
+        if _is_concrete(one) and _is_concrete(other) and np.ndim(one) == np.ndim(other) == 0 and one > other:
+            raise ValueError(
+                f"{low_name} must be at most {high_name}, got {low_name}={one!r} and {high_name}={other!r}"
+            )
+
+
+def _pairs(low: Any, high: Any) -> list[tuple[Any, Any]]:
+    """What stands in one place: of two pytrees of one structure, or of a value and each entry of a pytree."""
+    (lows, low_tree), (highs, high_tree) = (
+        jax.tree.flatten(value, is_leaf=lambda entry: entry is None or is_function(entry)) for value in (low, high)
+    )
+    if low_tree == high_tree:
+        return list(zip(lows, highs, strict=True))
+    if jax.tree_util.treedef_is_leaf(low_tree):
+        return [(low, entry) for entry in highs]
+    return [(entry, high) for entry in lows] if jax.tree_util.treedef_is_leaf(high_tree) else []
+
+
+# What shapes the program.
+
+
+def static_together(**values: Any) -> None:
+    """Arguments that shape the program, so that none of them can be an array: one error names all that must be static.
+
+    It is the first line of each factory that has such arguments. `optax.inject_hyperparams` turns numbers into arrays,
+    defaults too, and calls functions, unless `static_args` names them. The message ends with all these names, so that
+    one attempt tells all of it. Booleans are numbers: some releases of optax may not spare them.
+    """
+
+    def is_array(value: Any) -> bool:
+        return any(isinstance(entry, jax.Array) for entry in jax.tree.leaves(value))
+
+    arrays = {name: value for name, value in values.items() if is_array(value)}
+    if arrays:
+        needed = tuple(
+            name
+            for name, value in values.items()
+            if name in arrays or isinstance(value, int | float | np.number) or callable(value)
+        )
+        got = ", ".join(f"{name}={value}" for name, value in arrays.items())
+        raise ValueError(
+            f"these must be static, and are arrays: {got}; with optax.inject_hyperparams, pass static_args={needed}"
+        )
+
+
+def is_whole(value: Any) -> bool:
+    """Whether a value is a static whole number; a boolean is none."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def whole(name: str, value: Any, *, at_least: int = 1, also: str = "") -> int:
+    """A static whole number, which a 32-bit counter can reach, as a Python int: those of NumPy would promote."""
+    if not (is_whole(value) and value >= at_least):
+        raise ValueError(f"{name} must be a whole number of at least {at_least}{also}, got {value!r}")
+    if value > _INT32_MAX:
+        raise ValueError(f"{name} must be at most {_INT32_MAX}, the largest count of steps, got {value!r}")
+    return int(value)
+
+
+def whole_or_none(name: str, value: Any) -> int | None:
+    """A static whole number of at least 1, or None."""
+    return None if value is None else whole(name, value, also=", or None")
 
 
 def order(name: str, value: Any) -> float:
-    """The order p of a norm: a number of at least 1, or inf. None is 2, as in `numpy.linalg.norm`."""
-    if value is None:
-        return 2
-    static(name, value)
-    if not _is_concrete(value) or math.isnan(value) or value < 1:
-        raise ValueError(f"{name} must be a number of at least 1, or inf, got {value!r}")
+    """The order p of a norm: a static number of at least 1, or inf."""
+    if isinstance(value, jax.Array) or not _is_concrete(value) or np.ndim(value) > 0 or not value >= 1:
+        raise ValueError(f"{name} must be a Python number of at least 1, or inf, got {value!r}")
+    _require_64_bits(name, value)
     return float(value)
 
 
 def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     """Raises ValueError unless `value` is one of the words allowed."""
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def flag(name: str, value: Any) -> None:
+    """Raises ValueError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
 
 
 def record(value: Any) -> int:
     """How many steps a record has: 0 for none. True is 1."""
-    if not isinstance(value, bool):
-        whole("record", value, at_least=0)
-    return int(value)
+    return int(value) if isinstance(value, bool) else whole("record", value, at_least=0, also=", True or False")
+
+
+def axis(name: str, value: Any) -> None:
+    """An axis, or a tuple of axes."""
+    several = value if isinstance(value, tuple | list) else (value,)
+    if not all(map(is_whole, several)):
+        raise ValueError(f"{name} must be an axis or a tuple of axes, whole numbers, got {value!r}")
+
+
+def state_dtype(value: Any) -> np.dtype[Any] | None:
+    """The dtype of what is kept per parameter: None for that of each parameter, or a real float dtype.
+
+    Raises:
+      ValueError: for any other. Beside a complex parameter the state is complex whatever the dtype. With fewer than 16
+        bits a moving average stands still: one step moves it by less than half the distance to the next number.
+    """
+    if value is None:
+        return None
+    try:
+        # Arrays and NumPy's numbers have a dtype, and are none.
+        dtype = None if isinstance(value, jax.Array | np.generic) else np.dtype(value)
+    except (TypeError, ValueError):
+        dtype = None
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits < 16:
+        raise ValueError(
+            f"state_dtype must be None or a real float dtype of at least 16 bits, such as jnp.float32, got {value!r}"
+        )
+    widest = 8 * jax.dtypes.canonicalize_dtype(np.float64).itemsize
+    if jnp.finfo(dtype).bits > widest:
+        advice = "" if widest == 64 else ": set jax_enable_x64, or pass jnp.float32"
+        raise ValueError(f"state_dtype must have at most {widest} bits, as arrays have here, got {value!r}{advice}")
+    return dtype
+
+
+def axes(value: Any) -> None:
+    """Mesh axes, as `clip_by` takes them."""
+    if value is None or isinstance(value, str) or is_function(value):
+        return
+    entries = jax.tree.leaves(value)
+    is_names = isinstance(value, tuple | list) and all(isinstance(entry, str) for entry in value)
+    if not entries or not (is_names or all(isinstance(entry, PartitionSpec) for entry in entries)):
+        raise ValueError(
+            f"axes must be 'auto', None, a name, a tuple of names, or a prefix pytree of PartitionSpec; got {value!r}"
+        )
+
+
+def per_leaf(name: str, value: Any, accept: Callable[[Any], bool], what: str) -> None:
+    """A function of a leaf's path, or a prefix pytree of values, in which None says nothing of what it stands for.
+
+    Args:
+      name: the argument's name, for the message.
+      value: what the user passed.
+      accept: says of one value whether it is fine.
+      what: what a fine value is, for the message.
+
+    Raises:
+      ValueError: if a value is something else, or there is none.
+    """
+    if is_function(value):
+        return
+    entries = jax.tree.leaves(value)
+    for entry in entries:
+        if not accept(entry):
+            raise ValueError(f"{name} must be {what}, got {entry!r}")
+    if not entries:
+        raise ValueError(
+            f"{name}={value!r} says nothing of any leaf; it must be {what}, a pytree of these or a function of a path"
+        )
+
+
+# What is built elsewhere.
+
+
+def transformation(name: str, value: Any) -> None:
+    """An optax transformation, or what is used like one."""
+    if not (callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))):
+        hint = "; call it first" if callable(value) else ""
+        raise ValueError(f"{name} must be an optax transformation, got {value!r}{hint}")
+
+
+def text(name: str, value: Any) -> None:
+    """Raises ValueError unless `value` is a string."""
+    if not isinstance(value, str):
+        raise ValueError(f"{name} must be a string, got {value!r}")
+
+
+def path(name: str, value: Any) -> None:
+    """Raises ValueError unless `value` is the name of a file."""
+    if not (isinstance(value, str | os.PathLike) and os.fspath(value)):
+        raise ValueError(f"{name} must be a path, a string or pathlib.Path, got {value!r}")
 
 
 def instance(name: str, value: Any, kind: type, example: str) -> None:
     """Raises ValueError, with an example of what is meant, unless `value` is of a class."""
     if not isinstance(value, kind):
         raise ValueError(f"{name} must be a {kind.__name__}, such as {example}, got {value!r}")
-
-
-def static(name: str, value: Any, accept: Callable[[Any], bool] = lambda _: True, what: str = "") -> None:
-    """A structural argument: it shapes the program, so it can't be an array.
-
-    `optax.inject_hyperparams` turns integer arguments into arrays unless it is told not to.
-
-    Args:
-      name: the argument's name, for the message.
-      value: what the user passed, a value or a pytree of values.
-      accept: says of one value whether it is fine.
-      what: what a fine value is, for the message.
-    """
-    for leaf in jax.tree.leaves(value):
-        if isinstance(leaf, jax.Array):
-            raise ValueError(
-                f"{name} must be static, got the array {leaf}; "
-                f"with optax.inject_hyperparams, pass static_args=({name!r},)"
-            )
-        if not accept(leaf):
-            raise ValueError(f"{name} must be {what}, got {leaf!r}")

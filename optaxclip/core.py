@@ -162,9 +162,11 @@ def clip_by(
 
       Notebook: `notebooks/which_clipper.ipynb`, all methods compared.
     """
+    checks.static_together(record=record)
     checks.instance("norm", norm, Norm, "norms.global_norm()")
     checks.instance("threshold", threshold, Threshold, "thresholds.constant(1.0)")
     length = checks.record(record)
+    checks.axes(axes)
 
     def init(params: Any) -> State:
         params = parameters(params)

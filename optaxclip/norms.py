@@ -38,14 +38,14 @@ def global_norm(ord: float = 2, *, include: Any = None) -> Norm:
       ord: p of the p-norm, at least 1, or inf.
       include: a prefix pytree of booleans, or a callable from a leaf's path ("decoder/kernel") to one. Leaves not
         included are neither counted nor scaled (a frozen leaf must not shrink the trained ones). None includes all. A
-        callable that includes no leaf is an error.
+        choice of no leaf is an error.
 
     Returns:
       A Norm; its norms are one scalar.
 
     Raises:
-      ValueError: if `ord` is below 1 or NaN, or `include` none of these; at init and update, if a callable chooses
-        no leaf.
+      ValueError: if `ord` is below 1 or NaN, or `include` none of these, or no leaf is chosen; for a callable, at
+        init and update.
 
     Example:
       >>> import jax.numpy as jnp
@@ -59,8 +59,12 @@ def global_norm(ord: float = 2, *, include: Any = None) -> Norm:
     See also:
       `clip_by_global_norm`; `optaxclip.global_norm`, the number itself; `group_norm`, `leaf_norm`.
     """
+    checks.static_together(ord=ord, include=include)
     p = checks.order("ord", ord)
-    checks.static("include", include, lambda value: isinstance(value, bool) or callable(value), "True or False")
+    if include is not None:
+        checks.per_leaf("include", include, lambda value: isinstance(value, bool), "True or False")
+        if not (checks.is_function(include) or any(jax.tree.leaves(include))):
+            raise ValueError(f"include chooses no leaf, got {include!r}")
     return _norm_of_all(p) if include is None else _norm_of_some(p, include)
 
 
@@ -74,7 +78,8 @@ def _norm_of_some(p: float, include: Any) -> Norm:
         flat = jax.tree.leaves(tree)
         wanted = [True] * len(flat) if include is None else leaves.values("include", include, tree)
         counted = [sums.is_counted(leaf) and bool(want) for leaf, want in zip(flat, wanted, strict=True)]
-        if callable(include) and flat and not any(wanted):  # a misspelt path would turn clipping off, unnoticed
+        # A misspelt path would turn clipping off, unnoticed.
+        if checks.is_function(include) and flat and not any(wanted):
             raise ValueError(f"include chooses no leaf of {leaves.listed(leaves.paths(tree))}")
         return counted
 
@@ -103,7 +108,7 @@ def group_norm(labels: Any, ord: float = 2) -> Norm:
       no leaf has, under `optax.masked` say, has a norm of 0 if `labels` is a pytree, and none if it is a callable.
 
     Raises:
-      ValueError: if `labels` or `ord` is neither of these.
+      ValueError: if `labels` or `ord` is neither of these, or no leaf has a label; for a callable, at init and update.
 
     Example:
       >>> import jax.numpy as jnp
@@ -118,11 +123,18 @@ def group_norm(labels: Any, ord: float = 2) -> Norm:
     See also:
       `aggc`; `leaf_norm`, where each leaf is a group.
     """
+    checks.static_together(labels=labels, ord=ord)
     p = checks.order("ord", ord)
-    checks.static("labels", labels, lambda value: isinstance(value, str) or callable(value), "strings or None")
+    checks.per_leaf("labels", labels, lambda value: isinstance(value, str), "strings or None")
 
     def label_of(tree: Updates) -> list[Any]:
         found = leaves.values("labels", labels, tree)
+        for path, label in zip(leaves.paths(tree), found, strict=bool(found)):
+            if not (label is None or isinstance(label, str)):
+                raise ValueError(f"labels must be strings or None, got {label!r} for {path!r}")
+        # Where no leaf has a label nothing is clipped, unnoticed.
+        if checks.is_function(labels) and found and all(label is None for label in found):
+            raise ValueError(f"labels gives no label to any of {leaves.listed(leaves.paths(tree))}")
         return [
             label if sums.is_counted(leaf) else None for leaf, label in zip(jax.tree.leaves(tree), found, strict=True)
         ]
@@ -134,7 +146,7 @@ def group_norm(labels: Any, ord: float = 2) -> Norm:
             if label is not None:
                 members.setdefault(label, []).append(each)
         # Labels that are known beforehand have a norm of 0 where a mask leaves no leaf, so that bounds and states fit.
-        known = [] if callable(labels) else jax.tree.leaves(labels)
+        known = [] if checks.is_function(labels) else jax.tree.leaves(labels)
         members.update({label: [] for label in known if label not in members})
         return {
             label: sums.total_norm([leaf for leaf, _ in group], [at.axes for _, at in group], p)
@@ -174,6 +186,7 @@ def leaf_norm(ord: float = 2, *, stacked: Any = None) -> Norm:
     See also:
       `clip_by_leaf_norm`; `leaf_rms`, which does not grow with the leaf; `unit_norm`, of parts of a leaf.
     """
+    checks.static_together(ord=ord, stacked=stacked)
     return _by_leaf(_whole, checks.order("ord", ord), stacked)
 
 
@@ -232,6 +245,7 @@ def leaf_rms(*, stacked: Any = None) -> Norm:
     See also:
       `clip_by_block_rms`; `leaf_norm`.
     """
+    checks.static_together(stacked=stacked)
     return _by_leaf(_whole, 2, stacked, mean=True)
 
 
@@ -267,16 +281,17 @@ def spectral_norm(*, units: str = "io", stacked: Any = None) -> Norm:
     See also:
       `clip_by_spectral_norm`; `clip_singular_values`, for all of them.
     """
+    checks.static_together(stacked=stacked)
     checks.one_of("units", units, stacks.UNITS)
     by_leaf = leaf_norm(stacked=stacked)
 
     def measure(updates: Updates, params: Any, split: list[mesh.Split]) -> Norms:
         flat, treedef = jax.tree.flatten(updates)
-        layers = leaves.values("stacked", stacked, updates)
+        layers = stacks.layers(stacked, updates)
         norms = stacks.together(capping.largest_singular_values, stacks.of_leaves(flat, layers, split, units))
         measured = treedef.flatten_up_to(by_leaf.measure(treedef.unflatten(stacks.others(flat, norms)), params, split))
         for i, norm in norms.items():
-            measured[i] = norm.reshape(jnp.shape(flat[i])[: layers[i] or 0])
+            measured[i] = norm.reshape(jnp.shape(flat[i])[: layers[i]])
         return treedef.unflatten(measured)
 
     return Norm(measure, by_leaf.scale)
@@ -312,8 +327,10 @@ def unit_norm(units: str = "io", *, axis: Axis = None, stacked: Any = None) -> N
     See also:
       `adaptive_grad_clip`; `leaf_norm`, for leaves as a whole.
     """
+    checks.static_together(axis=axis, stacked=stacked)
     checks.one_of("units", units, tuple(_UNITS))
-    checks.static("axis", axis, lambda value: isinstance(value, int), "an axis or a tuple of axes")
+    if axis is not None:
+        checks.axis("axis", axis)
     dims_of = _UNITS[units] if axis is None else functools.partial(_given, axis=axis)
     return _by_leaf(dims_of, 2, stacked, keepdims=True)
 
@@ -348,8 +365,8 @@ def relative_change(relative: Any, absolute: Any) -> Norm:
     See also:
       `clippy`; `thresholds.relative_to_params`, for the norm of an update beside that of its parameters.
     """
-    checks.number("relative", relative)
-    checks.number("absolute", absolute)
+    relative = checks.number("relative", relative)
+    absolute = checks.number("absolute", absolute)
 
     def measure(updates: Updates, params: Any, split: list[mesh.Split]) -> Norms:
         require_params(updates, params)
@@ -385,12 +402,13 @@ def _is_beyond(leaf: jax.Array, high: jax.Array) -> jax.Array:
 
 def _by_leaf(dims_of: DimsOf, ord: float, stacked: Any, *, keepdims: bool = False, mean: bool = False) -> Norm:
     """A Norm with groups of their own in each leaf, extending over the dimensions `dims_of(shape, path)`."""
-    checks.static("stacked", stacked, _is_axis_count, "a number of axes, at least 0")
+    if stacked is not None:
+        checks.per_leaf("stacked", stacked, stacks.is_axis_count, "a number of axes, at least 0")
 
     def dims_in(tree: Updates, shape_of: Callable[[Any, int], tuple[int, ...]]) -> list[tuple[int, ...] | None]:
-        flat = zip(jax.tree.leaves(tree), leaves.paths(tree), leaves.values("stacked", stacked, tree), strict=True)
+        flat = zip(jax.tree.leaves(tree), leaves.paths(tree), stacks.layers(stacked, tree), strict=True)
         return [
-            _behind_stacked(dims_of, shape_of(leaf, i), path, layers or 0) if sums.is_counted(leaf) else None
+            _behind_stacked(dims_of, shape_of(leaf, i), path, layers) if sums.is_counted(leaf) else None
             for i, (leaf, path, layers) in enumerate(flat)
         ]
 
@@ -422,13 +440,7 @@ def _by_leaf(dims_of: DimsOf, ord: float, stacked: Any, *, keepdims: bool = Fals
     return Norm(measure, scale)
 
 
-def _is_axis_count(value: Any) -> bool:
-    return callable(value) or (isinstance(value, int) and value >= 0)
-
-
 def _behind_stacked(dims_of: DimsOf, shape: tuple[int, ...], path: str, layers: int) -> tuple[int, ...]:
-    if not 0 <= layers <= len(shape):
-        raise ValueError(f"stacked must be from 0 to the rank of the leaf, got {layers} for {path!r} of shape {shape}")
     return tuple(dim + layers for dim in dims_of(shape[layers:], path))
 
 
@@ -453,7 +465,7 @@ def _out_in(shape: tuple[int, ...], path: str) -> tuple[int, ...]:
 
 def _given(shape: tuple[int, ...], path: str, *, axis: int | tuple[int, ...]) -> tuple[int, ...]:
     rank = len(shape)
-    axes = (axis,) if isinstance(axis, int) else axis
+    axes = axis if isinstance(axis, tuple | list) else (axis,)
     if any(not -rank <= each < rank for each in axes):
         raise ValueError(f"axis={axis!r} is out of range for leaf {path!r} of shape {shape}")
     return tuple(sorted({each % rank for each in axes}))

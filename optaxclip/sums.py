@@ -71,6 +71,7 @@ def global_norm(tree: Any, *, ord: float = 2, axes: mesh.Axes = "auto") -> jax.A
       Notebook: `notebooks/scaling_out.ipynb`, on several devices.
     """
     p = checks.order("ord", ord)
+    checks.axes(axes)
     splits = mesh.split_of(tree, axes=axes)
     counted = [(leaf, split) for leaf, split in zip(jax.tree.leaves(tree), splits, strict=True) if is_counted(leaf)]
     return total_norm([leaf for leaf, _ in counted], [split.axes for _, split in counted], p)

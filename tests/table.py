@@ -148,7 +148,8 @@ class Row:
       band: where that norm lies after the first step.
       needs_params: whether `update` needs the parameters.
       first_passes: the first step is never clipped, so that no bound can be tested after one.
-      static_args: the arguments that `optax.inject_hyperparams` must not inject.
+      static_args: the arguments that `optax.inject_hyperparams` must not inject: functions of a path, and what the
+        error without them names.
       direction_preserving: each group is multiplied by a positive number.
       sums: coordinates are sums of others, so that one near 0 has their rounding.
       idempotent: a second application changes nothing more.
@@ -247,7 +248,7 @@ ROWS = (
         factory=oc.clip_by_global_norm,
         args=(1.0,),
         kwargs={"ord": 1},
-        static_args=("ord",),
+        static_args=("ord", "record"),
         groups=together,
         measure=norm(1),
         band=at_most(1.0),
@@ -385,7 +386,6 @@ ROWS = (
         public="clip_singular_values",
         factory=oc.clip_singular_values,
         args=(0.5,),
-        static_args=("soft",),
         groups=whole,
         measure=spectral,
         band=at_most(0.5),
@@ -398,7 +398,6 @@ ROWS = (
         factory=oc.clip_singular_values,
         args=(halving,),
         kwargs={"soft": True},
-        static_args=("soft",),
         groups=whole,
         measure=spectral,
         band=at_most(1.0),
@@ -425,8 +424,6 @@ ROWS = (
         public="autoclip",
         factory=oc.autoclip,
         args=(10.0,),
-        kwargs={},
-        static_args=("window",),
         groups=together,
         band=at_most(np.inf),
         first_passes=True,
@@ -440,7 +437,7 @@ ROWS = (
         factory=oc.autoclip,
         args=(10.0,),
         kwargs={"window": 3},
-        static_args=("window",),
+        static_args=("window", "record"),
         groups=together,
         band=at_most(np.inf),
         first_passes=True,
@@ -454,7 +451,7 @@ ROWS = (
         factory=oc.percentile_clip,
         args=(5.0,),
         kwargs={"window": 4},
-        static_args=("window",),
+        static_args=("window", "record"),
         groups=per_leaf,
         band=at_most(np.inf),
         first_passes=True,
@@ -480,7 +477,7 @@ ROWS = (
         factory=oc.zclip,
         args=(2.5,),
         kwargs={"warmup_steps": 2},
-        static_args=("warmup_steps", "patience", "option"),
+        static_args=("warmup_steps", "patience", "record"),
         groups=together,
         band=at_most(1.0),
         idempotent=False,
@@ -493,7 +490,7 @@ ROWS = (
         factory=oc.zclip,
         args=(2.5,),
         kwargs={"warmup_steps": 2, "max_norm": halving, "option": "percentile", "record": 3},
-        static_args=("warmup_steps", "patience", "option", "max_norm", "record"),
+        static_args=("warmup_steps", "patience", "record"),
         groups=together,
         band=at_most(1.0),
         idempotent=False,
@@ -506,7 +503,7 @@ ROWS = (
         factory=oc.adagc,
         args=(1.05,),
         kwargs={"warmup_steps": 2},
-        static_args=("warmup_steps",),
+        static_args=("warmup_steps", "record"),
         groups=together,
         band=at_most(1.0),
         idempotent=False,
@@ -533,7 +530,7 @@ ROWS = (
         factory=oc.clip_by_history,
         args=(3.0,),
         kwargs={"window": 4, "min_count": 2},
-        static_args=("window", "min_count", "take_in", "patience"),
+        static_args=("window", "min_count", "record"),
         groups=together,
         band=at_most(np.inf),
         first_passes=True,
@@ -730,7 +727,6 @@ ROWS = (
         param_state=("mixed_average",),
         args=(1.0,),
         kwargs={"smooth": True},
-        static_args=("smooth",),
         groups=together,
         band=at_most(1.0),
         idempotent=False,

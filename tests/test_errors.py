@@ -319,31 +319,6 @@ def test_units_of_a_rank_without_a_convention_ask_for_axis():
 # optax.inject_hyperparams.
 
 
-@pytest.mark.parametrize(
-    ("factory", "arguments", "structural"),
-    [
-        pytest.param(oc.clip_by_leaf_norm, {"max_norm": 1.0, "stacked": 1}, "stacked", id="clip_by_leaf_norm-stacked"),
-        pytest.param(oc.clip_by_leaf_norm, {"max_norm": 1.0, "ord": 1}, "ord", id="clip_by_leaf_norm-ord"),
-        pytest.param(oc.clip_by_global_norm, {"max_norm": 1.0, "ord": 1}, "ord", id="clip_by_global_norm-ord"),
-        pytest.param(oc.clip_by_block_rms, {"threshold": 1.0, "stacked": 1}, "stacked", id="clip_by_block_rms-stacked"),
-        pytest.param(oc.adaptive_grad_clip, {"clipping": 0.1, "axis": 0}, "axis", id="adaptive_grad_clip-axis"),
-        pytest.param(
-            oc.adaptive_grad_clip, {"clipping": 0.1, "stacked": 1}, "stacked", id="adaptive_grad_clip-stacked"
-        ),
-    ],
-)
-def test_a_structural_argument_that_was_injected_asks_for_static_args(factory, arguments, structural):
-    given = {"k": jnp.ones((2, 4, 3))}
-    injected = optax.inject_hyperparams(factory)(**arguments)
-    with pytest.raises((TypeError, ValueError), match=rf"{structural}.*static_args=\('{structural}',\)"):
-        jax.jit(injected.init)(given)
-    static = optax.inject_hyperparams(factory, static_args=(structural,))(**arguments)
-    new_updates, _ = static.update(given, static.init(given), given)
-    plain = factory(**arguments)
-    expected, _ = plain.update(given, plain.init(given), given)
-    np.testing.assert_allclose(new_updates["k"], expected["k"], rtol=1e-6)
-
-
 def test_a_schedule_can_be_injected_and_a_number_changed_by_hand():
     given = {"a": jnp.full(4, 10.0)}
 

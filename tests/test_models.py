@@ -146,7 +146,7 @@ NONE_IN_BOUNDS = {
     "chain": (
         oc.clip_by(
             norms.leaf_norm(),
-            thresholds.chain(thresholds.constant({"a": 1.0, "b": None}), thresholds.constant({"a": None, "b": None})),
+            thresholds.chain(thresholds.constant({"a": 1.0, "b": None}), thresholds.constant({"a": None, "b": 10.0})),
         ),
         [0.6, 0.8],
         [3.0, 4.0],

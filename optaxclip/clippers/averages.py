@@ -82,6 +82,7 @@ def zclip(
 
       Notebook: `notebooks/choosing_a_threshold.ipynb`, how to choose a bound.
     """
+    checks.static_together(warmup_steps=warmup_steps, patience=patience, record=record)
     if max_norm is not None:
         checks.bound("max_norm", max_norm)
     spikes = thresholds.zscore(z_threshold, decay=decay, warmup_steps=warmup_steps, patience=patience, option=option)
@@ -154,6 +155,7 @@ def adagc(
 
       Notebook: `notebooks/which_clipper.ipynb`, all methods compared.
     """
+    checks.static_together(warmup_steps=warmup_steps, record=record)
     threshold = thresholds.ema_ratio(ratio, decay=decay, warmup_steps=warmup_steps, warmup_max_norm=warmup_max_norm)
     return clip_by(norms.leaf_norm(), threshold, axes=axes, record=record)
 
@@ -204,7 +206,7 @@ def aggc(
       Before the optimizer.
 
     Raises:
-      ValueError: if an argument is out of range.
+      ValueError: if an argument is out of range, or no leaf has a label.
 
     Example:
       >>> import jax.numpy as jnp
@@ -229,6 +231,7 @@ def aggc(
 
       Notebook: `notebooks/which_clipper.ipynb`, all methods compared.
     """
+    checks.static_together(labels=labels, record=record)
     threshold = thresholds.ema_band(
         high, low=low, decay=decay, min_norm=min_norm, max_down=max_down, max_up=max_up, initial=initial
     )
@@ -300,6 +303,7 @@ def clip_by_history(
 
       Notebook: `notebooks/choosing_a_threshold.ipynb`, how to choose a bound.
     """
+    checks.static_together(window=window, min_count=min_count, patience=patience, record=record)
     threshold = thresholds.mean_std(num_std, window=window, min_count=min_count, take_in=take_in, patience=patience)
     return clip_by(norm, threshold, axes=axes, record=record)
 

@@ -74,6 +74,7 @@ def clip_by_global_norm(
       `notebooks/exploding_gradients.ipynb`, why gradients explode and vanish; `notebooks/acceleration.ipynb`, why
       clipping accelerates; `notebooks/stability.ipynb`, over which range of step sizes clipped methods converge.
     """
+    checks.static_together(ord=ord, record=record)
     checks.bound("max_norm", max_norm, single=True)
     return clip_by(
         norms.global_norm(2 if ord is None else ord), thresholds.constant(max_norm), axes=axes, record=record
@@ -133,6 +134,7 @@ def clip_by_leaf_norm(
 
       Notebook: `notebooks/which_clipper.ipynb`, all methods compared.
     """
+    checks.static_together(ord=ord, stacked=stacked, record=record)
     checks.bound("max_norm", max_norm)
     norm = norms.leaf_norm(2 if ord is None else ord, stacked=stacked)
     return clip_by(norm, thresholds.constant(max_norm), axes=axes, record=record)
@@ -191,6 +193,7 @@ def clip_by_block_rms(
 
       Notebook: `notebooks/which_clipper.ipynb`, all methods compared.
     """
+    checks.static_together(stacked=stacked, record=record)
     checks.bound("threshold", threshold)
     return clip_by(norms.leaf_rms(stacked=stacked), thresholds.constant(threshold), axes=axes, record=record)
 

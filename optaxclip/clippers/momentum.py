@@ -34,7 +34,7 @@ def clipped_momentum(
     Args:
       max_norm: the bound c, at least 0, in the units of the gradient: a number, an array, or an optax schedule.
       decay: :math:`\beta`, in [0, 1). 0 is clipped gradient descent.
-      state_dtype: of the average; None is that of each parameter.
+      state_dtype: of the average, a real float dtype of at least 16 bits; None is that of each parameter.
       axes: over which mesh axes the leaves are split; see `clip_by`.
 
     Returns:
@@ -51,7 +51,7 @@ def clipped_momentum(
       In place of an optimizer's momentum: `chain(clipped_momentum(1.0), scale_by_learning_rate(0.1))`.
 
     Raises:
-      ValueError: if `max_norm` or `decay` is out of range.
+      ValueError: if an argument is out of range.
 
     Example:
       >>> import jax.numpy as jnp
@@ -79,12 +79,15 @@ def clipped_momentum(
 
       Notebook: `notebooks/stability.ipynb`, over which range of step sizes clipped methods converge.
     """
+    checks.static_together(state_dtype=state_dtype)
     checks.bound("max_norm", max_norm, single=True)
     checks.number("decay", decay, below=1.0)
+    dtype = checks.state_dtype(state_dtype)
+    checks.axes(axes)
     threshold = thresholds.constant(max_norm)
 
     def init(params: Any) -> ClippedMomentumState:
-        return ClippedMomentumState(zeros_like(parameters(params), state_dtype), bounds.init(max_norm))
+        return ClippedMomentumState(zeros_like(parameters(params), dtype), bounds.init(max_norm))
 
     def update(updates: Updates, state: Any, params: Any = None, **extra: Any) -> tuple[Updates, ClippedMomentumState]:
         del extra
@@ -135,7 +138,7 @@ def mixed_clip(
       mix: :math:`\nu`, the share of the average, in [0, 1]; 0.7 in the paper. 1 is momentum clipping, 0 clipped
         descent.
       smooth: whether clip(x, c) is x c / (c + n), as in the published code, and not x min(1, c / n).
-      state_dtype: of the average; None is that of each parameter.
+      state_dtype: of the average, a real float dtype of at least 16 bits; None is that of each parameter.
       axes: over which mesh axes the leaves are split; see `clip_by`.
 
     Returns:
@@ -175,14 +178,17 @@ def mixed_clip(
 
       Notebook: `notebooks/which_clipper.ipynb`, all methods compared.
     """
+    checks.static_together(smooth=smooth, state_dtype=state_dtype)
     checks.bound("max_norm", max_norm, single=True)
     checks.number("decay", decay, below=1.0)
     checks.number("mix", mix, at_most=1.0)
-    checks.static("smooth", smooth, lambda value: isinstance(value, bool), "True or False")
+    checks.flag("smooth", smooth)
+    dtype = checks.state_dtype(state_dtype)
+    checks.axes(axes)
     threshold = thresholds.smooth(max_norm) if smooth else thresholds.constant(max_norm)
 
     def init(params: Any) -> MixedClipState:
-        return MixedClipState(zeros_like(parameters(params), state_dtype), bounds.init(max_norm))
+        return MixedClipState(zeros_like(parameters(params), dtype), bounds.init(max_norm))
 
     def update(updates: Updates, state: Any, params: Any = None, **extra: Any) -> tuple[Updates, MixedClipState]:
         del extra

@@ -23,7 +23,7 @@ def autoclip(
 
     Args:
       percentile: p in [0, 100], interpolated linearly as in `numpy.percentile`; 10 in the paper, which clips nine of
-        ten gradients.
+        ten gradients. A number between 0 and 1 warns: it may be meant as a fraction.
       window: over how many of the last norms, exactly. None is the whole history: exactly for the first 64 norms,
         then by a histogram.
       norm: what is measured, from `optaxclip.norms`; each group has a history of its own.
@@ -74,7 +74,8 @@ def autoclip(
 
       Notebook: `notebooks/choosing_a_threshold.ipynb`, how to choose a bound.
     """
-    checks.number("percentile", percentile, at_most=100.0)
+    checks.static_together(window=window, record=record)
+    percentile = checks.percentile("percentile", percentile)
     return clip_by(norm, thresholds.quantile(percentile / 100, window=window), axes=axes, record=record)
 
 
@@ -91,7 +92,8 @@ def percentile_clip(
     .. math:: u \leftarrow u \cdot \min(1, s_k / n), \qquad k = \min(\lfloor p w / 100 \rfloor, w - 1)
 
     Args:
-      percentile: p in [0, 100]; 5 in bitsandbytes, and 100 clips nothing.
+      percentile: p in [0, 100]; 5 in bitsandbytes, and 100 clips nothing. A number between 0 and 1 warns: it may be
+        meant as a fraction.
       window: w, how many norms are kept, this one among them; s are these in ascending order. 100 in bitsandbytes.
       norm: what is measured, from `optaxclip.norms`; each group has a history of its own.
       axes: over which mesh axes the leaves are split; see `clip_by`.
@@ -134,7 +136,7 @@ def percentile_clip(
 
       Notebook: `notebooks/which_clipper.ipynb`, all methods compared.
     """
-    checks.number("percentile", percentile, at_most=100.0)
+    checks.static_together(window=window, record=record)
     return clip_by(norm, thresholds.order_statistic(percentile, window=window), axes=axes, record=record)
 
 

@@ -80,6 +80,7 @@ def adaptive_grad_clip(
 
       Notebook: `notebooks/which_clipper.ipynb`, all methods compared.
     """
+    checks.static_together(axis=axis, stacked=stacked, record=record)
     checks.bound("clipping", clipping)
     checks.bound("eps", eps)
     norm = norms.unit_norm(units, axis=axis, stacked=stacked)

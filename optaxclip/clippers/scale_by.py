@@ -36,7 +36,7 @@ def scale_by_acclip(
       b2: decay of the sizes, in [0, 1); 0.99 in the paper.
       alpha: order of the average of sizes, at least 1; 1 in the paper, 2 in the public code.
       eps: added to the momentum's modulus, at least 0.
-      state_dtype: of both averages; None is that of each parameter.
+      state_dtype: of both averages, a real float dtype of at least 16 bits; None is that of each parameter.
 
     Returns:
       An optax transformation. Its state is two numbers per coordinate.
@@ -75,14 +75,16 @@ def scale_by_acclip(
 
       Notebook: `notebooks/which_clipper.ipynb`, all methods compared.
     """
+    checks.static_together(alpha=alpha, state_dtype=state_dtype)
     checks.number("b1", b1, below=1.0)
     checks.number("b2", b2, below=1.0)
     order = checks.order("alpha", alpha)
-    checks.number("eps", eps)
+    eps = checks.number("eps", eps)
+    dtype = checks.state_dtype(state_dtype)
 
     def init(params: Any) -> AcclipState:
         params = parameters(params)
-        return AcclipState(zeros_like(params, state_dtype), sizes_like(params, state_dtype))
+        return AcclipState(zeros_like(params, dtype), sizes_like(params, dtype))
 
     def update(updates: Updates, state: Any, params: Any = None, **extra: Any) -> tuple[Updates, AcclipState]:
         del params, extra
@@ -138,7 +140,7 @@ def scale_by_stable_adam(
       b1: decay of the mean, in [0, 1); 0.9 in the paper.
       b2: decay of the squares, in [0, 1); 0.99 in the paper.
       eps: added to the root, positive; 1e-6 in the paper.
-      state_dtype: of both averages; None is that of each parameter.
+      state_dtype: of both averages, a real float dtype of at least 16 bits; None is that of each parameter.
       axes: over which mesh axes the leaves are split; see `clip_by`.
 
     Returns:
@@ -182,15 +184,16 @@ def scale_by_stable_adam(
 
       Notebook: `notebooks/which_clipper.ipynb`, all methods compared.
     """
+    checks.static_together(state_dtype=state_dtype)
     checks.number("b1", b1, below=1.0)
     checks.number("b2", b2, below=1.0)
-    checks.number("eps", eps)
+    eps = checks.number("eps", eps)
+    dtype = checks.state_dtype(state_dtype)
+    checks.axes(axes)
 
     def init(params: Any) -> StableAdamState:
         params = parameters(params)
-        return StableAdamState(
-            jnp.zeros((), jnp.int32), zeros_like(params, state_dtype), sizes_like(params, state_dtype)
-        )
+        return StableAdamState(jnp.zeros((), jnp.int32), zeros_like(params, dtype), sizes_like(params, dtype))
 
     def update(updates: Updates, state: Any, params: Any = None, **extra: Any) -> tuple[Updates, StableAdamState]:
         del extra

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip import bounds, checks, groups, layouts, leaves, mesh, norms, scaling, sums, thresholds
+from optaxclip import bounds, checks, groups, layouts, mesh, norms, scaling, sums, thresholds
 from optaxclip.bounds import Bound
 from optaxclip.core import State, Updates, clip_by, drop_missing, fill_missing, parameters, upper_end
 from optaxclip.matrices import capping, stacks
@@ -76,6 +76,7 @@ def clip_by_spectral_norm(
 
       Notebook: `notebooks/which_clipper.ipynb`, all methods compared.
     """
+    checks.static_together(stacked=stacked, record=record)
     checks.bound("max_norm", max_norm)
     norm = norms.spectral_norm(units=units, stacked=stacked)
     return clip_by(norm, thresholds.constant(max_norm), axes=axes, record=record)
@@ -155,9 +156,11 @@ def clip_singular_values(
 
       Notebook: `notebooks/which_clipper.ipynb`, all methods compared.
     """
+    checks.static_together(soft=soft, stacked=stacked)
     checks.bound("max_value", max_value)
-    checks.static("soft", soft, lambda value: isinstance(value, bool), "True or False")
+    checks.flag("soft", soft)
     checks.one_of("units", units, stacks.UNITS)
+    checks.axes(axes)
     vectors = norms.leaf_norm(stacked=stacked)
 
     def init(params: Any) -> State:
@@ -169,13 +172,13 @@ def clip_singular_values(
         params = parameters(params, updates)
         filled = fill_missing(updates, params)
         flat, treedef = jax.tree.flatten(filled)
-        splits, layers = mesh.split_of(filled, params, axes), leaves.values("stacked", stacked, filled)
+        splits, layers = mesh.split_of(filled, params, axes), stacks.layers(stacked, filled)
         matrices = stacks.of_leaves(flat, layers, splits, units)
         # Vectors have norms, and matrices for the moment only as many zeros as there are of them.
         others = treedef.unflatten(stacks.others(flat, matrices))
         sizes = treedef.flatten_up_to(vectors.measure(others, params, splits))
         for i, stack in matrices.items():
-            sizes[i] = jnp.zeros(jnp.shape(flat[i])[: layers[i] or 0], sums.accumulator(stack.dtype))
+            sizes[i] = jnp.zeros(jnp.shape(flat[i])[: layers[i]], sums.accumulator(stack.dtype))
         sizes = treedef.unflatten(sizes)
         (cap,), state = bounds.resolve([max_value], state, sizes)
         caps = groups.over_groups(upper_end, sizes, cap)

@@ -42,7 +42,8 @@ def spam_clip(
       decay: :math:`\beta`, of the average of what was let through, in [0, 1); 0.999 in the paper.
       idle_steps: so many steps at the start nothing is clipped, and the average fills; the paper clips from step 20 on.
       period: every so many steps the average restarts, and the idle steps with it; 500 in the paper. None never does.
-      state_dtype: of the average; None is that of each parameter. In 16 bits an average of this decay hardly moves.
+      state_dtype: of the average, a real float dtype of at least 16 bits; None is that of each parameter. In 16 bits
+        an average of this decay hardly moves.
 
     Returns:
       An optax transformation. Its state is one number per coordinate, and a step count.
@@ -87,14 +88,15 @@ def spam_clip(
 
       Notebook: `notebooks/which_clipper.ipynb`, all methods compared.
     """
+    checks.static_together(idle_steps=idle_steps, period=period, state_dtype=state_dtype)
     checks.number("threshold", threshold)
     checks.number("decay", decay, below=1.0)
-    checks.whole("idle_steps", idle_steps, at_least=0)
-    if period is not None:
-        checks.whole("period", period)
+    idle_steps = checks.whole("idle_steps", idle_steps, at_least=0)
+    period = checks.whole_or_none("period", period)
+    dtype = checks.state_dtype(state_dtype)
 
     def init(params: Any) -> SpamState:
-        return SpamState(jnp.zeros((), jnp.int32), sizes_like(parameters(params), state_dtype))
+        return SpamState(jnp.zeros((), jnp.int32), sizes_like(parameters(params), dtype))
 
     def update(updates: Updates, state: Any, params: Any = None, **extra: Any) -> tuple[Updates, SpamState]:
         del params, extra

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from optaxclip import checks
 from optaxclip.stats import clip_stats
 
 COLUMNS = ("norm", "clip_norm", "grad_norm", "global_norm")
@@ -22,8 +23,8 @@ def checked(norms: Any) -> np.ndarray:
     """
     try:
         history = np.asarray(norms)
-    except ValueError:
-        history = np.empty((), object)  # a tree of arrays, refused below
+    except (TypeError, ValueError):
+        history = np.empty((), object)  # a tree of arrays or a key, refused below
     if history.ndim != 1 or not (history.dtype.kind in "fiu" or history.dtype.name == "bfloat16"):
         raise ValueError(
             f"norms must be a vector of real numbers, got shape {history.shape} of {history.dtype}; "
@@ -67,6 +68,9 @@ def read_csv(path: Path | str, *, clipper: str | None = None) -> np.ndarray:
     See also:
       `from_state`, for a history that a clipper has recorded; `advise`, `summary` and `plot`.
     """
+    checks.path("path", path)
+    if clipper is not None:
+        checks.text("clipper", clipper)
     name = repr(str(path))  # quoted, so that no name can break the message's line
     try:
         text = Path(path).read_text(encoding="utf-8-sig")  # as utf-8, but for a mark at the start that is no character
@@ -202,6 +206,8 @@ def from_state(opt_state: Any, *, place: str = "", group: str = "") -> np.ndarra
 
       Notebook: `notebooks/choosing_a_threshold.ipynb`, how to choose a bound.
     """
+    checks.text("place", place)
+    checks.text("group", group)
     found = clip_stats(opt_state, per_group=True, history=True)
     records = {name.removesuffix(RECORD).removesuffix("/"): each for name, each in found.items() if _is_record(name)}
     if not records:

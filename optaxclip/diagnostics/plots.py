@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from optaxclip import checks
 from optaxclip.diagnostics.histories import ordinary, ordinary_norms
 from optaxclip.diagnostics.summaries import Summary, summary
 
@@ -38,7 +39,8 @@ def plot(norms: Any, file: Path | str, bound: float | None = None) -> None:
 
     Raises:
       ImportError: if matplotlib is missing; it comes with the extra `demo`.
-      ValueError: if `norms` is no vector of real numbers, or a norm is negative, or none is finite and positive.
+      ValueError: if `norms` is no vector of real numbers, a norm is negative, or none is finite and positive; if
+        `file` is no path, or `bound` no number of at least 0.
 
     Example:
       >>> import pathlib, tempfile
@@ -54,9 +56,12 @@ def plot(norms: Any, file: Path | str, bound: float | None = None) -> None:
 
       Notebook: `notebooks/choosing_a_threshold.ipynb`, how to choose a bound.
     """
+    checks.path("file", file)
+    if bound is not None:
+        bound = float(checks.number("bound", bound))
     found = summary(norms)
     if not len(ordinary_norms(found.norms)):
-        raise ValueError("there is no finite, positive norm to draw")
+        raise ValueError("norms has no finite, positive norm to draw")
     require_matplotlib()
     # Not pyplot, which looks for a screen and keeps every figure: a plain Figure draws PNGs with Agg.
     import matplotlib as mpl  # noqa: PLC0415

@@ -8,13 +8,35 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optaxclip import layouts, mesh, sums
+from optaxclip import checks, layouts, leaves, mesh, sums
 
 UNITS = ("io", "oi")
 
 
+def is_axis_count(value: Any) -> bool:
+    """Whether `stacked` may be this for a leaf."""
+    return checks.is_whole(value) and value >= 0
+
+
+def layers(stacked: Any, tree: Any) -> list[int]:
+    """How many axes of each leaf index layers, from a function or a prefix pytree; None is 0.
+
+    Raises:
+      ValueError: if that is no whole number, or a leaf with floats has fewer axes.
+    """
+    found = [0 if axes is None else axes for axes in leaves.values("stacked", stacked, tree)]
+    for path, leaf, axes in zip(leaves.paths(tree), jax.tree.leaves(tree), found, strict=True):
+        if not is_axis_count(axes):
+            raise ValueError(f"stacked must be a whole number of at least 0, got {axes!r} for {path!r}")
+        if sums.is_counted(leaf) and axes > jnp.ndim(leaf):
+            raise ValueError(
+                f"stacked must be from 0 to the rank of the leaf, got {axes} for {path!r} of shape {jnp.shape(leaf)}"
+            )
+    return found
+
+
 def of_leaves(
-    flat: Sequence[Any], layers: Sequence[int | None], split: Sequence[mesh.Split], units: str
+    flat: Sequence[Any], layers: Sequence[int], split: Sequence[mesh.Split], units: str
 ) -> dict[int, jax.Array]:
     """The leaves that are matrices, by their place: those of floats with two dimensions or more behind `layers`.
 
@@ -25,9 +47,9 @@ def of_leaves(
       ValueError: if a matrix is split over the devices of a `shard_map`.
     """
     return {
-        i: _as_stack(jnp.asarray(leaf), stacked or 0, at, units)
+        i: _as_stack(jnp.asarray(leaf), stacked, at, units)
         for i, (leaf, stacked, at) in enumerate(zip(flat, layers, split, strict=True))
-        if sums.is_counted(leaf) and jnp.ndim(leaf) - (stacked or 0) >= 2
+        if sums.is_counted(leaf) and jnp.ndim(leaf) - stacked >= 2
     }
 
 

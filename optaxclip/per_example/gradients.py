@@ -144,9 +144,10 @@ def clipped_value_and_grad(
         raise ValueError(f"fun must be a function, got {fun!r}")
     checks.transformation("tx", tx)
     where = problems.places(argnums, batch_argnums)
+    checks.flag("has_aux", has_aux)
+    checks.flag("return_norms", return_norms)
     checks.one_of("reduce", reduce, ("mean", "sum"))
-    if microbatch_size is not None:
-        checks.whole("microbatch_size", microbatch_size)
+    microbatch_size = checks.whole_or_none("microbatch_size", microbatch_size)
 
     def value_and_grad(*args: Any, **kwargs: Any) -> Any:
         problem, params, batch = problems.of_call(fun, tx, where, has_aux, return_norms, args, kwargs)

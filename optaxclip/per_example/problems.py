@@ -87,9 +87,7 @@ def _numbers(name: str, value: Any) -> tuple[int, ...]:
     numbers = tuple(value) if isinstance(value, tuple | list) else (value,)
     if not numbers:
         raise ValueError(f"{name} must name an argument, got {value!r}")
-    for number in numbers:
-        checks.whole(name, number, at_least=0)
-    return tuple(int(number) for number in numbers)
+    return tuple(checks.whole(name, number, at_least=0) for number in numbers)
 
 
 def of_call(

@@ -115,7 +115,7 @@ def per_example_layer_norm_clip(grads: Grads, global_l2_norm_clip: Any, uniform:
       Notebook: `notebooks/outliers_and_privacy.ipynb`, by `per_example.clipped_value_and_grad`.
     """
     checks.number("global_l2_norm_clip", global_l2_norm_clip)
-    checks.static("uniform", uniform, lambda value: isinstance(value, bool), "True or False")
+    checks.flag("uniform", uniform)
     flat, treedef = _examples(grads)
     sizes = [math.prod(leaf.shape[1:]) for leaf in flat]
     shares = [1 / len(flat) if uniform else size / max(sum(sizes), 1) for size in sizes]

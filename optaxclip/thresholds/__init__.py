@@ -19,10 +19,10 @@ threshold                   a norm may be at most                               
 ==========================  ===================================================================  =====================
 
 Bounds of the fixed ones may be numbers, arrays (traced, injected by `optax.inject_hyperparams`), optax schedules, or
-prefix pytrees of these where the norm has one entry per leaf or group. The arguments of those that follow the history
-of norms are numbers or scalar arrays; each group has a history of its own. A norm that is 0, infinite or NaN is not
-taken in and counts for no warm-up: the statistics of its group stay what they are. Inside `optax.MultiSteps` a history
-advances once per real step; before it in a chain, once per micro-step.
+prefix pytrees of these where the norm has one entry per leaf or group; None in one bounds nothing.
+The arguments of those that follow the history of norms are numbers or scalar arrays; each group has a history of its
+own. A norm that is 0, infinite or NaN is not taken in and counts for no warm-up: the statistics of its group stay what
+they are. Inside `optax.MultiSteps` a history advances once per real step; before it in a chain, once per micro-step.
 """
 
 from optaxclip.thresholds.averages import average, ema_band, ema_ratio, growth, tracked_quantile

@@ -65,9 +65,10 @@ def ema_ratio(
     See also:
       `adagc`; `ema_band`, with a lower end; `average`.
     """
+    checks.static_together(warmup_steps=warmup_steps)
     checks.number("ratio", ratio)
     checks.number("decay", decay, below=1.0)
-    checks.whole("warmup_steps", warmup_steps, at_least=0)
+    warmup_steps = checks.whole("warmup_steps", warmup_steps, at_least=0)
     if warmup_max_norm is not None:
         checks.number("warmup_max_norm", warmup_max_norm)
     least = 1e-8  # of average and norm, in the published code

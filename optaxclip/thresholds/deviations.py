@@ -75,10 +75,11 @@ def zscore(
     See also:
       `zclip`; `mean_std`, whose window forgets.
     """
+    checks.static_together(warmup_steps=warmup_steps, patience=patience)
     checks.number("z_threshold", z_threshold, positive=True)
     checks.number("decay", decay, below=1.0)
-    checks.whole("warmup_steps", warmup_steps)
-    checks.patience(patience)
+    warmup_steps = checks.whole("warmup_steps", warmup_steps)
+    patience = checks.whole_or_none("patience", patience)
     checks.one_of("option", option, _OPTIONS)
 
     def init(dtype: Any) -> ZScoreState:
@@ -159,7 +160,7 @@ def normalised(b1: Any = 0.7, b2: Any = 0.9, *, eps: Any = 1e-8) -> Threshold:
     """
     checks.number("b1", b1, below=1.0)
     checks.number("b2", b2, below=1.0)
-    checks.number("eps", eps)
+    eps = checks.number("eps", eps)
 
     def limit(norm: jax.Array, state: MomentsState) -> tuple[Any, MomentsState]:
         seen = jnp.asarray(optax.safe_increment(state.norms_seen))

@@ -77,15 +77,19 @@ def mean_std(
     See also:
       `clip_by_history`; `skip_spikes`, for which it is made; `zscore`, without a window.
     """
+    checks.static_together(
+        window=window, min_count=min_count, ddof=ddof, include_current=include_current, patience=patience
+    )
     checks.number("num_std", num_std)
-    checks.whole("window", window)
-    checks.whole("min_count", min_count)
+    window = checks.whole("window", window)
+    min_count = checks.whole("min_count", min_count)
     if min_count > window:
         raise ValueError(f"min_count must be at most window, got min_count={min_count} and window={window}")
-    if ddof not in (0, 1):
+    if not (checks.is_whole(ddof) and ddof in (0, 1)):
         raise ValueError(f"ddof must be 0 or 1, got {ddof!r}")
+    checks.flag("include_current", include_current)
     checks.one_of("take_in", take_in, ("clipped", "raw"))
-    checks.patience(patience)
+    patience = checks.whole_or_none("patience", patience)
 
     def limit(norm: jax.Array, state: WindowState) -> tuple[Any, WindowState]:
         ring, seen, spikes = state
@@ -163,7 +167,8 @@ def quantile(q: Any, *, window: int | None = None) -> Threshold:
     See also:
       `autoclip`; `order_statistic`, without interpolation; `tracked_quantile`, with hardly any state.
     """
-    checks.number("q", q, at_most=1.0)
+    checks.static_together(window=window)
+    q = checks.number("q", q, at_most=1.0)
     if window is None:
         return quantile_of_all(q)
 
@@ -180,7 +185,7 @@ def order_statistic(percentile: Any = 5.0, *, window: int = 100) -> Threshold:
     `floor(percentile * window / 100)` is taken, or the last.
 
     Args:
-      percentile: in [0, 100]; 100 bounds nothing.
+      percentile: in [0, 100]; 100 bounds nothing. A number between 0 and 1 warns: it may be meant as a fraction.
       window: how many norms.
 
     Returns:
@@ -205,7 +210,8 @@ def order_statistic(percentile: Any = 5.0, *, window: int = 100) -> Threshold:
     See also:
       `percentile_clip`; `quantile`, which interpolates.
     """
-    checks.number("percentile", percentile, at_most=100.0)
+    checks.static_together(window=window)
+    percentile = checks.percentile("percentile", percentile)
 
     def entry(ordered: jax.Array, number: jax.Array) -> jax.Array:
         del number
@@ -219,7 +225,7 @@ def _of_sorted_window(
     window: int, bound_of: Callable[[jax.Array, jax.Array], jax.Array], *, prefilled: bool
 ) -> Threshold:
     """A bound calculated from the last norms in ascending order and their number."""
-    checks.whole("window", window)
+    window = checks.whole("window", window)
 
     def init(dtype: Any) -> SortedWindowState:
         return SortedWindowState(

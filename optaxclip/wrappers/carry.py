@@ -32,7 +32,8 @@ def with_carry(
 
     Args:
       inner: the clipper, or a chain of clippers. No optimizer: what that changes would be carried, too.
-      state_dtype: of the carry; None is that of each parameter. In 16 bits the carry is rounded at every step.
+      state_dtype: of the carry, a real float dtype of at least 16 bits; None is that of each parameter. In 16 bits
+        the carry is rounded at every step.
 
     Returns:
       An optax transformation. Its state is one number per coordinate and the inner one.
@@ -57,7 +58,8 @@ def with_carry(
       and for plain gradient descent.
 
     Raises:
-      ValueError: if `inner` is no transformation; at update, if a gradient inside `shard_map` has not been reduced yet.
+      ValueError: if `inner` is no transformation, or `state_dtype` no such dtype; at update, if a gradient inside
+        `shard_map` has not been reduced yet.
 
     Example:
       >>> import jax.numpy as jnp
@@ -83,11 +85,13 @@ def with_carry(
 
       Notebook: `notebooks/bias.ipynb`, the bias of clipping and its cure.
     """
+    checks.static_together(state_dtype=state_dtype)
     checks.transformation("inner", inner)
+    dtype = checks.state_dtype(state_dtype)
     wrapped = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> CarryState:
-        return CarryState(zeros_like(parameters(params), state_dtype), wrapped.init(params))
+        return CarryState(zeros_like(parameters(params), dtype), wrapped.init(params))
 
     def update(updates: Updates, state: Any, params: Any = None, **extra_args: Any) -> tuple[Updates, CarryState]:
         state = states.of_kind(CarryState, state, "with_carry")

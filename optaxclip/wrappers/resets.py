@@ -80,9 +80,10 @@ def reset_state_every(
 
       Notebook: `notebooks/which_clipper.ipynb`, all methods compared.
     """
+    checks.static_together(period=period, warmup_steps=warmup_steps)
     checks.transformation("inner", inner)
-    checks.whole("period", period)
-    checks.whole("warmup_steps", warmup_steps, at_least=0)
+    period = checks.whole("period", period)
+    warmup_steps = checks.whole("warmup_steps", warmup_steps, at_least=0)
     wrapped = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> ResetState:

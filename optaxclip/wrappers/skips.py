@@ -61,7 +61,7 @@ def skip_nonfinite(
       `chain(clip_by_leaf_norm(jnp.inf, record=100), skip_nonfinite(...))`.
 
     Raises:
-      ValueError: if `inner` is no transformation.
+      ValueError: if `inner` is no transformation, or `axes` names none.
 
     Example:
       >>> import jax.numpy as jnp
@@ -171,12 +171,14 @@ def skip_spikes(
 
       Notebook: `notebooks/which_clipper.ipynb`, all methods compared.
     """
+    checks.static_together(max_consecutive=max_consecutive)
     checks.transformation("inner", inner)
     checks.instance("threshold", threshold, Threshold, "thresholds.mean_std(6.0)")
     checks.instance("norm", norm, Norm, "norms.global_norm()")
     if loss_threshold is not None:
         checks.instance("loss_threshold", loss_threshold, Threshold, "thresholds.mean_std(6.0)")
-    checks.whole("max_consecutive", max_consecutive, at_least=0)
+    max_consecutive = checks.whole("max_consecutive", max_consecutive, at_least=0)
+    checks.axes(axes)
     wrapped = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> SkipState:
