@@ -4,7 +4,6 @@ Only concrete numbers are compared with their range. The values of arrays and of
 `optax.inject_hyperparams` can hand in traced ones; what their types tell is looked at.
 """
 
-import inspect
 import math
 import os
 import warnings
@@ -15,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
+
+from optaxclip import callers
 
 _INT32_MAX = np.iinfo(np.int32).max
 
@@ -133,18 +134,9 @@ def percentile(name: str, value: Any) -> Any:
             f"{name} is in [0, 100], and {name}={value!r} means {float(value):g} % of the norms; for the quantile "
             f"{float(value):g} pass {name}={100 * float(value):g}",
             UserWarning,
-            stacklevel=_steps_to_the_caller(),
+            stacklevel=callers.steps_up(),
         )
     return checked
-
-
-def _steps_to_the_caller() -> int:
-    """The `stacklevel`, for a warning of the function that calls this, of the first line outside of this package."""
-    package = __name__.partition(".")[0]
-    frame, steps = inspect.currentframe(), 0
-    while frame and str(frame.f_globals.get("__name__")).partition(".")[0] == package:
-        frame, steps = frame.f_back, steps + 1
-    return steps
 
 
 def ordered(low_name: str, low: Any, high_name: str, high: Any) -> None:

@@ -24,20 +24,16 @@ Axes along which devices hold different examples, each with a gradient of its ow
 
 import contextlib
 import contextvars
-import functools
-import inspect
 import math
-import os
 import warnings
 from collections.abc import Generator, Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import PartitionSpec
 
-from optaxclip import layouts, leaves
+from optaxclip import callers, layouts, leaves
 
 Axes: TypeAlias = Any  # "auto" | None | str | tuple[str, ...] | prefix pytree of PartitionSpec
 
@@ -180,7 +176,7 @@ def _warn_of_the_unseen(tracked: "_Tracked") -> None:
             "Where arrays are split pass axes=, a PartitionSpec for all leaves or a pytree of them (P() for a leaf "
             "that is whole on every device); where all are whole, or each device has a model of its own, "
             "pass axes=None",
-            stacklevel=_steps_up_to_the_caller(),
+            stacklevel=callers.steps_up(),
         )
 
 
@@ -193,7 +189,7 @@ def _warn_of_whole_leaves(axes: Axes, names: tuple[str, ...], flat: list[Any], t
             f"axes={axes!r} takes every leaf to be split over these mesh axes, and in pmap, and in shard_map with "
             "check_vma=False, jax does not track whether it is: a leaf that is whole on every device is counted once "
             "per device. Pass PartitionSpecs instead, P() for such a leaf: axes={'kernel': P('data'), 'bias': P()}",
-            stacklevel=_steps_up_to_the_caller(),
+            stacklevel=callers.steps_up(),
         )
 
 
@@ -203,22 +199,6 @@ def _untracked(tracked: "_Tracked") -> tuple[str, ...]:
     A named axis of `vmap` is none of them, and one norm for each of its entries is what people want of it.
     """
     return tuple(name for name in jax.sharding.get_abstract_mesh().manual_axes if tracked(name) is False)
-
-
-# What calls us in the name of somebody else. A warning is shown once for each line of theirs.
-_BETWEEN = (
-    *(os.path.dirname(str(module.__file__)) + os.sep for module in (jax, optax)),
-    os.path.dirname(__file__) + os.sep,
-    *(str(module.__file__) for module in (contextlib, functools)),
-)
-
-
-def _steps_up_to_the_caller() -> int:
-    """The `stacklevel`, for a warning of the function that calls this, of the first function that is not `_BETWEEN`."""
-    frame, steps = inspect.currentframe(), 0
-    while frame and frame.f_code.co_filename.startswith(_BETWEEN):
-        frame, steps = frame.f_back, steps + 1
-    return max(steps, 1)
 
 
 def _refuse_unknown(name: str) -> None:
