@@ -4,6 +4,7 @@ A threshold with a schedule among its bounds counts its steps in a `bounds.Sched
 `optax.EmptyState`.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -229,7 +230,7 @@ def chain(*thresholds: Threshold) -> Threshold:
 
     def limit(norms: Norms, state: State, param_norms: ParamNorms, **extra_args: Any) -> tuple[Band, State]:
         stateless = not jax.tree.leaves(state)
-        lower, upper = 0.0, jnp.inf
+        lower, upper = 0.0, math.inf
         states: list[State] = []
         for threshold, before in zip(thresholds, [state] * len(thresholds) if stateless else state, strict=True):
             (low, high), after = threshold.limit(norms, before, param_norms, **extra_args)
@@ -258,9 +259,11 @@ def _from_bounds(band: Callable[..., Band], *given: bounds.Bound) -> Threshold:
 
 def _harmonic(norm: jax.Array, high: Any) -> jax.Array:
     """n c / (n + c), without the product and the sum that could overflow."""
-    high = jnp.maximum(bounds.as_array(high, norm.dtype), jnp.zeros_like(norm))
+    bound = bounds.as_array(high, norm.dtype)
+    high = jnp.maximum(_finite(bound), jnp.zeros_like(norm))
     small, large = jnp.minimum(norm, high), jnp.maximum(norm, high)
-    return small / (1 + sums.quotient(small, jnp.where(large > 0, large, jnp.ones_like(large))))
+    halved = small / (1 + sums.quotient(small, jnp.where(large > 0, large, jnp.ones_like(large))))
+    return jnp.where(bound == jnp.inf, norm, halved)
 
 
 # In both, NaN bounds nothing, so the other end holds.
@@ -269,4 +272,9 @@ def _larger(norm: jax.Array, one: Any, other: Any) -> jax.Array:
 
 
 def _smaller(norm: jax.Array, one: Any, other: Any) -> jax.Array:
-    return jnp.fmin(bounds.as_array(one, norm.dtype), bounds.as_array(other, norm.dtype))
+    return jnp.fmin(_finite(bounds.as_array(one, norm.dtype)), bounds.as_array(other, norm.dtype))
+
+
+def _finite(bound: Any) -> Any:
+    """A bound, with the largest float for inf."""
+    return jnp.minimum(bound, jnp.finfo(bound.dtype).max)
