@@ -98,7 +98,10 @@ def test_they_are_those_of_float64(row):
     with jax.enable_x64(True):
         right = jacobians(row, jnp.float64)[1]
     for name, ours, theirs in zip(POINTS, float32_jacobians(row)[1], right, strict=True):
-        if np.abs(theirs).max() > 1e38:
-            continue
+        sizes = np.abs(POINTS[name])
+        if np.abs(theirs).max() > 1e38 or np.any((sizes > 0) & (sizes < 1e-37)):
+            continue  # no float32, or a state that is none
+        if name.startswith("the same"):
+            continue  # the kink of `max(1, excess)`
         room = 1e-3 * np.abs(theirs).max() + 1e-35
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=room, err_msg=name)
