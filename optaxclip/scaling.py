@@ -133,8 +133,10 @@ def _scaled_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     root, least = 2.0 ** (exponent // 2), goal * 2.0**-exponent
     second = jnp.where(first == 1, second, jnp.minimum(second, root))
     per_norm = sums.quotient(scaled, jnp.maximum(norm, least))
+    # Of the factor, too, only this function knows the derivative, and not where it is called with a tangent.
+    factor = _scaled(jnp.ones_like(norm), jnp.minimum(first, root), second, norm, goal)
     return scaled, (
-        _scaled(dx, jnp.minimum(first, root), second, norm, goal)
+        dx * factor.astype(x.dtype)
         + sums.quotient(x, norm) * d_goal.astype(x.dtype)
         - per_norm * d_norm.astype(x.dtype)
     )
