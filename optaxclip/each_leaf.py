@@ -62,15 +62,3 @@ def sizes_like(params: Any, dtype: Any) -> Any:
         return jnp.asarray(jnp.real(leaf), dtype) if jnp.iscomplexobj(leaf) else leaf
 
     return jax.tree.map(real, zeros_like(params, dtype))
-
-
-def power_mean(one: jax.Array, other: jax.Array, weight: Any, p: float) -> jax.Array:
-    """The root of `(1 - weight) one^p + weight other^p` for sizes, whose powers may lie outside the float range."""
-    if p == 1:
-        return one + weight * (other - one)
-    largest = jnp.maximum(one, other)
-    usable = (largest > 0) & jnp.isfinite(largest)
-    whole = jnp.where(usable, largest, jnp.ones_like(largest))
-    total = (1 - weight) * (one / whole) ** p + weight * (other / whole) ** p
-    mean = sums.root(total) if p == 2 else jnp.where(total > 0, jnp.where(total > 0, total, 1) ** (1 / p), 0)
-    return jnp.where(usable, whole * mean, largest)

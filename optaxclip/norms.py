@@ -387,7 +387,9 @@ def relative_change(relative: Any, absolute: Any) -> Norm:
             norms,
             permitted,
         )
-        return _rescale_each(updates, jax.tree.structure(updates).flatten_up_to(scaling.factors(norms, reachable)))
+        # What is far below its limit may be scaled up beyond the largest float where parameters are large.
+        factors = jax.tree.structure(updates).flatten_up_to(scaling.factors(norms, reachable))
+        return _rescale_each(updates, factors, saturate=True)
 
     return Norm(measure, scale)
 

@@ -15,11 +15,23 @@ from optaxclip import sums
 
 
 class Factor(NamedTuple):
-    """What to do with a group: leave it bit for bit, or multiply by `first` and then by `second`."""
+    """What to do with a group: leave it bit for bit, or multiply by `first` and then by `second`.
+
+    Only `norm` and `goal` have derivatives: those of the factor, of which they are quotient, may be no floats.
+
+    Attributes:
+      keep: whether it is left.
+      first: 1, or the root of the factor.
+      second: the factor, or its root.
+      norm: the norm of the group; 1 where it is left.
+      goal: what that is to become.
+    """
 
     keep: jax.Array
     first: jax.Array
     second: jax.Array
+    norm: jax.Array
+    goal: jax.Array
 
 
 def factors(norms: Any, permitted: Any) -> Any:
@@ -57,25 +69,30 @@ def _keep_all(norms: list[jax.Array], permitted: list[jax.Array]) -> list[Factor
 
 
 def _scale_some(norms: list[jax.Array], permitted: list[jax.Array]) -> list[Factor]:
-    return list(map(_scale, norms, permitted))
+    return list(map(factor_of, norms, permitted))
 
 
 @jax.jit  # traced once for all leaves, as is the next
 def _keep(norm: jax.Array, permitted: jax.Array) -> Factor:
     one = jnp.where(norm == permitted, jnp.ones_like(norm), jnp.ones_like(norm))  # of the same variation over mesh axes
-    return Factor(one > 0, one, one)
+    return Factor(one > 0, one, one, one, one)
 
 
 @jax.jit
-def _scale(norm: jax.Array, permitted: jax.Array) -> Factor:
+def factor_of(norm: jax.Array, permitted: jax.Array) -> Factor:
+    """As `factors`, for one array of norms and without a branch: for what XLA may fuse into a loop over coordinates."""
     keep = is_kept(norm, permitted)
     # Where a group is kept the factor is not used, but its derivative is multiplied by 0 and must be finite.
     one = jnp.ones_like(norm)
     norm, permitted = jnp.where(keep, one, norm), jnp.where(keep, one, permitted)
-    whole = sums.quotient(permitted, norm)
-    extreme = ((whole < 2.0**-100) & (permitted > 0)) | (whole > 2.0**100)
-    root = sums.quotient(jnp.sqrt(jnp.where(extreme, permitted, one)), jnp.sqrt(jnp.where(extreme, norm, one)))
-    return Factor(keep, jnp.where(extreme, root, one), jnp.where(extreme, root, whole))
+    # Rounded, a coordinate that is nearly the whole norm could come to lie beyond the largest float.
+    highest = jnp.maximum(norm, (1 - 2.0**-17) * jnp.finfo(norm.dtype).max)
+    given = jax.lax.stop_gradient((norm, jnp.minimum(permitted, highest)))
+    # Of what is no quotient of floats there is the quotient of roots, which is one.
+    root = sums.quotient(jnp.sqrt(given[1]), jnp.sqrt(given[0]))
+    extreme = ((root < 2.0**-50) & (permitted > 0)) | (root > 2.0**50)
+    whole = sums.quotient(jnp.where(extreme, one, given[1]), jnp.where(extreme, one, given[0]))
+    return Factor(keep, jnp.where(extreme, root, one), jnp.where(extreme, root, whole), norm, permitted)
 
 
 # At module level and jitted, so that eager calls do not compile anew.
@@ -89,14 +106,40 @@ def rescale(leaf: jax.Array, factor: Factor, saturate: bool = False) -> jax.Arra
       saturate: whether a coordinate may come to lie beyond the permitted norm, and so beyond the largest float.
     """
     leaf = jnp.asarray(leaf)
-    if leaf.dtype != sums.wide(leaf.dtype):
+    # Beside a float64 leaf a factor may be no float32.
+    dtype = jnp.promote_types(sums.wide(leaf.dtype), factor.norm.dtype)
+    if leaf.dtype != dtype:
         # Otherwise XLA converts it once for the norm and for here, and writes the wide array to memory.
         leaf = jax.lax.optimization_barrier(leaf)
-    wide = leaf.astype(sums.wide(leaf.dtype))
-    scaled = wide * factor.first.astype(wide.dtype) * factor.second.astype(wide.dtype)
-    if saturate or wide.dtype != leaf.dtype:  # rounded, a number may pass the largest of a narrower dtype
+    scaled = _scaled(leaf.astype(dtype), factor.first, factor.second, factor.norm, factor.goal)
+    if saturate or dtype != leaf.dtype:  # rounded, a number may pass the largest of a narrower dtype
         scaled = saturated(scaled, float(jnp.finfo(leaf.dtype).max))
     return jnp.where(factor.keep, leaf, scaled.astype(leaf.dtype))
+
+
+@jax.custom_jvp
+def _scaled(x: jax.Array, first: jax.Array, second: jax.Array, norm: jax.Array, goal: jax.Array) -> jax.Array:
+    """x times goal / norm, which is `first * second`."""
+    del norm, goal
+    return x * first.astype(x.dtype) * second.astype(x.dtype)
+
+
+@_scaled.defjvp
+def _scaled_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    (x, first, second, norm, goal), (dx, _, _, d_norm, d_goal) = primals, tangents
+    scaled = _scaled(x, first, second, norm, goal)
+    # A slope beyond the range of floats, as where 1e-38 is brought to 1e3, saturates: 0 times it must be 0.
+    exponent = int(jnp.finfo(norm.dtype).maxexp) - 2
+    root, least = 2.0 ** (exponent // 2), goal * 2.0**-exponent
+    second = jnp.where(first == 1, second, jnp.minimum(second, root))
+    per_norm = sums.quotient(scaled, jnp.maximum(norm, least))
+    # Of the factor, too, only this function knows the derivative, and not where it is called with a tangent.
+    factor = _scaled(jnp.ones_like(norm), jnp.minimum(first, root), second, norm, goal)
+    return scaled, (
+        dx * factor.astype(x.dtype)
+        + sums.quotient(x, norm) * d_goal.astype(x.dtype)
+        - per_norm * d_norm.astype(x.dtype)
+    )
 
 
 def saturated(x: jax.Array, largest: float) -> jax.Array:

@@ -236,6 +236,8 @@ def quotient(x: jax.Array, whole: jax.Array) -> jax.Array:
     XLA turns a division by a broadcast number into a multiplication by its reciprocal, and that is subnormal, so 0,
     from 8e37 on. And the derivative of a plain division squares the denominator, which underflows below 1e-19.
     """
+    if jnp.iscomplexobj(x):
+        return jax.lax.complex(quotient(jnp.real(x), whole), quotient(jnp.imag(x), whole))
     if x.shape == whole.shape:  # nothing is broadcast
         return x / whole
     shift = jnp.where(whole > 2.0**100, jnp.full_like(whole, 2.0**-4), jnp.ones_like(whole))
@@ -246,7 +248,7 @@ def quotient(x: jax.Array, whole: jax.Array) -> jax.Array:
 def _quotient_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     (x, whole), (dx, d_whole) = primals, tangents
     share = quotient(x, whole)
-    return share, quotient(dx, whole) - share * quotient(d_whole, whole)
+    return share, quotient(dx, whole) - share * quotient(d_whole, whole).astype(share.dtype)
 
 
 def _slope(x: jax.Array, norm: jax.Array, dims: tuple[int, ...], axes: tuple[str, ...], ord: float) -> jax.Array:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip import bounds, checks, mesh, norms, states, sums, thresholds
+from optaxclip import averages, bounds, checks, mesh, norms, states, sums, thresholds
 from optaxclip.bounds import Bound
 from optaxclip.core import Judged, Threshold, Updates, drop_missing, fill_missing, judge, parameters
 from optaxclip.each_leaf import each_leaf, zeros_like
@@ -204,8 +204,8 @@ def mixed_clip(
 
         def one(grad: Any, old: jax.Array) -> tuple[jax.Array, jax.Array]:
             wide = sums.wide(jnp.result_type(grad))
-            share = jnp.asarray(mix, sums.accumulator(wide))
-            mixed = share.astype(wide) * old.astype(wide) + (1 - share).astype(wide) * jnp.asarray(grad).astype(wide)
+            by = averages.shares(mix, sums.accumulator(wide))
+            mixed = averages.moved(old.astype(wide), jnp.asarray(grad).astype(wide), by)
             return mixed.astype(jnp.result_type(grad)), old
 
         mixed, _ = each_leaf(one, clipped, clipped_average)
@@ -227,11 +227,8 @@ def _average(updates: Updates, average: Updates, decay: Any) -> Updates:
 
     def one(leaf: Any, old: jax.Array) -> tuple[Any, jax.Array]:
         wide = jnp.result_type(sums.wide(jnp.result_type(leaf)), sums.wide(old.dtype))
-        # The weight is what rounding must spare: 1 - float32(0.999) is off by 1e-5. And old + weight (leaf - old) may
-        # overflow.
-        weight = jnp.asarray(1 - decay, sums.accumulator(wide)).astype(wide)
-        before = old.astype(wide)
-        return leaf, (before - weight * before + weight * jnp.asarray(leaf).astype(wide)).astype(old.dtype)
+        by = averages.shares(decay, sums.accumulator(wide))
+        return leaf, averages.moved(old.astype(wide), jnp.asarray(leaf).astype(wide), by).astype(old.dtype)
 
     return each_leaf(one, updates, average)[1]
 

@@ -32,7 +32,7 @@ def autoclip(
 
     Returns:
       An optax transformation. Its state is per group: without a window a histogram of 40 KiB, for at most 1,024 groups;
-      with one 8 bytes a norm of the window.
+      with one 4 bytes a norm of the window.
 
     Guarantees:
       The direction of each group is kept. With a window the percentile is exact; without, and after 64 steps, it is
@@ -100,7 +100,7 @@ def percentile_clip(
       record: of how many of the last steps the state keeps a record for `clip_stats`; see `clip_by`.
 
     Returns:
-      An optax transformation. Its state is 8 bytes per norm of the window and group.
+      An optax transformation. Its state is 4 bytes per norm of the window and group.
 
     Guarantees:
       The direction of each group is kept. Norms up to the bound are returned bit for bit.

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip import checks, mesh, states, sums
+from optaxclip import averages, checks, mesh, scaling, states, sums
 from optaxclip.core import Updates, drop_missing, fill_missing, parameters
-from optaxclip.each_leaf import each_leaf, power_mean, sizes_like, zeros_like
+from optaxclip.each_leaf import each_leaf, sizes_like, zeros_like
 
 
 class AcclipState(NamedTuple):
@@ -93,13 +93,11 @@ def scale_by_acclip(
         def one(leaf: Any, momentum: jax.Array, size: jax.Array) -> tuple[jax.Array, ...]:
             leaf = jnp.asarray(leaf)
             wide, real = sums.wide(leaf.dtype), sums.accumulator(leaf.dtype)
-            new = _moved(momentum.astype(wide), leaf.astype(wide), b1, real)
-            tau = power_mean(size.astype(real), sums.modulus(leaf), jnp.asarray(1 - b2, real), order)
+            new = averages.moved(momentum.astype(wide), leaf.astype(wide), averages.shares(b1, real))
+            tau = averages.power_mean(size.astype(real), sums.modulus(leaf), averages.shares(b2, real), order)
             is_good = jnp.isfinite(new) & jnp.isfinite(tau)
-            length = sums.modulus(new)
-            out = new * jnp.minimum(jnp.ones_like(tau), tau / jnp.maximum(length + eps, jnp.finfo(real).tiny)).astype(
-                wide
-            )
+            length = jnp.maximum(sums.modulus(new) + eps, jnp.finfo(real).tiny)
+            out = scaling.rescale(new, scaling.factor_of(length, jnp.minimum(tau, length)))
             return (
                 jnp.where(is_good, out.astype(leaf.dtype), leaf),
                 jnp.where(is_good, new.astype(momentum.dtype), momentum),
@@ -119,8 +117,8 @@ class StableAdamState(NamedTuple):
 
     Attributes:
       adam_step: int32 scalar, the number of updates.
-      adam_mean: like the parameters, the average of the gradients, not debiased.
-      adam_rms: like the parameters, the root of the average of their squares, not debiased.
+      adam_mean: like the parameters, the debiased average of the gradients.
+      adam_rms: like the parameters, the root of the debiased average of their squares.
     """
 
     adam_step: jax.Array
@@ -205,12 +203,11 @@ def scale_by_stable_adam(
         means, roots = (treedef.flatten_up_to(tree) for tree in (state.adam_mean, state.adam_rms))
         splits = mesh.split_of(filled, params, axes)
         counted = [i for i, leaf in enumerate(flat) if sums.is_counted(leaf)]
-        new = {i: _averages(jnp.asarray(flat[i]), means[i], roots[i], b1, b2) for i in counted}
-        hats = {i: _debiased(*new[i], b1, b2, step) for i in counted}
-        excess = _excess(flat, hats, splits, eps)
+        new = {i: _averages(jnp.asarray(flat[i]), means[i], roots[i], b1, b2, step) for i in counted}
+        excess = _excess(flat, new, splits, eps)
         for i in counted:
-            (mean, root), (mean_hat, root_hat), is_good = new[i], hats[i], jnp.isfinite(excess[i])
-            out = mean_hat / ((root_hat + eps) * jnp.maximum(excess[i], 1)).astype(mean_hat.dtype)
+            (mean, root), is_good = new[i], jnp.isfinite(excess[i])
+            out = sums.quotient(sums.quotient(mean, _or_tiny(root + eps)), jnp.maximum(excess[i], 1))
             flat[i] = jnp.where(is_good, out.astype(jnp.result_type(flat[i])), flat[i])
             means[i] = jnp.where(is_good, mean.astype(means[i].dtype), means[i])
             roots[i] = jnp.where(is_good, root.astype(roots[i].dtype), roots[i])
@@ -220,32 +217,28 @@ def scale_by_stable_adam(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _averages(leaf: jax.Array, mean: jax.Array, root: jax.Array, b1: Any, b2: Any) -> tuple[jax.Array, jax.Array]:
+def _averages(
+    leaf: jax.Array, mean: jax.Array, root: jax.Array, b1: Any, b2: Any, step: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Both moments one step on, the second as its root, in float32 or wider."""
     wide, real = sums.wide(leaf.dtype), sums.accumulator(leaf.dtype)
-    mean = _moved(mean.astype(wide), leaf.astype(wide), b1, real)
-    return mean, power_mean(root.astype(real), sums.modulus(leaf), jnp.asarray(1 - b2, real), 2)
+    return (
+        averages.moved(mean.astype(wide), leaf.astype(wide), averages.debiased(b1, step, real)),
+        averages.power_mean(root.astype(real), sums.modulus(leaf), averages.debiased(b2, step, real), 2),
+    )
 
 
-def _moved(mean: jax.Array, leaf: jax.Array, decay: Any, real: Any) -> jax.Array:
-    """The mean one step on. The weight is rounded once, and nothing overflows that the mean does not."""
-    weight = jnp.asarray(1 - decay, real).astype(mean.dtype)
-    return mean - weight * mean + weight * leaf
-
-
-def _debiased(mean: jax.Array, root: jax.Array, b1: Any, b2: Any, step: jax.Array) -> tuple[jax.Array, jax.Array]:
-    # 1 - float32(0.999) is off by 1e-5, and so is what follows from its powers; its logarithm from 0.001 is not.
-    weights = [jnp.asarray(1 - decay, root.dtype) for decay in (b1, b2)]
-    one, other = (-jnp.expm1(step.astype(root.dtype) * jnp.log1p(-weight)) for weight in weights)
-    return mean / one.astype(mean.dtype), root / jnp.sqrt(other)
-
-
-def _excess(flat: list[Any], hats: dict[int, Any], splits: list[mesh.Split], eps: Any) -> dict[int, jax.Array]:
+def _excess(flat: list[Any], moments: dict[int, Any], splits: list[mesh.Split], eps: Any) -> dict[int, jax.Array]:
     """The root mean square of each leaf's gradient, measured in its second moment. No share exceeds 1 / (1 - b2)."""
     shares = [
-        sums.modulus(flat[i]) / jnp.maximum(root, jnp.maximum(jnp.asarray(eps, root.dtype), jnp.finfo(root.dtype).tiny))
-        for i, (_, root) in hats.items()
+        sums.quotient(sums.modulus(flat[i]), _or_tiny(jnp.maximum(root, jnp.asarray(eps, root.dtype))))
+        for i, (_, root) in moments.items()
     ]
-    sizes = [mesh.whole_size(jnp.shape(flat[i]), splits[i].axes) for i in hats]
+    sizes = [mesh.whole_size(jnp.shape(flat[i]), splits[i].axes) for i in moments]
     local = [sums.root(jnp.sum(jnp.square(share)) / max(size, 1)) for share, size in zip(shares, sizes, strict=True)]
-    return dict(zip(hats, sums.across(local, [splits[i].axes for i in hats], 2), strict=True))
+    return dict(zip(moments, sums.across(local, [splits[i].axes for i in moments], 2), strict=True))
+
+
+def _or_tiny(x: jax.Array) -> jax.Array:
+    """x, or the smallest number that one can divide by."""
+    return jnp.maximum(x, jnp.finfo(x.dtype).tiny)

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip import checks, mesh, norms, scaling, states, sums, thresholds
+from optaxclip import averages, checks, mesh, norms, scaling, states, sums, thresholds
 from optaxclip.core import Updates, clip_by, drop_missing, fill_missing, parameters
-from optaxclip.each_leaf import each_leaf, power_mean, sizes_like
+from optaxclip.each_leaf import each_leaf, sizes_like
 from optaxclip.mesh import Axes
 
 
@@ -112,10 +112,10 @@ def spam_clip(
             leaf = jnp.asarray(leaf)
             size = sums.modulus(leaf)
             before = jnp.where(restarts, jnp.zeros_like(rms), rms).astype(size.dtype)
-            bound = jnp.sqrt(jnp.asarray(threshold, size.dtype)) * before
+            bound = sums.root(jnp.asarray(threshold, size.dtype)) * before
             spikes = (size > bound) & (before > 0) & ~is_idle
             kept = jnp.where(spikes, bound, size)
-            after = power_mean(before, kept, jnp.asarray(1 - decay, size.dtype), 2)
+            after = averages.power_mean(before, kept, averages.shares(decay, size.dtype), 2)
             after = jnp.where(jnp.isfinite(after), after, before)
             return _with_modulus(leaf, bound, spikes), after.astype(rms.dtype)
 

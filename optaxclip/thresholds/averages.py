@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optaxclip import checks, sums
+from optaxclip import averages, checks, sums
 from optaxclip.core import Threshold
-from optaxclip.thresholds.rules import Rule, debiasing, moved, no_steps, per_group
+from optaxclip.thresholds.rules import Rule, no_steps, per_group, unbounded
 
 
 class AverageState(NamedTuple):
@@ -77,20 +77,20 @@ def ema_ratio(
         average, seen = state
         first = seen == 0
         warm = first | (seen + 1 < warmup_steps)
-        factor = jnp.ones_like(norm)
+        together = jnp.full_like(norm, unbounded(norm))
         if warmup_max_norm is not None:
-            factor = jnp.minimum(sums.quotient(jnp.asarray(warmup_max_norm, norm.dtype), total + least), factor)
-        together = jnp.where(factor < 1, norm * factor, jnp.inf)
+            most = jnp.asarray(warmup_max_norm, norm.dtype)
+            together = jnp.where(most < total + least, most * sums.quotient(norm, total + least), together)
         upper = jnp.where(warm, together, jnp.asarray(ratio, norm.dtype) * jnp.maximum(average, least))
         after = jnp.minimum(norm, upper)
         smallest = jnp.where(first, after, jnp.minimum(average, after))
         new = AverageState(
-            jnp.where(warm, smallest, moved(average, after, jnp.asarray(1 - decay, norm.dtype))),
+            jnp.where(warm, smallest, averages.moved(average, after, averages.shares(decay, norm.dtype))),
             jnp.asarray(optax.safe_increment(seen)),
         )
         usable = jnp.isfinite(total)
         kept = jax.tree.map(lambda new, old: jnp.where(usable, new, old), new, state)
-        return (0.0, jnp.where(usable, upper, jnp.inf)), kept
+        return (0.0, jnp.where(usable, upper, unbounded(norm))), kept
 
     return per_group(Rule(_no_average, limit, lambda norms: (sums.norm_of_norms(norms, (), 2),)))
 
@@ -159,7 +159,8 @@ def ema_band(
         least, down, up = (
             None if value is None else jnp.asarray(value, norm.dtype) for value in (low, max_down, max_up)
         )
-        upper = jnp.where(average > 0, jnp.asarray(high, norm.dtype) * average, jnp.inf)  # an average of 0 is none
+        # An average of 0 is none.
+        upper = jnp.where(average > 0, jnp.asarray(high, norm.dtype) * average, unbounded(norm))
         lower = jnp.maximum(0 if least is None else least * average, jnp.asarray(min_norm, norm.dtype))
         is_large = norm > upper
         upper = upper if down is None else jnp.maximum(upper, down * norm)
@@ -167,7 +168,7 @@ def ema_band(
         # One end at a time: where they cross, the lower one may lie above the upper one.
         lower, upper = jnp.where(is_large, 0, lower), jnp.where(is_large | (lower <= upper), upper, lower)
         after = jnp.minimum(jnp.maximum(norm, lower), upper)
-        new = moved(average, after, jnp.asarray(1 - decay, norm.dtype))
+        new = averages.moved(average, after, averages.shares(decay, norm.dtype))
         return (lower, upper), AverageState(new, jnp.asarray(optax.safe_increment(seen)))
 
     def init(dtype: Any) -> AverageState:
@@ -181,7 +182,7 @@ class DebiasedState(NamedTuple):
     """State of `average`, per group.
 
     Attributes:
-      moving_norm: moving average of the norms, not debiased.
+      moving_norm: debiased moving average of the norms.
       norms_seen: int32, norms taken in.
     """
 
@@ -223,9 +224,8 @@ def average(decay: Any = 0.999) -> Threshold:
 
     def limit(norm: jax.Array, state: DebiasedState) -> tuple[Any, DebiasedState]:
         seen = jnp.asarray(optax.safe_increment(state.norms_seen))
-        moving = moved(state.moving_norm, norm, jnp.asarray(1 - decay, norm.dtype))
-        bound = jnp.where(seen == 1, norm, moving / debiasing(decay, seen, norm.dtype))
-        return (0.0, bound), DebiasedState(moving, seen)
+        bound = averages.moved(state.moving_norm, norm, averages.debiased(decay, seen, norm.dtype))
+        return (0.0, bound), DebiasedState(bound, seen)
 
     return per_group(Rule(lambda dtype: DebiasedState(jnp.zeros((), dtype), no_steps()), limit))
 
@@ -275,7 +275,7 @@ def growth(max_growth: Any = 1.01) -> Threshold:
     def limit(norm: jax.Array, state: GrowthState) -> tuple[Any, GrowthState]:
         bound = jnp.asarray(max_growth, norm.dtype) * (state.last_norm + 1e-8)
         # 0 stands for no norm yet, so that no bound may be 0.
-        bound = jnp.where(state.last_norm > 0, jnp.maximum(bound, jnp.finfo(norm.dtype).tiny), jnp.inf)
+        bound = jnp.where(state.last_norm > 0, jnp.maximum(bound, jnp.finfo(norm.dtype).tiny), unbounded(norm))
         return (0.0, bound), GrowthState(jnp.minimum(norm, bound))
 
     return per_group(Rule(lambda dtype: GrowthState(jnp.zeros((), dtype)), limit))
@@ -334,7 +334,7 @@ def tracked_quantile(q: Any = 0.5, *, learning_rate: Any = 0.2, initial: Any = 1
     def limit(norm: jax.Array, state: TrackedQuantileState) -> tuple[Any, TrackedQuantileState]:
         log_bound = state.tracked_log_norm
         dtype, info = log_bound.dtype, jnp.finfo(log_bound.dtype)
-        bound = jnp.exp(log_bound)
+        bound = jnp.minimum(jnp.exp(log_bound), info.max)  # rounded, the largest logarithm may be that of inf
         away = (norm <= bound).astype(dtype) - jnp.asarray(q, dtype)
         moved_on = log_bound - jnp.asarray(learning_rate, dtype) * away
         return (0.0, bound), TrackedQuantileState(jnp.clip(moved_on, jnp.log(info.tiny), jnp.log(info.max)))

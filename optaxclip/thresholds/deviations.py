@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip import checks, sums
+from optaxclip import averages, checks, sums
 from optaxclip.core import Threshold
-from optaxclip.thresholds.rules import Rule, debiasing, moved, no_steps, per_group, taken_in
+from optaxclip.thresholds.rules import Rule, no_steps, per_group, taken_in, unbounded
 
 _OPTIONS = ("reciprocal", "mean", "percentile")
 
@@ -89,26 +89,22 @@ def zscore(
         mean, std, seen, spikes = state
         most = jnp.asarray(z_threshold, norm.dtype)
         warm = seen < warmup_steps
-        z = (norm - mean) / (std + 1e-6)
-        # Where z is not used it may be 0.
-        bound = (
-            mean
-            + {
-                "reciprocal": most * (std * (most / jnp.where(z > most, z, jnp.ones_like(z)))),
-                "mean": jnp.zeros_like(std),
-                "percentile": most * std,
-            }[option]
-        )
-        is_spike = ~warm & (norm > bound if option == "percentile" else z > most)
+        # Is z, the number of deviations, beyond the threshold? It is not divided for: it may be no float.
+        away = norm - mean
+        is_far = away > most * (std + 1e-6)
+        share = sums.quotient(std + 1e-6, jnp.where(is_far, away, jnp.ones_like(away)))  # 1 / z
+        above = {"reciprocal": most * (std * (most * share)), "mean": jnp.zeros_like(std), "percentile": most * std}
+        bound = mean + above[option]
+        is_spike = ~warm & (norm > bound if option == "percentile" else is_far)
         value, spikes = taken_in(patience, spikes, is_spike, norm, bound)
         seen = jnp.asarray(optax.safe_increment(seen))
-        # In the warm-up the plain mean and population variance of all so far, by Welford; then the averages.
-        weight = jnp.where(warm, 1 / seen.astype(norm.dtype), jnp.asarray(1 - decay, norm.dtype))
-        new_mean = mean + weight * (value - mean)
-        away = jnp.sqrt(weight) * jnp.abs(value - jnp.where(warm, mean, new_mean))
-        shrink = sums.root(1 - weight)
-        new_std = jnp.where(warm, shrink * _hypotenuse(std, away), _hypotenuse(shrink * std, away))
-        return (0.0, jnp.where(is_spike, bound, jnp.inf)), ZScoreState(new_mean, new_std, seen, spikes)
+        # In the warm-up the plain mean and population variance of all so far, by Welford; then the averages. Welford's
+        # squares are of the distances from the old mean to the new one and to the value, here from the new mean alone.
+        plain, moving = _shares_of_all(seen, norm.dtype), averages.shares(decay, norm.dtype)
+        by = averages.Shares(*(jnp.where(warm, one, other) for one, other in zip(plain, moving, strict=True)))
+        left = jnp.where(warm, sums.root(by.old), by.old) * jnp.abs(value - mean)
+        new = ZScoreState(averages.moved(mean, value, by), averages.power_mean(std, left, by, 2), seen, spikes)
+        return (0.0, jnp.where(is_spike, bound, unbounded(norm))), new
 
     return per_group(Rule(init, limit))
 
@@ -117,8 +113,8 @@ class MomentsState(NamedTuple):
     """State of `normalised`, per group.
 
     Attributes:
-      norm_mean: moving average of the norms, not debiased.
-      norm_rms: root of the moving average of their squares, not debiased.
+      norm_mean: debiased moving average of the norms.
+      norm_rms: root of the debiased moving average of their squares.
       norms_seen: int32, norms taken in.
     """
 
@@ -164,11 +160,10 @@ def normalised(b1: Any = 0.7, b2: Any = 0.9, *, eps: Any = 1e-8) -> Threshold:
 
     def limit(norm: jax.Array, state: MomentsState) -> tuple[Any, MomentsState]:
         seen = jnp.asarray(optax.safe_increment(state.norms_seen))
-        mean = moved(state.norm_mean, norm, jnp.asarray(1 - b1, norm.dtype))
-        share = jnp.asarray(1 - b2, norm.dtype)
-        rms = _hypotenuse(jnp.sqrt(1 - share) * state.norm_rms, jnp.sqrt(share) * norm)
-        root = rms / jnp.sqrt(debiasing(b2, seen, norm.dtype)) + eps
-        goal = mean / debiasing(b1, seen, norm.dtype) / jnp.where(root > 0, root, jnp.ones_like(root))
+        mean = averages.moved(state.norm_mean, norm, averages.debiased(b1, seen, norm.dtype))
+        rms = averages.power_mean(state.norm_rms, norm, averages.debiased(b2, seen, norm.dtype), 2)
+        root = rms + eps
+        goal = sums.quotient(mean, jnp.where(root > 0, root, jnp.ones_like(root)))
         return (goal, goal), MomentsState(mean, rms, seen)
 
     def init(dtype: Any) -> MomentsState:
@@ -177,8 +172,7 @@ def normalised(b1: Any = 0.7, b2: Any = 0.9, *, eps: Any = 1e-8) -> Threshold:
     return per_group(Rule(init, limit, takes_zero=True))
 
 
-def _hypotenuse(x: jax.Array, y: jax.Array) -> jax.Array:
-    """The root of x^2 + y^2, which may lie outside the float range; with a derivative at 0."""
-    largest = jnp.maximum(x, y)
-    largest = jnp.where(largest > 0, largest, jnp.ones_like(largest))
-    return largest * sums.root(jnp.square(x / largest) + jnp.square(y / largest))
+def _shares_of_all(seen: jax.Array, dtype: Any) -> averages.Shares:
+    """The shares of a step after which all values so far weigh the same."""
+    whole = seen.astype(dtype)
+    return averages.Shares((whole - 1) / whole, 1 / whole)

@@ -265,9 +265,11 @@ def _harmonic(norm: jax.Array, high: Any) -> jax.Array:
     """n c / (n + c), without the product and the sum that could overflow."""
     if high is None:
         return jnp.full_like(norm, bounds.highest(norm.dtype))
-    high = jnp.maximum(bounds.as_array(high, norm.dtype), jnp.zeros_like(norm))
+    bound = bounds.as_array(high, norm.dtype)
+    high = jnp.maximum(_finite(bound), jnp.zeros_like(norm))
     small, large = jnp.minimum(norm, high), jnp.maximum(norm, high)
-    return small / (1 + sums.quotient(small, jnp.where(large > 0, large, jnp.ones_like(large))))
+    halved = small / (1 + sums.quotient(small, jnp.where(large > 0, large, jnp.ones_like(large))))
+    return jnp.where(bound == jnp.inf, norm, halved)
 
 
 # In both, None and NaN bound nothing, so the other end holds.
@@ -276,5 +278,9 @@ def _larger(norm: jax.Array, one: Any, other: Any) -> jax.Array:
 
 
 def _smaller(norm: jax.Array, one: Any, other: Any) -> jax.Array:
-    highest = bounds.highest(norm.dtype)
-    return jnp.fmin(*(jnp.minimum(bounds.as_array(end, norm.dtype, none=highest), highest) for end in (one, other)))
+    return jnp.fmin(*(_finite(bounds.as_array(end, norm.dtype)) for end in (one, other)))
+
+
+def _finite(bound: Any) -> Any:
+    """A bound, with the largest float for inf."""
+    return jnp.minimum(bound, bounds.highest(bound.dtype))

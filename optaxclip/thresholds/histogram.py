@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from optaxclip.core import Threshold
-from optaxclip.thresholds.ordering import interpolated, with_one_replaced
-from optaxclip.thresholds.rules import Rule, per_group
+from optaxclip.thresholds.ordering import interpolated, with_one_more
+from optaxclip.thresholds.rules import Rule, no_steps, per_group, unbounded
 
 # Normal floats are the octaves from 2^-126 to 2^127. A bin is 1.7 % wide, its middle within 0.9 % of all that it holds.
 _FIRST_OCTAVE = -126
@@ -23,7 +23,7 @@ class HistogramState(NamedTuple):
     """State of `quantile` without a window, per group.
 
     Attributes:
-      first_norms: the first 64 norms in ascending order; inf where there is none yet.
+      first_norms: the first 64 norms in ascending order; the largest float where there is none yet.
       histogram: int32 of shape (254, 40), how many norms there were in each of the 40 parts of each octave.
       norms_seen: int32, norms taken in.
     """
@@ -37,14 +37,13 @@ def quantile_of_all(q: Any) -> Threshold:
     """The quantile of all norms so far, the current one among them: exact at first, then to 0.9 %."""
 
     def init(dtype: Any) -> HistogramState:
-        return HistogramState(
-            jnp.full(_EXACT, jnp.inf, dtype), jnp.zeros((_OCTAVES, _BINS), jnp.int32), jnp.zeros((), jnp.int32)
-        )
+        first = jnp.full(_EXACT, jnp.finfo(dtype).max, dtype)
+        return HistogramState(first, jnp.zeros((_OCTAVES, _BINS), jnp.int32), no_steps())
 
     def limit(norm: jax.Array, state: HistogramState) -> tuple[Any, HistogramState]:
         first, histogram, seen = state
         is_early = seen < _EXACT
-        first = jnp.where(is_early, with_one_replaced(first, jnp.full_like(norm, jnp.inf), norm), first)
+        first = jnp.where(is_early, with_one_more(first, norm), first)
         histogram = histogram.at[_bin_of(norm)].add(1)
         by_octave = jnp.sum(histogram, axis=1)
         seen = jnp.asarray(optax.safe_increment(seen))
@@ -53,7 +52,8 @@ def quantile_of_all(q: Any) -> Threshold:
             return jnp.where(is_early, first[rank], _value_at(histogram, by_octave, rank, norm.dtype))
 
         bound = interpolated(q, seen, value_at, norm.dtype)
-        bound = jnp.where(jnp.asarray(q) >= 1, jnp.inf, bound)  # the middle of the bin of the largest is below that
+        # The middle of the bin of the largest is below that.
+        bound = jnp.where(jnp.asarray(q) >= 1, unbounded(norm), bound)
         return (0.0, bound), HistogramState(first, histogram, seen)
 
     return per_group(Rule(init, limit), max_groups=_MAX_GROUPS)

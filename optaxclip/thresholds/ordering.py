@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optaxclip.thresholds.rules import lifted
+from optaxclip import averages
 
 
 def interpolated(q: Any, number: jax.Array, value_at: Callable[[jax.Array], jax.Array], dtype: Any) -> jax.Array:
@@ -22,9 +22,7 @@ def interpolated(q: Any, number: jax.Array, value_at: Callable[[jax.Array], jax.
     last = number - 1
     below, part = _times(q, last, dtype)
     low, high = value_at(below), value_at(jnp.minimum(below + 1, last))
-    up, down = lifted(high)
-    between = (low * up * (1 - part) + high * up * part) * down
-    return jnp.where(low == high, low, between)
+    return averages.moved(low, high, averages.Shares(1 - part, part))
 
 
 def _times(q: Any, number: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
@@ -60,10 +58,16 @@ def _digits(q: Any) -> list[jax.Array]:
 
 # Jitted, as what follows in other files, so that eager calls do not compile operation by operation.
 @jax.jit
-def with_one_replaced(ordered: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
-    """An ascending array with one value taken out and another put in: two shifts, where sorting takes far longer."""
+def with_one_more(ordered: jax.Array, new: jax.Array) -> jax.Array:
+    """An ascending array with its last entry dropped and another one put in: a shift, and no sorting."""
     places = jnp.arange(ordered.size)
-    left = jnp.roll(ordered, -1).at[-1].set(jnp.inf)
-    without = jnp.where(places < jnp.sum(ordered < old), ordered, left)
-    into = jnp.sum(without < new)
-    return jnp.where(places < into, without, jnp.where(places == into, new, jnp.roll(without, 1)))
+    into = jnp.sum(ordered < new)
+    return jnp.where(places < into, ordered, jnp.where(places == into, new, jnp.roll(ordered, 1)))
+
+
+def in_order(values: jax.Array) -> Callable[[jax.Array], jax.Array]:
+    """From a rank, counted from 0, to the value of that rank. No value is negative."""
+    # As integers, which have the order of the floats: XLA on CPUs (jax 0.8 to 0.12) sorts them in a tenth of the time.
+    whole = jax.lax.bitcast_convert_type(values, jnp.int64 if values.dtype == jnp.float64 else jnp.int32)
+    ordered = jnp.sort(whole)
+    return lambda rank: values[jnp.argmax(whole == ordered[rank])]  # an entry, which has a derivative

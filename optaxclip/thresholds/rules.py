@@ -57,14 +57,14 @@ def per_group(rule: Rule, *, max_groups: int | None = None) -> Threshold:
     def limit(norms: Norms, state: State, param_norms: Any, **extra_args: Any) -> tuple[tuple[Norms, Norms], State]:
         del param_norms, extra_args
         if not groups.number(norms):
-            return (0.0, jnp.inf), state
+            return (0.0, unbounded(jnp.float32(0))), state
         flat, back = groups.as_vector(norms)
         _require_like(state, jax.eval_shape(init, norms))
         is_seen = jnp.isfinite(flat) & ((flat > 0) | rule.takes_zero)
         seen = jnp.where(is_seen, flat, jnp.ones_like(flat))
         shared = rule.shared(flat)
         (lower, upper), after = jax.vmap(lambda norm, state: rule.limit(norm, state, *shared))(seen, state)
-        lower, upper = jnp.where(is_seen, lower, 0), jnp.where(is_seen, upper, jnp.inf)
+        lower, upper = jnp.where(is_seen, lower, 0), jnp.where(is_seen, upper, unbounded(flat))
         return (back(lower), back(upper)), jax.tree.map(
             lambda new, old: jnp.where(jnp.expand_dims(is_seen, tuple(range(1, new.ndim))), new.astype(old.dtype), old),
             after,
@@ -105,26 +105,12 @@ def taken_in(
     return jnp.where(is_kept_out, bound, norm), spikes
 
 
-def lifted(largest: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Two powers of two, there and back, for work on numbers of which `largest` is the largest.
+def unbounded(norm: jax.Array) -> Any:
+    """The upper end of a band that has none: the largest float, at which norms saturate.
 
-    Shares and differences of the smallest norms would be subnormal, and flushed to 0.
+    It is not inf, which `jax_debug_infs` takes for an error.
     """
-    is_small = largest < 1
-    one = jnp.ones_like(largest)
-    return jnp.where(is_small, 2.0**64 * one, one), jnp.where(is_small, 2.0**-64 * one, one)
-
-
-def moved(average: jax.Array, value: jax.Array, share: Any) -> jax.Array:
-    """A moving average after a step: a share of the way to a value."""
-    up, down = lifted(jnp.maximum(average, value))
-    return (average * up + share * (value * up - average * up)) * down
-
-
-def debiasing(decay: Any, seen: jax.Array, dtype: Any) -> jax.Array:
-    """What an average from 0 is to be divided by after so many steps: `1 - decay^seen`."""
-    # From `decay` in float32 it would be off by 1e-5: 1 - 0.999 has to be taken before it is rounded.
-    return -jnp.expm1(seen.astype(dtype) * jnp.log1p(-jnp.asarray(1 - decay, dtype)))
+    return jnp.finfo(norm.dtype).max
 
 
 def no_steps() -> jax.Array:

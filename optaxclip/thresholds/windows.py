@@ -1,4 +1,8 @@
-"""Thresholds from a window: the last norms of each group, in a ring and where need be also in order."""
+"""Thresholds from a window: the last norms of each group, in a ring.
+
+The ring holds 0 where there is no norm yet, and how many norms it holds is counted there. So a ring that was restored
+into one of another length, cut off or filled up with zeros, is a ring with other norms in it, and nothing disagrees.
+"""
 
 import functools
 from collections.abc import Callable
@@ -11,15 +15,15 @@ import optax
 from optaxclip import checks, sums
 from optaxclip.core import Threshold
 from optaxclip.thresholds.histogram import quantile_of_all
-from optaxclip.thresholds.ordering import interpolated, with_one_replaced
-from optaxclip.thresholds.rules import Rule, per_group, taken_in
+from optaxclip.thresholds.ordering import in_order, interpolated
+from optaxclip.thresholds.rules import Rule, no_steps, per_group, taken_in, unbounded
 
 
 class WindowState(NamedTuple):
     """State of `mean_std`, per group.
 
     Attributes:
-      window_norms: ring of the last norms taken in.
+      window_norms: ring of the last norms taken in; 0 where there is none yet.
       window_seen: int32, norms taken in.
       window_spikes: int32, spikes in a row.
     """
@@ -93,46 +97,65 @@ def mean_std(
 
     def limit(norm: jax.Array, state: WindowState) -> tuple[Any, WindowState]:
         ring, seen, spikes = state
-        place, now = seen % window, jnp.asarray(optax.safe_increment(seen))
-        counted, values = (now, ring.at[place].set(norm)) if include_current else (seen, ring)
-        mean, std = _mean_and_std(values, jnp.minimum(counted, window), ddof)
+        place = seen % window
+        values = ring.at[place].set(norm) if include_current else ring
+        number = jnp.sum(values > 0)
+        mean, std = _mean_and_std(values, ddof)
         bound = mean + jnp.asarray(num_std, norm.dtype) * jnp.maximum(std, 1e-6 * jnp.maximum(mean, 1))
-        is_spike = (counted >= min_count) & (norm > bound)
+        is_spike = (number >= min_count) & (norm > bound)
         value, spikes = taken_in(patience, spikes, is_spike, norm, bound)
         value = norm if take_in == "raw" else value
-        upper = jnp.where(counted >= min_count, bound, jnp.inf)
-        return (0.0, upper), WindowState(ring.at[place].set(value), now, spikes)
+        upper = jnp.where(number >= min_count, bound, unbounded(norm))
+        return (0.0, upper), WindowState(ring.at[place].set(value), jnp.asarray(optax.safe_increment(seen)), spikes)
 
     def init(dtype: Any) -> WindowState:
-        return WindowState(jnp.zeros(window, dtype), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+        return WindowState(jnp.zeros(window, dtype), no_steps(), no_steps())
 
     return per_group(Rule(init, limit))
 
 
-@functools.partial(jax.jit, static_argnames="ddof")
-def _mean_and_std(ring: jax.Array, number: jax.Array, ddof: int) -> tuple[jax.Array, jax.Array]:
-    """Mean and standard deviation of the first `number` values, whose squares may lie outside the float range."""
-    there = jnp.arange(ring.size) < number
-    largest = jnp.max(jnp.where(there, ring, jnp.zeros_like(ring)))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _mean_and_std_of(ring: jax.Array, ddof: int) -> tuple[jax.Array, jax.Array]:
+    """Mean and standard deviation of the positive values, whose squares may lie outside the float range."""
+    there = ring > 0
+    largest = jnp.max(ring)
     largest = jnp.where(largest > 0, largest, jnp.ones_like(largest))
-    shares = jnp.where(there, sums.quotient(ring, largest), jnp.zeros_like(ring))
-    mean = jnp.sum(shares) / jnp.maximum(number, 1).astype(ring.dtype)
+    shares = sums.quotient(ring, largest)
+    mean = jnp.sum(shares) / _number(ring, 0)
     away = jnp.where(there, shares - mean, jnp.zeros_like(shares))
-    variance = jnp.sum(jnp.square(away)) / jnp.maximum(number - ddof, 1).astype(ring.dtype)
-    return mean * largest, sums.root(variance) * largest
+    variance = jnp.sum(jnp.square(away)) / _number(ring, ddof)
+    return mean * largest, jnp.sqrt(variance) * largest
 
 
-class SortedWindowState(NamedTuple):
+@_mean_and_std_of.defjvp
+def _mean_and_std_jvp(ddof: int, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    # That of the above would go through the reciprocals of the smallest norms, and add up many of them.
+    (ring,), (change,) = primals, tangents
+    mean, std = _mean_and_std(ring, ddof)
+    away = sums.quotient(ring - mean, jnp.where(std > 0, std, jnp.ones_like(std)))
+    weights = jnp.where((ring > 0) & (std > 0), away, jnp.zeros_like(ring)) / _number(ring, ddof)
+    d_mean = jnp.sum(jnp.where(ring > 0, change, jnp.zeros_like(change)) / _number(ring, 0))
+    return (mean, std), (d_mean, jnp.sum(weights * change))
+
+
+# Jitted, so that eager calls do not compile operation by operation.
+_mean_and_std = jax.jit(_mean_and_std_of, static_argnums=1)
+
+
+def _number(ring: jax.Array, less: int) -> jax.Array:
+    """How many values are positive, less a number; at least 1."""
+    return jnp.maximum(jnp.sum(ring > 0) - less, 1).astype(ring.dtype)
+
+
+class RecentNormsState(NamedTuple):
     """State of `quantile` with a window and of `order_statistic`, per group.
 
     Attributes:
-      recent_norms: ring of the last norms; inf where there is none yet.
-      sorted_norms: the same in ascending order.
+      recent_norms: ring of the last norms; 0 where there is none yet.
       norms_seen: int32, norms taken in.
     """
 
     recent_norms: jax.Array
-    sorted_norms: jax.Array
     norms_seen: jax.Array
 
 
@@ -146,7 +169,7 @@ def quantile(q: Any, *, window: int | None = None) -> Threshold:
         quantile is right to 0.9 %. For at most 1,024 groups.
 
     Returns:
-      A Threshold. Its state is per group: 40 KiB without a window, 8 bytes per norm of it and 4 more with one.
+      A Threshold. Its state is per group: 40 KiB without a window, 4 bytes per norm of it and 4 more with one.
 
     Edge cases:
       The first norm is its own quantile, and passes. A norm of 0, an infinite or a NaN norm is not taken in.
@@ -172,10 +195,11 @@ def quantile(q: Any, *, window: int | None = None) -> Threshold:
     if window is None:
         return quantile_of_all(q)
 
-    def bound_of(ordered: jax.Array, number: jax.Array) -> jax.Array:
-        return interpolated(q, number, lambda rank: ordered[rank], ordered.dtype)
+    def bound_of(ring: jax.Array) -> jax.Array:
+        there = jnp.where(ring > 0, ring, jnp.full_like(ring, jnp.finfo(ring.dtype).max))
+        return interpolated(q, jnp.sum(ring > 0, dtype=jnp.int32), in_order(there), ring.dtype)
 
-    return _of_sorted_window(window, bound_of, prefilled=False)
+    return _of_recent(window, bound_of, prefilled=False)
 
 
 def order_statistic(percentile: Any = 5.0, *, window: int = 100) -> Threshold:
@@ -189,7 +213,7 @@ def order_statistic(percentile: Any = 5.0, *, window: int = 100) -> Threshold:
       window: how many norms.
 
     Returns:
-      A Threshold. Its state is 8 bytes per norm of the window, and 4 more, per group.
+      A Threshold. Its state is 4 bytes per norm of the window, and 4 more, per group.
 
     Edge cases:
       The first norm fills the whole window, and passes. A norm of 0, an infinite or a NaN norm is not taken in.
@@ -213,34 +237,23 @@ def order_statistic(percentile: Any = 5.0, *, window: int = 100) -> Threshold:
     checks.static_together(window=window)
     percentile = checks.percentile("percentile", percentile)
 
-    def entry(ordered: jax.Array, number: jax.Array) -> jax.Array:
-        del number
-        place = jnp.floor(jnp.asarray(percentile * window / 100, ordered.dtype)).astype(jnp.int32)
-        return ordered[jnp.clip(place, 0, window - 1)]
+    def entry(ring: jax.Array) -> jax.Array:
+        place = jnp.floor(jnp.asarray(percentile * window / 100, ring.dtype)).astype(jnp.int32)
+        return in_order(ring)(jnp.clip(place, 0, window - 1))
 
-    return _of_sorted_window(window, entry, prefilled=True)
+    return _of_recent(window, entry, prefilled=True)
 
 
-def _of_sorted_window(
-    window: int, bound_of: Callable[[jax.Array, jax.Array], jax.Array], *, prefilled: bool
-) -> Threshold:
-    """A bound calculated from the last norms in ascending order and their number."""
+def _of_recent(window: int, bound_of: Callable[[jax.Array], jax.Array], *, prefilled: bool) -> Threshold:
+    """A bound calculated from the ring of the last norms; `prefilled`, a norm takes every place that has none yet."""
     window = checks.whole("window", window)
 
-    def init(dtype: Any) -> SortedWindowState:
-        return SortedWindowState(
-            jnp.full(window, jnp.inf, dtype), jnp.full(window, jnp.inf, dtype), jnp.zeros((), jnp.int32)
-        )
+    def init(dtype: Any) -> RecentNormsState:
+        return RecentNormsState(jnp.zeros(window, dtype), no_steps())
 
-    def limit(norm: jax.Array, state: SortedWindowState) -> tuple[Any, SortedWindowState]:
-        ring, ordered, seen = state
-        if prefilled:
-            ring, ordered = (jnp.where(seen == 0, norm, values) for values in (ring, ordered))
-        place = seen % window
-        ordered = with_one_replaced(ordered, ring[place], norm)
-        seen = jnp.asarray(optax.safe_increment(seen))
-        number = window if prefilled else jnp.minimum(seen, window)
-        bound = bound_of(ordered, jnp.asarray(number, jnp.int32))
-        return (0.0, bound), SortedWindowState(ring.at[place].set(norm), ordered, seen)
+    def limit(norm: jax.Array, state: RecentNormsState) -> tuple[Any, RecentNormsState]:
+        ring, seen = state
+        ring = jnp.where((ring > 0) | (not prefilled), ring, norm).at[seen % window].set(norm)
+        return (0.0, bound_of(ring)), RecentNormsState(ring, jnp.asarray(optax.safe_increment(seen)))
 
     return per_group(Rule(init, limit))
