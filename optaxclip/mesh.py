@@ -32,7 +32,7 @@ import jax
 import optax
 from jax.sharding import PartitionSpec
 
-from optaxclip import layouts, leaves
+from optaxclip import dtypes, layouts, leaves
 
 Axes: TypeAlias = Any  # "auto" | None | str | tuple[str, ...] | prefix pytree of PartitionSpec
 
@@ -135,6 +135,7 @@ def require_reduced(grads: Any, beside: Any = None, *, called: str = "parameter"
       called: what the message calls an array of `beside`.
       meant: how the message goes on where the caller has a way to say that this is meant.
     """
+    dtypes.require_usable(grads)  # here since every update comes through here
     flat, treedef = jax.tree.flatten(grads)
     for i, leaf in enumerate(flat):
         if names := layouts.unreduced(leaf):  # jax itself says so, in the type

@@ -104,3 +104,11 @@ def saturated(x: jax.Array, largest: float) -> jax.Array:
     if jnp.iscomplexobj(x):
         return jax.lax.complex(saturated(jnp.real(x), largest), saturated(jnp.imag(x), largest))
     return jnp.clip(x, -largest, largest)
+
+
+def narrowed(x: jax.Array, dtype: Any) -> jax.Array:
+    """x in another dtype, where what is finite stays finite: beyond the largest number of `dtype` it is that number."""
+    largest = float(jnp.finfo(dtype).max)
+    if largest < float(jnp.finfo(x.dtype).max):
+        x = jnp.where(jnp.isfinite(x), saturated(x, largest), x)
+    return x.astype(dtype)

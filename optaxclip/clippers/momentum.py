@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip import bounds, checks, mesh, norms, sums, thresholds
+from optaxclip import bounds, checks, mesh, norms, scaling, sums, thresholds
 from optaxclip.bounds import Bound
 from optaxclip.core import Judged, Threshold, Updates, drop_missing, fill_missing, judge
 from optaxclip.each_leaf import each_leaf, zeros_like
@@ -196,7 +196,7 @@ def mixed_clip(
             wide = sums.wide(jnp.result_type(grad))
             share = jnp.asarray(mix, sums.accumulator(wide))
             mixed = share.astype(wide) * old.astype(wide) + (1 - share).astype(wide) * jnp.asarray(grad).astype(wide)
-            return mixed.astype(jnp.result_type(grad)), old
+            return scaling.narrowed(mixed, jnp.result_type(grad)), old
 
         mixed, _ = each_leaf(one, clipped, clipped_average)
         return drop_missing(updates, _where(finite, mixed, filled)), MixedClipState(kept, judged.state)
@@ -221,7 +221,7 @@ def _average(updates: Updates, average: Updates, decay: Any) -> Updates:
         # overflow.
         weight = jnp.asarray(1 - decay, sums.accumulator(wide)).astype(wide)
         before = old.astype(wide)
-        return leaf, (before - weight * before + weight * jnp.asarray(leaf).astype(wide)).astype(old.dtype)
+        return leaf, scaling.narrowed(before - weight * before + weight * jnp.asarray(leaf).astype(wide), old.dtype)
 
     return each_leaf(one, updates, average)[1]
 
@@ -232,4 +232,4 @@ def _where(flag: jax.Array, new: Updates, old: Updates) -> Updates:
 
 def _in_dtypes_of(updates: Updates, values: Updates) -> Updates:
     """`values` beside floats, in their dtypes; other leaves of `updates` as they are."""
-    return each_leaf(lambda leaf, value: (value.astype(jnp.result_type(leaf)), value), updates, values)[0]
+    return each_leaf(lambda leaf, value: (scaling.narrowed(value, jnp.result_type(leaf)), value), updates, values)[0]

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip import checks, mesh, sums
+from optaxclip import checks, mesh, scaling, sums
 from optaxclip.core import Updates, drop_missing, fill_missing
 from optaxclip.each_leaf import each_leaf, power_mean, sizes_like, zeros_like
 
@@ -97,9 +97,9 @@ def scale_by_acclip(
                 wide
             )
             return (
-                jnp.where(is_good, out.astype(leaf.dtype), leaf),
-                jnp.where(is_good, new.astype(momentum.dtype), momentum),
-                jnp.where(is_good, tau.astype(size.dtype), size),
+                jnp.where(is_good, scaling.narrowed(out, leaf.dtype), leaf),
+                jnp.where(is_good, scaling.narrowed(new, momentum.dtype), momentum),
+                jnp.where(is_good, scaling.narrowed(tau, size.dtype), size),
             )
 
         filled = fill_missing(updates, state.acclip_momentum)
@@ -203,9 +203,9 @@ def scale_by_stable_adam(
         for i in counted:
             (mean, root), (mean_hat, root_hat), is_good = new[i], hats[i], jnp.isfinite(excess[i])
             out = mean_hat / ((root_hat + eps) * jnp.maximum(excess[i], 1)).astype(mean_hat.dtype)
-            flat[i] = jnp.where(is_good, out.astype(jnp.result_type(flat[i])), flat[i])
-            means[i] = jnp.where(is_good, mean.astype(means[i].dtype), means[i])
-            roots[i] = jnp.where(is_good, root.astype(roots[i].dtype), roots[i])
+            flat[i] = jnp.where(is_good, scaling.narrowed(out, jnp.result_type(flat[i])), flat[i])
+            means[i] = jnp.where(is_good, scaling.narrowed(mean, means[i].dtype), means[i])
+            roots[i] = jnp.where(is_good, scaling.narrowed(root, roots[i].dtype), roots[i])
         after = StableAdamState(step, treedef.unflatten(means), treedef.unflatten(roots))
         return drop_missing(updates, treedef.unflatten(flat)), after
 

@@ -114,7 +114,7 @@ def spam_clip(
             kept = jnp.where(spikes, bound, size)
             after = power_mean(before, kept, jnp.asarray(1 - decay, size.dtype), 2)
             after = jnp.where(jnp.isfinite(after), after, before)
-            return _with_modulus(leaf, bound, spikes), after.astype(rms.dtype)
+            return _with_modulus(leaf, bound, spikes), scaling.narrowed(after, rms.dtype)
 
         clipped, rms = each_leaf(one, filled, state.spam_rms)
         return drop_missing(updates, clipped), SpamState(step, rms)
@@ -242,5 +242,5 @@ def _with_modulus(leaf: jax.Array, size: jax.Array, where: jax.Array) -> jax.Arr
     if jnp.iscomplexobj(leaf):
         moved = scaling.rescale(leaf, scaling.factors(sums.modulus(leaf), jnp.where(where, size, sums.modulus(leaf))))
     else:
-        moved = jnp.sign(leaf) * size.astype(leaf.dtype)
+        moved = jnp.sign(leaf) * scaling.narrowed(size, leaf.dtype)
     return jnp.where(where, moved, leaf)

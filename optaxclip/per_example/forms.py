@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from optaxclip import core, layouts, mesh, norms, scaling, sums
+from optaxclip import columns, core, layouts, mesh, norms, scaling, sums
 from optaxclip.per_example import batches, outer
 from optaxclip.per_example.problems import Batch, Form, Grads, Problem, Seen
 from optaxclip.wrappers.functions import empty_state
@@ -65,9 +65,10 @@ def _everywhere(problem: Problem, counted: jax.Array) -> jax.Array:
 
 
 def _sum(counted: jax.Array, updates: jax.Array) -> jax.Array:
-    wide = updates.astype(sums.wide(updates.dtype))
-    rows = jnp.expand_dims(counted, range(1, wide.ndim))
-    return jnp.sum(jnp.where(rows, wide, jnp.zeros_like(wide)), axis=0)
+    """The sum of the updates that are counted, in float32 or wider."""
+    rows = jnp.expand_dims(counted, range(1, updates.ndim))
+    dtype = sums.wide(updates.dtype)
+    return columns.sum_of(lambda x: x.astype(dtype), jnp.where(rows, updates, jnp.zeros_like(updates)), (0,))
 
 
 # Two passes.
