@@ -51,7 +51,7 @@ def _by_rows(f: Map, pair: Callable[..., jax.Array], leading: int, x: jax.Array)
     length = min(rows, _BLOCK)
 
     def block(start: jax.Array | int, length: int) -> jax.Array:
-        # One slice per row: a slice of them all XLA writes to memory first.
+        # One slice per row: a slice of them all XLA (jax 0.10) writes to memory first.
         each = [f(jax.lax.dynamic_index_in_dim(x, start + i)) for i in range(length)]
         return functools.reduce(pair, each)
 

@@ -90,7 +90,8 @@ def rescale(leaf: jax.Array, factor: Factor, saturate: bool = False) -> jax.Arra
     """
     leaf = jnp.asarray(leaf)
     if leaf.dtype != sums.wide(leaf.dtype):
-        # Otherwise XLA converts it once for the norm and for here, and writes the wide array to memory.
+        # Otherwise XLA for CPUs (still in jax 0.12: twice the temporary memory) converts it once for the norm and for
+        # here, and writes the wide array to memory.
         leaf = jax.lax.optimization_barrier(leaf)
     wide = leaf.astype(sums.wide(leaf.dtype))
     scaled = wide * factor.first.astype(wide.dtype) * factor.second.astype(wide.dtype)

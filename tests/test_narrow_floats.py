@@ -75,7 +75,9 @@ def test_finite_numbers_stay_finite_under_ends_past_the_largest_of_a_16_bit_dtyp
         most = float(jnp.finfo(dtype).max)
         for end in (1e6, 3.4e38):
             bounded = float(np.float32(min(end, most)).astype(dtype))
-            np.testing.assert_array_equal(wide(update(oc.clip_by_value(end), updates)), np.maximum(wide(updates), bounded))
+            np.testing.assert_array_equal(
+                wide(update(oc.clip_by_value(end), updates)), np.maximum(wide(updates), bounded)
+            )
 
 
 @pytest.mark.parametrize("tx", [oc.clip_by_global_norm(np.inf), oc.zero_nonfinite()], ids=["norm", "zero_nonfinite"])

@@ -142,8 +142,8 @@ def two_pass(permitted_of: PermittedOf, problem: Problem, batch: Batch) -> tuple
     one = jnp.ones_like(norm)
     weight = jnp.where(counted, jnp.where(factor.keep, one, factor.second), jnp.zeros_like(norm))
     # A factor outside the normal range is applied in two steps, which a weight can't be, and weights that lie too far
-    # apart do not fit into one sum. The weighted gradient stays outside the branch: XLA runs convolutions in a branch
-    # many times slower on a CPU.
+    # apart do not fit into one sum. The weighted gradient stays outside the branch: XLA for CPUs (jax 0.10) runs
+    # convolutions in a branch many times slower.
     together = jnp.min(jnp.where(weight > 0, weight, jnp.inf)) > jnp.max(weight) * 2.0**-100
     in_one_step = jnp.all((factor.first == one) | ~counted) & (together | ~jnp.any(weight > 0))
     total = jax.lax.cond(
