@@ -210,10 +210,11 @@ def _clip_leaf(leaf: Any, ends: list[Any], interval: Callable[..., tuple[Any, An
     low, high = interval(*ends, wide)
     if jnp.iscomplexobj(leaf):
         return _clip_modulus(leaf, low, high)
-    ends, largest = (jnp.asarray(low), jnp.asarray(high)), float(jnp.finfo(leaf.dtype).max)
-    low, high = (scaling.saturated(end, largest).astype(leaf.dtype) for end in ends)
-    above = jnp.isfinite(ends[1]) & (leaf.astype(wide) >= _next(high.astype(wide), jnp.inf))
-    below = jnp.isfinite(ends[0]) & (leaf.astype(wide) <= _next(low.astype(wide), -jnp.inf))
+    has_low, has_high = low > -jnp.inf, high < jnp.inf
+    largest = float(jnp.finfo(leaf.dtype).max)
+    low, high = (scaling.saturated(jnp.asarray(end), largest).astype(leaf.dtype) for end in (low, high))
+    above = has_high & (leaf.astype(wide) >= _next(high.astype(wide), jnp.inf))
+    below = has_low & (leaf.astype(wide) <= _next(low.astype(wide), -jnp.inf))
     return jnp.where(above | below, jnp.where(above, high, low), leaf)
 
 
