@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optaxclip import sums
+from optaxclip import dtypes, sums
 
 
 def each_leaf(fn: Callable[..., tuple[Any, ...]], updates: Any, *others: Any) -> tuple[Any, ...]:
@@ -39,16 +39,19 @@ class _Row:
 
 
 def zeros_like(params: Any, dtype: Any = None) -> Any:
-    """Zeros beside every parameter, in its dtype or in `dtype`; a scalar beside what can't be one.
+    """Zeros beside every parameter, in `dtypes.of_state` of its dtype or in `dtype`; a scalar beside what can't be one.
 
     Beside a complex parameter they are complex, whatever the dtype.
     """
+    if dtype is not None and (problem := dtypes.what_is_wrong(dtype)):
+        raise ValueError(f"state_dtype is {jnp.dtype(dtype)}, {problem}: pass state_dtype=jnp.float32, say")
 
     def zeros(param: Any) -> jax.Array:
         if sums.is_counted(param):
-            if dtype is None or not jnp.iscomplexobj(param):
-                return jnp.zeros_like(param, dtype=dtype)
-            return jnp.zeros_like(param, dtype=jnp.promote_types(dtype, jnp.complex64))
+            own = dtypes.of_state(jnp.result_type(param)) if dtype is None else dtype
+            if dtype is not None and jnp.iscomplexobj(param):
+                own = jnp.promote_types(sums.accumulator(dtype), jnp.complex64)
+            return jnp.zeros_like(param, dtype=own)
         is_number = hasattr(param, "dtype") and jnp.issubdtype(param.dtype, jnp.number)
         return jnp.zeros_like(param) if is_number else jnp.zeros((), jnp.int32)
 

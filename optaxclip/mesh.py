@@ -33,7 +33,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from optaxclip import callers, layouts, leaves
+from optaxclip import callers, dtypes, layouts, leaves
 
 Axes: TypeAlias = Any  # "auto" | None | str | tuple[str, ...] | prefix pytree of PartitionSpec
 
@@ -137,6 +137,7 @@ def require_reduced(grads: Any, beside: Any = None, *, called: str = "parameter"
       called: what the message calls an array of `beside`.
       meant: how the message goes on where the caller has a way to say that this is meant.
     """
+    dtypes.require_usable(grads)  # here since every update comes through here
     flat, treedef = jax.tree.flatten(grads)
     for i, leaf in enumerate(flat):
         if names := layouts.unreduced(leaf):  # jax itself says so, in the type
@@ -182,7 +183,7 @@ def _warn_of_the_unseen(tracked: "_Tracked") -> None:
 
 def _warn_of_whole_leaves(axes: Axes, names: tuple[str, ...], flat: list[Any], tracked: "_Tracked") -> None:
     """One warning where names stand for all leaves and nothing tells which of them are whole on every device."""
-    measured = [leaf for leaf in flat if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)]
+    measured = [leaf for leaf in flat if dtypes.is_inexact(leaf)]
     may_be_whole = len(measured) > 1 or any(jnp.ndim(leaf) == 0 for leaf in measured)
     if may_be_whole and set(names).intersection(_untracked(tracked)):
         warnings.warn(

@@ -397,7 +397,8 @@ def relative_change(relative: Any, absolute: Any) -> Norm:
 def _is_beyond(leaf: jax.Array, high: jax.Array) -> jax.Array:
     if jnp.iscomplexobj(leaf):
         return sums.modulus(leaf) > high
-    # Not by the moduli, which XLA would calculate once for here and for the maximum, and write to memory between.
+    # Not by the moduli, which XLA for CPUs (jax 0.10) would calculate once for here and for the maximum, and write to
+    # memory between.
     wide = leaf.astype(high.dtype)
     return (wide > high) | (wide < -high)
 

@@ -17,7 +17,8 @@ def worst_ratio(update: jax.Array, param: jax.Array, relative: Any, absolute: An
     param = layouts.like(jnp.asarray(param), update)  # on an Explicit mesh it may be whole where the update is split
     dtype = sums.accumulator(update.dtype)
     relative, absolute = jnp.asarray(relative, dtype), jnp.asarray(absolute, dtype)
-    # In one sum of both arrays, and from them as they came: what two reductions share XLA writes to memory.
+    # In one sum of both arrays, and from them as they came: what two reductions share XLA for CPUs (jax 0.10) writes to
+    # memory.
     zeros = sum(_zeros(each, dtype) for each in jax.lax.optimization_barrier((update, param)))
     zero = jax.lax.stop_gradient(jnp.sum(zeros) + _zeros(relative, dtype) + _zeros(absolute, dtype))
     worst = jnp.max(_ratio(update, param, relative, absolute, zero), initial=0)
@@ -29,9 +30,9 @@ def worst_ratio(update: jax.Array, param: jax.Array, relative: Any, absolute: An
 def _ratio(update: jax.Array, param: jax.Array, relative: Any, absolute: Any, zero: jax.Array) -> jax.Array:
     """The ratio of every coordinate; 0 where u is, else nearly the largest float where the quotient is beyond it.
 
-    Written for XLA on CPUs, so that it goes into the maximum that comes next and not into memory: by products and
-    extrema only, without a comparison; and with constants to which this leaf's `zero` is added, since it would share
-    those of all leaves, and of Adam.
+    Written for XLA on CPUs (jax 0.10), so that it goes into the maximum that comes next and not into memory: by
+    products and extrema only, without a comparison; and with constants to which this leaf's `zero` is added, since it
+    would share those of all leaves, and of Adam.
     """
     info = jnp.finfo(zero.dtype)
     size, limit = sums.modulus(update), (zero + relative) * sums.modulus(param).astype(zero.dtype) + (zero + absolute)

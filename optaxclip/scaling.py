@@ -109,7 +109,8 @@ def rescale(leaf: jax.Array, factor: Factor, saturate: bool = False) -> jax.Arra
     # Beside a float64 leaf a factor may be no float32.
     dtype = jnp.promote_types(sums.wide(leaf.dtype), factor.norm.dtype)
     if leaf.dtype != dtype:
-        # Otherwise XLA converts it once for the norm and for here, and writes the wide array to memory.
+        # Otherwise XLA for CPUs (still in jax 0.12: twice the temporary memory) converts it once for the norm and for
+        # here, and writes the wide array to memory.
         leaf = jax.lax.optimization_barrier(leaf)
     scaled = _scaled(leaf.astype(dtype), factor.first, factor.second, factor.norm, factor.goal)
     if saturate or dtype != leaf.dtype:  # rounded, a number may pass the largest of a narrower dtype
@@ -147,3 +148,11 @@ def saturated(x: jax.Array, largest: float) -> jax.Array:
     if jnp.iscomplexobj(x):
         return jax.lax.complex(saturated(jnp.real(x), largest), saturated(jnp.imag(x), largest))
     return jnp.clip(x, -largest, largest)
+
+
+def narrowed(x: jax.Array, dtype: Any) -> jax.Array:
+    """x in another dtype, where what is finite stays finite: beyond the largest number of `dtype` it is that number."""
+    largest = float(jnp.finfo(dtype).max)
+    if largest < float(jnp.finfo(x.dtype).max):
+        x = jnp.where(jnp.isfinite(x), saturated(x, largest), x)
+    return x.astype(dtype)

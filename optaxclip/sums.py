@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optaxclip import checks, columns, layouts, mesh
+from optaxclip import checks, columns, dtypes, layouts, mesh
 
 # Arrays of up to this many entries are copied into a stack with their like, or else read twice: at this size both cost
 # microseconds, and a branch costs more to compile.
@@ -28,8 +28,7 @@ _SMALL = 1 << 14
 
 def is_counted(leaf: Any) -> bool:
     """Whether a leaf counts in norms: real or complex floats do; integers, booleans, float0 and keys do not."""
-    dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
-    return bool(jnp.issubdtype(dtype, jnp.inexact))
+    return dtypes.is_inexact(leaf)
 
 
 def accumulator(dtype: Any) -> Any:
@@ -205,8 +204,8 @@ def _two_norm_of_norms(norms: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     """Squares at three scales, summed in one collective; at least one of the three sums can be trusted."""
     info = jnp.finfo(norms.dtype)
     scale, floor, cap = (2.0 ** (binades * info.maxexp // 128) for binades in (76, -90, 50))
-    # The clamps change no sum that is used. They stand between the two multiplications, which XLA would otherwise fold
-    # into one by the square of the scale, 0 or inf.
+    # The clamps change no sum that is used. They stand between the two multiplications, which XLA (jax 0.8
+    # and 0.10, no longer 0.12) would otherwise fold into one by the square of the scale, 0 or inf.
     down, up = jnp.maximum(norms / scale, floor), jnp.minimum(norms * scale, cap)
     large, plain, small = _sum_across(jnp.square(jnp.stack([down, norms, up], axis=1)), axes)
     small_norm = jnp.sqrt(small) / scale

@@ -27,8 +27,8 @@ def clip(max_delta: Bound) -> optax.GradientTransformationExtraArgs:
       A stateless transformation (`optax.EmptyState`); with a schedule it counts its steps.
 
     Guarantees:
-      Exact at the ends: a clipped coordinate is `max_delta` rounded to the leaf's dtype. Coordinates within are
-      returned bit for bit, and dtypes are kept.
+      Exact at the ends: a clipped coordinate is `max_delta` rounded to the leaf's dtype, the largest number of that if
+      `max_delta` is beyond it. Coordinates within are returned bit for bit, and dtypes are kept.
 
     Edge cases:
       An infinite coordinate is clipped, NaN passes. 0 gives zeros, inf changes nothing. Complex coordinates keep their
@@ -86,8 +86,8 @@ def clip_by_value(
       A stateless transformation (`optax.EmptyState`); with a schedule it counts its steps.
 
     Guarantees:
-      Exact at the ends: a clipped coordinate is the end rounded to the leaf's dtype. Coordinates within are returned
-      bit for bit, and dtypes are kept.
+      Exact at the ends: a clipped coordinate is the end rounded to the leaf's dtype, the largest number of that if the
+      end is beyond it. Coordinates within are returned bit for bit, and dtypes are kept.
 
     Edge cases:
       An infinite coordinate is clipped where there is an end on its side, NaN passes. Of complex coordinates the
@@ -207,18 +207,25 @@ def _clip_values(interval: Callable[..., tuple[Any, Any]], *given: Bound) -> opt
 
 def _clip_leaf(leaf: Any, ends: list[Any], interval: Callable[..., tuple[Any, Any]]) -> jax.Array:
     leaf = jnp.asarray(leaf)
-    low, high = interval(*ends, sums.accumulator(leaf.dtype))
+    wide = sums.accumulator(leaf.dtype)
+    low, high = interval(*ends, wide)
     if jnp.iscomplexobj(leaf):
         return _clip_modulus(leaf, low, high)
-    low, high = (jnp.asarray(bounds.as_array(end, leaf.dtype)) for end in (low, high))
-    # Each end is compared with the next number beyond it. Compared with the end itself, these selects are a minimum and
-    # a maximum to the compiler, which flush subnormals. NaN is neither: it passes, and as a bound it bounds nothing.
-    above = leaf >= _next(high, jnp.inf)
-    below = leaf <= _next(low, -jnp.inf)
+    has_low, has_high = low > -jnp.inf, high < jnp.inf
+    largest = float(jnp.finfo(leaf.dtype).max)
+    low, high = (scaling.saturated(jnp.asarray(end), largest).astype(leaf.dtype) for end in (low, high))
+    above = has_high & (leaf.astype(wide) >= _next(high.astype(wide), jnp.inf))
+    below = has_low & (leaf.astype(wide) <= _next(low.astype(wide), -jnp.inf))
     return jnp.where(above | below, jnp.where(above, high, low), leaf)
 
 
 def _next(end: jax.Array, towards: float) -> jax.Array:
+    """The float32, or wider, next to an end. That is what a coordinate is compared with.
+
+    Compared with the end itself, the selects are a minimum and a maximum to XLA (jax 0.8 to 0.12), which flush
+    subnormals. The leaf's own dtype need not have a next number: beyond the largest one that is NaN where there is no
+    infinity.
+    """
     end = jax.lax.stop_gradient(end)  # `nextafter` has no derivative, and a comparison needs none
     return jnp.nextafter(end, jnp.full_like(end, towards))
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip import averages, bounds, checks, mesh, norms, states, sums, thresholds
+from optaxclip import averages, bounds, checks, mesh, norms, scaling, states, sums, thresholds
 from optaxclip.bounds import Bound
 from optaxclip.core import Judged, Threshold, Updates, drop_missing, fill_missing, judge, parameters
 from optaxclip.each_leaf import each_leaf, zeros_like
@@ -34,7 +34,8 @@ def clipped_momentum(
     Args:
       max_norm: the bound c, at least 0, in the units of the gradient: a number, an array, or an optax schedule.
       decay: :math:`\beta`, in [0, 1). 0 is clipped gradient descent.
-      state_dtype: of the average, a real float dtype of at least 16 bits; None is that of each parameter.
+      state_dtype: of the average, a real float dtype of at least 16 bits. None is that of each parameter, or
+        float32 where that has fewer bits.
       axes: over which mesh axes the leaves are split; see `clip_by`.
 
     Returns:
@@ -138,7 +139,8 @@ def mixed_clip(
       mix: :math:`\nu`, the share of the average, in [0, 1]; 0.7 in the paper. 1 is momentum clipping, 0 clipped
         descent.
       smooth: whether clip(x, c) is x c / (c + n), as in the published code, and not x min(1, c / n).
-      state_dtype: of the average, a real float dtype of at least 16 bits; None is that of each parameter.
+      state_dtype: of the average, a real float dtype of at least 16 bits. None is that of each parameter, or
+        float32 where that has fewer bits.
       axes: over which mesh axes the leaves are split; see `clip_by`.
 
     Returns:
@@ -206,7 +208,7 @@ def mixed_clip(
             wide = sums.wide(jnp.result_type(grad))
             by = averages.shares(mix, sums.accumulator(wide))
             mixed = averages.moved(old.astype(wide), jnp.asarray(grad).astype(wide), by)
-            return mixed.astype(jnp.result_type(grad)), old
+            return scaling.narrowed(mixed, jnp.result_type(grad)), old
 
         mixed, _ = each_leaf(one, clipped, clipped_average)
         return drop_missing(updates, _where(finite, mixed, filled)), MixedClipState(kept, judged.state)
@@ -228,7 +230,7 @@ def _average(updates: Updates, average: Updates, decay: Any) -> Updates:
     def one(leaf: Any, old: jax.Array) -> tuple[Any, jax.Array]:
         wide = jnp.result_type(sums.wide(jnp.result_type(leaf)), sums.wide(old.dtype))
         by = averages.shares(decay, sums.accumulator(wide))
-        return leaf, averages.moved(old.astype(wide), jnp.asarray(leaf).astype(wide), by).astype(old.dtype)
+        return leaf, scaling.narrowed(averages.moved(old.astype(wide), jnp.asarray(leaf).astype(wide), by), old.dtype)
 
     return each_leaf(one, updates, average)[1]
 
@@ -239,4 +241,4 @@ def _where(flag: jax.Array, new: Updates, old: Updates) -> Updates:
 
 def _in_dtypes_of(updates: Updates, values: Updates) -> Updates:
     """`values` beside floats, in their dtypes; other leaves of `updates` as they are."""
-    return each_leaf(lambda leaf, value: (value.astype(jnp.result_type(leaf)), value), updates, values)[0]
+    return each_leaf(lambda leaf, value: (scaling.narrowed(value, jnp.result_type(leaf)), value), updates, values)[0]

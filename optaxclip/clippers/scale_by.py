@@ -36,7 +36,8 @@ def scale_by_acclip(
       b2: decay of the sizes, in [0, 1); 0.99 in the paper.
       alpha: order of the average of sizes, at least 1; 1 in the paper, 2 in the public code.
       eps: added to the momentum's modulus, at least 0.
-      state_dtype: of both averages, a real float dtype of at least 16 bits; None is that of each parameter.
+      state_dtype: of both averages, a real float dtype of at least 16 bits. None is that of each parameter, or
+        float32 where that has fewer bits.
 
     Returns:
       An optax transformation. Its state is two numbers per coordinate.
@@ -99,9 +100,9 @@ def scale_by_acclip(
             length = jnp.maximum(sums.modulus(new) + eps, jnp.finfo(real).tiny)
             out = scaling.rescale(new, scaling.factor_of(length, jnp.minimum(tau, length)))
             return (
-                jnp.where(is_good, out.astype(leaf.dtype), leaf),
-                jnp.where(is_good, new.astype(momentum.dtype), momentum),
-                jnp.where(is_good, tau.astype(size.dtype), size),
+                jnp.where(is_good, scaling.narrowed(out, leaf.dtype), leaf),
+                jnp.where(is_good, scaling.narrowed(new, momentum.dtype), momentum),
+                jnp.where(is_good, scaling.narrowed(tau, size.dtype), size),
             )
 
         filled = fill_missing(updates, state.acclip_momentum)
@@ -138,7 +139,8 @@ def scale_by_stable_adam(
       b1: decay of the mean, in [0, 1); 0.9 in the paper.
       b2: decay of the squares, in [0, 1); 0.99 in the paper.
       eps: added to the root, positive; 1e-6 in the paper.
-      state_dtype: of both averages, a real float dtype of at least 16 bits; None is that of each parameter.
+      state_dtype: of both averages, a real float dtype of at least 16 bits. None is that of each parameter, or
+        float32 where that has fewer bits.
       axes: over which mesh axes the leaves are split; see `clip_by`.
 
     Returns:
@@ -208,9 +210,9 @@ def scale_by_stable_adam(
         for i in counted:
             (mean, root), is_good = new[i], jnp.isfinite(excess[i])
             out = sums.quotient(sums.quotient(mean, _or_tiny(root + eps)), jnp.maximum(excess[i], 1))
-            flat[i] = jnp.where(is_good, out.astype(jnp.result_type(flat[i])), flat[i])
-            means[i] = jnp.where(is_good, mean.astype(means[i].dtype), means[i])
-            roots[i] = jnp.where(is_good, root.astype(roots[i].dtype), roots[i])
+            flat[i] = jnp.where(is_good, scaling.narrowed(out, jnp.result_type(flat[i])), flat[i])
+            means[i] = jnp.where(is_good, scaling.narrowed(mean, means[i].dtype), means[i])
+            roots[i] = jnp.where(is_good, scaling.narrowed(root, roots[i].dtype), roots[i])
         after = StableAdamState(step, treedef.unflatten(means), treedef.unflatten(roots))
         return drop_missing(updates, treedef.unflatten(flat)), after
 

@@ -215,5 +215,5 @@ def _capped(matrices: dict[int, jax.Array], flat: list[Any], caps: list[Any], so
 def _as_leaf(capped: capping.Capped, leaf: jax.Array) -> jax.Array:
     # The leaf itself where it is kept: in float32 and back, subnormal numbers may become 0.
     kept = jnp.broadcast_to(capped.kept[:, None, None], capped.matrices.shape).reshape(leaf.shape)
-    matrices = scaling.saturated(capped.matrices.reshape(leaf.shape), float(jnp.finfo(leaf.dtype).max))
-    return jnp.where(layouts.like(kept, leaf), leaf, layouts.like(matrices.astype(leaf.dtype), leaf))
+    matrices = scaling.narrowed(capped.matrices.reshape(leaf.shape), leaf.dtype)
+    return jnp.where(layouts.like(kept, leaf), leaf, layouts.like(matrices, leaf))

@@ -42,8 +42,8 @@ def spam_clip(
       decay: :math:`\beta`, of the average of what was let through, in [0, 1); 0.999 in the paper.
       idle_steps: so many steps at the start nothing is clipped, and the average fills; the paper clips from step 20 on.
       period: every so many steps the average restarts, and the idle steps with it; 500 in the paper. None never does.
-      state_dtype: of the average, a real float dtype of at least 16 bits; None is that of each parameter. In 16 bits
-        an average of this decay hardly moves.
+      state_dtype: of the average, a real float dtype of at least 16 bits. None is that of each parameter, or
+        float32 where that has fewer bits. In 16 bits an average of this decay hardly moves.
 
     Returns:
       An optax transformation. Its state is one number per coordinate, and a step count.
@@ -117,7 +117,7 @@ def spam_clip(
             kept = jnp.where(spikes, bound, size)
             after = averages.power_mean(before, kept, averages.shares(decay, size.dtype), 2)
             after = jnp.where(jnp.isfinite(after), after, before)
-            return _with_modulus(leaf, bound, spikes), after.astype(rms.dtype)
+            return _with_modulus(leaf, bound, spikes), scaling.narrowed(after, rms.dtype)
 
         clipped, rms = each_leaf(one, filled, state.spam_rms)
         return drop_missing(updates, clipped), SpamState(step, rms)
@@ -245,5 +245,5 @@ def _with_modulus(leaf: jax.Array, size: jax.Array, where: jax.Array) -> jax.Arr
     if jnp.iscomplexobj(leaf):
         moved = scaling.rescale(leaf, scaling.factors(sums.modulus(leaf), jnp.where(where, size, sums.modulus(leaf))))
     else:
-        moved = jnp.sign(leaf) * size.astype(leaf.dtype)
+        moved = jnp.sign(leaf) * scaling.narrowed(size, leaf.dtype)
     return jnp.where(where, moved, leaf)

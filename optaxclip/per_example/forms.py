@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from optaxclip import core, layouts, mesh, norms, scaling, sums
+from optaxclip import columns, core, layouts, mesh, norms, scaling, sums
 from optaxclip.per_example import batches, outer
 from optaxclip.per_example.problems import Batch, Form, Grads, Problem, Seen
 from optaxclip.wrappers.functions import empty_state
@@ -65,9 +65,10 @@ def _everywhere(problem: Problem, counted: jax.Array) -> jax.Array:
 
 
 def _sum(counted: jax.Array, updates: jax.Array) -> jax.Array:
-    wide = updates.astype(sums.wide(updates.dtype))
-    rows = jnp.expand_dims(counted, range(1, wide.ndim))
-    return jnp.sum(jnp.where(rows, wide, jnp.zeros_like(wide)), axis=0)
+    """The sum of the updates that are counted, in float32 or wider."""
+    rows = jnp.expand_dims(counted, range(1, updates.ndim))
+    dtype = sums.wide(updates.dtype)
+    return columns.sum_of(lambda x: x.astype(dtype), jnp.where(rows, updates, jnp.zeros_like(updates)), (0,))
 
 
 # Two passes.
@@ -141,8 +142,8 @@ def two_pass(permitted_of: PermittedOf, problem: Problem, batch: Batch) -> tuple
     one = jnp.ones_like(norm)
     weight = jnp.where(counted, jnp.where(factor.keep, one, factor.second), jnp.zeros_like(norm))
     # A factor outside the normal range is applied in two steps, which a weight can't be, and weights that lie too far
-    # apart do not fit into one sum. The weighted gradient stays outside the branch: XLA runs convolutions in a branch
-    # many times slower on a CPU.
+    # apart do not fit into one sum. The weighted gradient stays outside the branch: XLA for CPUs (jax 0.10) runs
+    # convolutions in a branch many times slower.
     together = jnp.min(jnp.where(weight > 0, weight, jnp.inf)) > jnp.max(weight) * 2.0**-100
     in_one_step = jnp.all((factor.first == one) | ~counted) & (together | ~jnp.any(weight > 0))
     total = jax.lax.cond(

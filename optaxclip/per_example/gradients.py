@@ -179,4 +179,4 @@ def _value(problem: Problem, seen: Seen, count: int) -> jax.Array:
     wide = seen.value.astype(sums.accumulator(seen.value.dtype))
     value = jnp.sum(jnp.where(seen.counted & jnp.isfinite(wide), wide, jnp.zeros_like(wide)))
     value = jax.lax.psum(value, problem.apart) if problem.apart else value
-    return (value / count).astype(seen.value.dtype)
+    return scaling.narrowed(value / count, seen.value.dtype)

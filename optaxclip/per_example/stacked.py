@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optaxclip import checks, core, leaves, scaling, sums
+from optaxclip import checks, columns, core, dtypes, leaves, scaling, sums
 from optaxclip.per_example.problems import Grads
 
 
@@ -132,6 +132,7 @@ def _examples(grads: Grads) -> tuple[list[jax.Array], Any]:
     Raises:
       ValueError: naming an array that has no first axis, or another length than the first.
     """
+    dtypes.require_usable(grads)
     flat, treedef = jax.tree.flatten(grads)
     shapes = dict(zip(leaves.paths(grads), map(jnp.shape, flat), strict=True))
     for path, shape in shapes.items():
@@ -174,6 +175,6 @@ def _clip(flat: Sequence[jax.Array], bound: Any, finite: jax.Array | None = None
         rows = jnp.where(
             jnp.expand_dims(finite, range(1, leaf.ndim)), scaling.rescale(wide, by_row), jnp.zeros_like(wide)
         )
-        return scaling.saturated(jnp.sum(rows, axis=0), float(jnp.finfo(leaf.dtype).max)).astype(leaf.dtype)
+        return scaling.narrowed(columns.sum_of(lambda x: x, rows, (0,)), leaf.dtype)
 
     return [total(leaf) for leaf in flat], clipped

@@ -7,7 +7,8 @@ mesh into a branch.
 
 Here the choice is made where each entry of the new state arises, in the middle of the calculation, and what follows
 goes on from what was chosen. If the step is taken that is the new state, bit for bit; if it is held back the updates
-are worthless, and their caller drops them. So XLA writes every entry of the state once, in place.
+are worthless, and their caller drops them. So XLA writes every entry of the state once, in place. It is for XLA on
+CPUs (measured with jax 0.10), and can go when a plain choice costs no more there.
 """
 
 from collections.abc import Callable, Sequence

@@ -208,7 +208,8 @@ def skip_spikes(
         stands_out = finite & (high | high_loss)
         is_open = state.spikes_in_row >= max_consecutive
         rejected = ~finite | (stands_out & ~is_open)
-        # Without it XLA sees that Adam's squares are those of the norm, and writes all of them to memory.
+        # Without it XLA for CPUs (still in jax 0.12) sees that Adam's squares are those of the norm, and writes all of
+        # them to memory.
         fed = jax.tree.map(lambda leaf: jax.lax.optimization_barrier(leaf) if sums.is_counted(leaf) else leaf, updates)
         new_updates, inner_state = update_or_hold(
             lambda fed, inner_state: wrapped.update(fed, inner_state, params, **extra_args),
