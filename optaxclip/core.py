@@ -145,8 +145,9 @@ def clip_by(
 
     Raises:
       ValueError: if `norm`, `threshold` or `record` is something else; at update, if parameters are needed and missing,
-        if the structures of updates and parameters differ where both are needed, or if a gradient inside `shard_map`
-        has not been reduced yet.
+        if the structures of updates and parameters differ where both are needed, if a gradient inside `shard_map`
+        has not been reduced yet, or if a leaf is of a dtype that can't be clipped (float8_e8m0fnu, which has neither 0
+        nor a sign, and float6).
 
     Example:
       >>> import jax.numpy as jnp
