@@ -33,8 +33,10 @@ class Shares(NamedTuple):
 
 def shares(decay: Any, dtype: Any) -> Shares:
     """The shares of an average with this decay, a number or an array."""
-    traced = isinstance(decay, jax.Array)
-    exact = decay.astype(jnp.promote_types(decay.dtype, dtype)) if traced else np.float64(decay)
+    if not isinstance(decay, jax.Array):
+        exact = np.float64(decay)
+    else:
+        exact = decay if decay.dtype == jnp.float64 else decay.astype(dtype)
     return Shares(jnp.asarray(exact, dtype), jnp.asarray(1 - exact, dtype))
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from optaxclip import sums
 
@@ -107,7 +108,7 @@ def rescale(leaf: jax.Array, factor: Factor, saturate: bool = False) -> jax.Arra
     """
     leaf = jnp.asarray(leaf)
     # Beside a float64 leaf a factor may be no float32.
-    dtype = jnp.promote_types(sums.wide(leaf.dtype), factor.norm.dtype)
+    dtype = np.promote_types(sums.wide(leaf.dtype), factor.norm.dtype)
     if leaf.dtype != dtype:
         # Otherwise XLA for CPUs (still in jax 0.12: twice the temporary memory) converts it once for the norm and for
         # here, and writes the wide array to memory.
