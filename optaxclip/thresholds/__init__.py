@@ -6,8 +6,8 @@ threshold                   a norm may be at most                               
 `constant`, `smooth`        a number; smoothly below one                                         none
 `between`, `exactly`        one of two, and at least the other; exactly one                      none
 `relative_to_params`        a share of the norm of the parameters                                none
-`quantile`                  a quantile of all norms so far, or of the last `window`              40 KiB; 8 B a norm
-`order_statistic`           one of the last `window` norms, by rank                              8 B a norm
+`quantile`                  a quantile of all norms so far, or of the last `window`              40 KiB; 4 B a norm
+`order_statistic`           one of the last `window` norms, by rank                              4 B a norm
 `tracked_quantile`          an estimate of a quantile that moves a step at a time                4 B
 `zscore`                    a number of standard deviations above a moving average               16 B
 `mean_std`                  a number of standard deviations above the mean of the last `window`  4 B a norm
