@@ -70,7 +70,7 @@ TREES = {
     "wide": [Array((3, 16400)), Array((3,), "bfloat16")],
     "empty": {},
     "no floats": OTHERS | {"empty": Array((0, 3))},
-    "double": {"a": Array((3, 4), "float64"), "b": [Array((5,)), Array((2,), "complex128")]},
+    "double": {"a": Array((3, 4), "float64"), "b": [Array((5,), "float64"), Array((2,), "complex128")]},
     **{name: [Array((3, 4), name), Array((5,), name)] for name in NARROW},
 }
 
