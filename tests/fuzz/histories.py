@@ -70,7 +70,7 @@ def zero_if_subnormal(n: Array) -> Array:
 
 
 def near(n: Array, edge: Array) -> Array:
-    return np.abs(n - edge) <= NEAR * np.maximum(n, edge)
+    return np.abs(n - edge) <= NEAR * np.maximum(n, edge) + 8 * TINY
 
 
 def wide(value: Any) -> Any:

@@ -205,6 +205,8 @@ def argnums(v: Any) -> bool | None:
 
 
 def tap(v: Any) -> bool | None:
+    if isinstance(v, np.ndarray):  # of float64, which jax may have to cut
+        return None if v.shape == (2,) and v.dtype.kind == "f" else False
     return True if v is None else is_real_array(v) and v.shape == (2,) and v.dtype.kind == "f"
 
 
@@ -416,6 +418,8 @@ def outcome(case: Case, value: Any, is_used: bool) -> str:
         stage = "refused late"
         if is_used:
             use(case, made)
+    except UserWarning as warning:  # as of a dtype that jax cuts
+        return "accepted" if "truncated to dtype" in str(warning) else f"UserWarning: {warning}"
     except ValueError as error:
         named = re.search(rf"\b({case.parameter}|bound)\b", str(error))
         # Of what is refused beside the updates, a message about these is as good.
