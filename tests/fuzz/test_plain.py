@@ -344,6 +344,22 @@ def test_many_global_norms(ord, tree):
     check_norm(tree, ord, range(100, 120))
 
 
+@pytest.mark.parametrize("ends", [thresholds.exactly, lambda c: thresholds.between(c, jnp.inf)], ids=["=", ">="])
+def test_norms_are_raised_to_near_the_largest_float(ends):
+    rng = np.random.default_rng(0)
+
+    @jax.jit
+    def step(c, x):
+        return oc.clip_by(norms.leaf_norm(), ends(c)).update(x, optax.EmptyState())[0]
+
+    for _ in range(300):
+        x = (rng.uniform(0.1, 1, 1) * 10.0 ** rng.uniform(-30, 38)).astype(np.float32)
+        c = np.float32(inputs.LARGEST * rng.choice([0.9999, 1 - 2.0**-24, 1.0]))
+        after = step(c, x)
+        wrong = plain.problem(x, after, plain.expected(of_leaf(x), [L(c)], [L(c)]))
+        assert not wrong, f"c = {c!r}, x = {inputs.pasteable(x)}: {wrong}"
+
+
 def capped(x, c, soft):
     """U min(S, c) V^T, or the soft form, and the largest singular value; from float64, of a matrix near 1."""
     top = float(np.max(np.abs(x)))
