@@ -1,0 +1,1 @@
+"""Adversarial inputs, each with an oracle of its own that shares nothing with the library."""
