@@ -265,9 +265,9 @@ def state_dtype(value: Any) -> np.dtype[Any] | None:
 
 def axes(value: Any) -> None:
     """Mesh axes, as `clip_by` takes them."""
-    if value is None or isinstance(value, str) or is_function(value):
+    if value is None or isinstance(value, str):
         return
-    entries = jax.tree.leaves(value)
+    entries = jax.tree.leaves(value, is_leaf=is_function)
     is_names = isinstance(value, tuple | list) and all(isinstance(entry, str) for entry in value)
     if not entries or not (is_names or all(isinstance(entry, PartitionSpec) for entry in entries)):
         raise ValueError(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from optaxclip import bounds, states
+from optaxclip import bounds, checks, states
 from optaxclip.recorder import ClipStats, SkipStats, axes_from_bytes, decoded, excess
 
 
@@ -54,8 +54,8 @@ def clip_stats(opt_state: Any, *, per_group: bool = False, history: bool = False
       string, a dict of scalar arrays without `first_nonfinite_leaf` and `norm_axes`.
 
     Raises:
-      ValueError: if `per_group` or `history` is asked for in a jitted function, or the states of several replicas are
-        stacked in one.
+      ValueError: if `per_group` or `history` is no bool, or is asked for in a jitted function; or if the states of
+        several replicas are stacked in one.
 
     Example:
       >>> import jax.numpy as jnp
@@ -83,6 +83,8 @@ def clip_stats(opt_state: Any, *, per_group: bool = False, history: bool = False
       Notebooks: `notebooks/quickstart.ipynb`, a clipped and recorded run in twenty lines; `notebooks/recipes.ipynb`,
       logs, loops, other libraries, checkpoints.
     """
+    checks.flag("per_group", per_group)
+    checks.flag("history", history)
     clippers, skips = _found(opt_state, ClipStats), _found(opt_state, SkipStats)
     return {
         place + name: value

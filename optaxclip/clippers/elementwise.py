@@ -213,21 +213,27 @@ def _clip_leaf(leaf: Any, ends: list[Any], interval: Callable[..., tuple[Any, An
         return _clip_modulus(leaf, low, high)
     has_low, has_high = low > -jnp.inf, high < jnp.inf
     largest = float(jnp.finfo(leaf.dtype).max)
-    low, high = (scaling.saturated(jnp.asarray(end), largest).astype(leaf.dtype) for end in (low, high))
-    above = has_high & (leaf.astype(wide) >= _next(high.astype(wide), jnp.inf))
-    below = has_low & (leaf.astype(wide) <= _next(low.astype(wide), -jnp.inf))
+    low, high = (_usable_end(end, largest).astype(leaf.dtype) for end in (low, high))
+    above = has_high & (leaf.astype(wide) >= _next(high.astype(wide), 1))
+    below = has_low & (leaf.astype(wide) <= _next(low.astype(wide), -1))
     return jnp.where(above | below, jnp.where(above, high, low), leaf)
 
 
-def _next(end: jax.Array, towards: float) -> jax.Array:
-    """The float32, or wider, next to an end. That is what a coordinate is compared with.
+def _usable_end(end: Any, largest: float) -> jax.Array:
+    """An end that a leaf can hold, 0 for a subnormal one: XLA takes that for 0 where it compares."""
+    end = scaling.saturated(jnp.asarray(end), largest)
+    return jnp.where(jnp.abs(end) < jnp.finfo(end.dtype).tiny, jnp.zeros_like(end), end)
+
+
+def _next(end: jax.Array, direction: int) -> jax.Array:
+    """The float32, or wider, next to an end, upwards or downwards. That is what a coordinate is compared with.
 
     Compared with the end itself, the selects are a minimum and a maximum to XLA (jax 0.8 to 0.12), which flush
     subnormals. The leaf's own dtype need not have a next number: beyond the largest one that is NaN where there is no
     infinity.
     """
     end = jax.lax.stop_gradient(end)  # `nextafter` has no derivative, and a comparison needs none
-    return jnp.nextafter(end, jnp.full_like(end, towards))
+    return jnp.nextafter(end, jnp.full_like(end, direction * jnp.finfo(end.dtype).max))
 
 
 def _clip_modulus(leaf: jax.Array, low: Any, high: Any) -> jax.Array:

@@ -117,12 +117,12 @@ class StableAdamState(NamedTuple):
     """State of `scale_by_stable_adam`.
 
     Attributes:
-      adam_step: int32 scalar, the number of updates.
+      adam_steps: like the parameters, an int32 scalar each, the number of gradients that its averages took in.
       adam_mean: like the parameters, the debiased average of the gradients.
       adam_rms: like the parameters, the root of the debiased average of their squares.
     """
 
-    adam_step: jax.Array
+    adam_steps: Updates
     adam_mean: Updates
     adam_rms: Updates
 
@@ -144,7 +144,7 @@ def scale_by_stable_adam(
       axes: over which mesh axes the leaves are split; see `clip_by`.
 
     Returns:
-      An optax transformation. Its state is two numbers per coordinate, and a step count.
+      An optax transformation. Its state is two numbers per coordinate, and a step count per leaf.
 
     Guarantees:
       A leaf whose gradients fit the second moment gets Adam's update.
@@ -193,27 +193,29 @@ def scale_by_stable_adam(
 
     def init(params: Any) -> StableAdamState:
         params = parameters(params)
-        return StableAdamState(jnp.zeros((), jnp.int32), zeros_like(params, dtype), sizes_like(params, dtype))
+        steps = jax.tree.map(lambda _: jnp.zeros((), jnp.int32), params)
+        return StableAdamState(steps, zeros_like(params, dtype), sizes_like(params, dtype))
 
     def update(updates: Updates, state: Any, params: Any = None, **extra: Any) -> tuple[Updates, StableAdamState]:
         del extra
         state = states.of_kind(StableAdamState, state, "scale_by_stable_adam")
         params = parameters(params, updates)
-        step = jnp.asarray(optax.safe_increment(state.adam_step))
         filled = fill_missing(updates, state.adam_mean)
         flat, treedef = jax.tree.flatten(filled)
-        means, roots = (treedef.flatten_up_to(tree) for tree in (state.adam_mean, state.adam_rms))
+        steps, means, roots = map(treedef.flatten_up_to, state)
         splits = mesh.split_of(filled, params, axes)
         counted = [i for i, leaf in enumerate(flat) if sums.is_counted(leaf)]
-        new = {i: _averages(jnp.asarray(flat[i]), means[i], roots[i], b1, b2, step) for i in counted}
+        now = {i: jnp.asarray(optax.safe_increment(steps[i])) for i in counted}
+        new = {i: _averages(jnp.asarray(flat[i]), means[i], roots[i], b1, b2, now[i]) for i in counted}
         excess = _excess(flat, new, splits, eps)
         for i in counted:
             (mean, root), is_good = new[i], jnp.isfinite(excess[i])
             out = sums.quotient(sums.quotient(mean, _or_tiny(root + eps)), jnp.maximum(excess[i], 1))
             flat[i] = jnp.where(is_good, scaling.narrowed(out, jnp.result_type(flat[i])), flat[i])
+            steps[i] = jnp.where(is_good, now[i], steps[i])
             means[i] = jnp.where(is_good, scaling.narrowed(mean, means[i].dtype), means[i])
             roots[i] = jnp.where(is_good, scaling.narrowed(root, roots[i].dtype), roots[i])
-        after = StableAdamState(step, treedef.unflatten(means), treedef.unflatten(roots))
+        after = StableAdamState(*map(treedef.unflatten, (steps, means, roots)))
         return drop_missing(updates, treedef.unflatten(flat)), after
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -116,7 +116,7 @@ def spam_clip(
             spikes = (size > bound) & (before > 0) & ~is_idle
             kept = jnp.where(spikes, bound, size)
             after = averages.power_mean(before, kept, averages.shares(decay, size.dtype), 2)
-            after = jnp.where(jnp.isfinite(after), after, before)
+            after = jnp.where(jnp.isfinite(size), after, before)
             return _with_modulus(leaf, bound, spikes), scaling.narrowed(after, rms.dtype)
 
         clipped, rms = each_leaf(one, filled, state.spam_rms)

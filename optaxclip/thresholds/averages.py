@@ -80,7 +80,10 @@ def ema_ratio(
         together = jnp.full_like(norm, unbounded(norm))
         if warmup_max_norm is not None:
             most = jnp.asarray(warmup_max_norm, norm.dtype)
-            together = jnp.where(most < total + least, most * sums.quotient(norm, total + least), together)
+            # XLA multiplies by the reciprocal of what all groups share. That of the largest floats is subnormal, so 0.
+            down = jnp.where(total > 2.0**100, 2.0**-8 * jnp.ones_like(total), jnp.ones_like(total))
+            share = sums.quotient(norm * down, (total + least) * down)
+            together = jnp.where(most < total + least, most * share, together)
         upper = jnp.where(warm, together, jnp.asarray(ratio, norm.dtype) * jnp.maximum(average, least))
         after = jnp.minimum(norm, upper)
         smallest = jnp.where(first, after, jnp.minimum(average, after))

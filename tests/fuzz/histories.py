@@ -373,11 +373,13 @@ def acclip(x: Array, o: Any, *, alpha: float) -> Run:
 def stable_adam(x: Array, o: Any) -> Run:
     """METHODS.md, scale_by_stable_adam, of leaves of one number."""
     b1, b2, eps = (wide(o[name]) for name in ("b1", "b2", "eps"))
-    m, v = Signed(len(x)), np.zeros(len(x), L)
+    m, v, seen = Signed(len(x)), np.zeros(len(x), L), np.zeros(len(x), L)
 
-    def step(t: int, g: Array) -> tuple[Array, Array]:
-        nonlocal v
+    def step(_: int, g: Array) -> tuple[Array, Array]:
+        nonlocal v, seen
         good = np.isfinite(g)
+        t = seen + 1  # what is not finite is no step of its leaf
+        seen = np.where(good, t, seen)
         new, error = m.next(g, b1)
         squares = b2 * v + (1 - b2) * np.abs(g) ** 2
         m.take(good, new, error)

@@ -419,7 +419,8 @@ def outcome(case: Case, value: Any, is_used: bool) -> str:
         if is_used:
             use(case, made)
     except UserWarning as warning:  # as of a dtype that jax cuts
-        return "accepted" if "truncated to dtype" in str(warning) else f"UserWarning: {warning}"
+        is_meant = re.search("truncated to dtype|percentile is in", str(warning))
+        return "accepted" if is_meant else f"UserWarning: {warning}"
     except ValueError as error:
         named = re.search(rf"\b({case.parameter}|bound)\b", str(error))
         # Of what is refused beside the updates, a message about these is as good.

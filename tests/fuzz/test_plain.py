@@ -46,7 +46,9 @@ def _values(leaf, low, high):
     x, dtype = plain.wide(leaf), np.asarray(leaf).dtype
     is_complex = dtype.kind == "c"
     with np.errstate(all="ignore"):
-        # Ends are rounded to the dtype. One that is then no number bounds nothing.
+        # Ends are rounded to the dtype, those beyond its largest number to that.
+        most = np.longdouble(float(jnp.finfo(dtype).max))
+        low, high = (end if np.isinf(end) else np.clip(end, -most, most) for end in (low, high))
         low, high = (plain.wide(np.asarray(end).astype(np.real(np.asarray(leaf)).dtype)) for end in (low, high))
         size = np.abs(x) if is_complex else x
         goal = np.fmin(np.fmax(size, low), high)
