@@ -43,8 +43,6 @@ def zeros_like(params: Any, dtype: Any = None) -> Any:
 
     Beside a complex parameter they are complex, whatever the dtype.
     """
-    if dtype is not None and (problem := dtypes.what_is_wrong(dtype)):
-        raise ValueError(f"state_dtype is {jnp.dtype(dtype)}, {problem}: pass state_dtype=jnp.float32, say")
 
     def zeros(param: Any) -> jax.Array:
         if sums.is_counted(param):

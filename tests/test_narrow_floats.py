@@ -111,30 +111,26 @@ def test_an_average_of_narrow_floats_is_float32_unless_said_otherwise(name):
 
 
 @pytest.mark.parametrize("name", WITH_STATE)
-def test_a_narrow_state_stays_finite(name):
+def test_a_state_of_16_bits_stays_finite(name):
     """Gradients past its range, and so small that one of two averages rounds to 0 and not the other."""
-    dtypes = [jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.float16)]
-    txs = {dtype: WITH_STATE[name](dtype) for dtype in dtypes}
+    tx = WITH_STATE[name](jnp.float16)
     params = {"wide": jnp.ones(3), "narrow": jnp.ones(3, jnp.float8_e4m3fn)}
-    step = jax.jit(lambda g, states: {dtype: tx.update(g, states[dtype], params) for dtype, tx in txs.items()})
-    states = {dtype: tx.init(params) for dtype, tx in txs.items()}
+    step, state = jax.jit(tx.update), tx.init(params)
     for size in (0.0195, 0.0, 1e8, 0.0, 1e-3):
         g = {"wide": jnp.full(3, size), "narrow": jnp.full(3, min(size, 448.0), jnp.float8_e4m3fn)}
-        new = step(g, states)
-        states = {dtype: state for dtype, (_, state) in new.items()}
-        assert all(np.all(np.isfinite(wide(x))) for x in jax.tree.leaves(new))
+        out, state = step(g, state, params)
+        assert all(np.all(np.isfinite(wide(x))) for x in jax.tree.leaves((out, state)))
 
 
-@pytest.mark.parametrize("dtype", REFUSED, ids=str)
+@pytest.mark.parametrize("dtype", [*NARROW, *REFUSED], ids=str)
 @pytest.mark.parametrize("name", WITH_STATE)
-def test_a_state_dtype_that_holds_no_average_is_refused(name, dtype):
-    with pytest.raises(ValueError, match=f"state_dtype is {dtype}, .*state_dtype=jnp.float32"):
-        WITH_STATE[name](dtype).init(jnp.ones(2))
+def test_a_state_of_fewer_than_16_bits_is_refused(name, dtype):
+    with pytest.raises(ValueError, match=r"state_dtype must be .*16 bits"):
+        WITH_STATE[name](dtype)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float8_e5m2, jnp.float16], ids=["float8_e5m2", "float16"])
-def test_a_state_beside_complex_parameters_is_complex_whatever_its_dtype(dtype):
-    state = oc.clipped_momentum(1.0, state_dtype=dtype).init(jnp.ones(2, jnp.complex64))
+def test_a_state_beside_complex_parameters_is_complex_whatever_its_dtype():
+    state = oc.clipped_momentum(1.0, state_dtype=jnp.float16).init(jnp.ones(2, jnp.complex64))
     assert state.clipped_average.dtype == jnp.complex64
 
 

@@ -646,7 +646,7 @@ def test_a_schedule_is_a_state(rng):
         ({"batch_argnums": 1.5}, "batch_argnums .*got 1.5"),
         ({"batch_argnums": (0, 1)}, r"argnums=0 and batch_argnums=\(0, 1\) name argument 0 twice"),
         ({"batch_argnums": (1, 1)}, "name argument 1 twice"),
-        ({"microbatch_size": 0}, "microbatch_size .*at least 1, got 0"),
+        ({"microbatch_size": 0}, "microbatch_size .*at least 1, or None, got 0"),
         ({"microbatch_size": 2.0}, "microbatch_size .*got 2.0"),
         ({"reduce": "max"}, "reduce must be one of 'mean', 'sum', got 'max'"),
     ],

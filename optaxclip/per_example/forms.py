@@ -140,7 +140,7 @@ def two_pass(permitted_of: PermittedOf, problem: Problem, batch: Batch) -> tuple
     counted = jnp.isfinite(norm)
     factor = scaling.factors(norm, jax.vmap(permitted_of)(norm))
     one = jnp.ones_like(norm)
-    weight = jnp.where(counted, jnp.where(factor.keep, one, factor.second), jnp.zeros_like(norm))
+    weight = jnp.where(counted, scaling.rescale(one, factor), jnp.zeros_like(norm))
     # A factor outside the normal range is applied in two steps, which a weight can't be, and weights that lie too far
     # apart do not fit into one sum. The weighted gradient stays outside the branch: XLA for CPUs (jax 0.10) runs
     # convolutions in a branch many times slower.
