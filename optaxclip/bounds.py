@@ -52,7 +52,12 @@ def _is_scheduled(given: Sequence[Bound]) -> bool:
 
 
 def _at(step: jax.Array, bound: Any) -> Any:
-    return bound(step) if callable(bound) else bound
+    if not callable(bound):
+        return bound
+    value = bound(step)
+    if not all(map(checks.is_real, jax.tree.leaves(value))):
+        raise ValueError(f"the schedule of a bound must return real numbers, got {value!r}")
+    return value
 
 
 def _spread(bound: Any, tree: Any) -> Any:

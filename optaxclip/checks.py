@@ -34,7 +34,7 @@ def is_function(value: Any) -> bool:
 # Numbers.
 
 
-def _is_real(value: Any) -> bool:
+def is_real(value: Any) -> bool:
     """Whether a value is a real number, or an array of these: no booleans, complex numbers or keys."""
     if isinstance(value, int | float):
         return not isinstance(value, bool)
@@ -44,7 +44,7 @@ def _is_real(value: Any) -> bool:
 
 
 def _is_concrete(value: Any) -> bool:
-    return _is_real(value) and not isinstance(value, jax.Array)
+    return is_real(value) and not isinstance(value, jax.Array)
 
 
 def _require_64_bits(name: str, value: Any) -> None:
@@ -68,12 +68,12 @@ def bound(name: str, value: Any, *, signed: bool = False, finite: bool = False, 
     """
     kinds = "one number, scalar array or schedule" if single else "a number, an array, a schedule or a pytree of these"
     entries = [] if _is_built(value) else jax.tree.leaves(value, is_leaf=is_function)
-    if not entries or (single and (entries[0] is not value or (_is_real(value) and np.ndim(value) > 0))):
+    if not entries or (single and (entries[0] is not value or (is_real(value) and np.ndim(value) > 0))):
         raise ValueError(f"{name} must be {kinds}, got {value!r}")
     for entry in entries:
         if is_function(entry):
             continue
-        if not _is_real(entry):
+        if not is_real(entry):
             raise ValueError(f"{name} must be {kinds}, got {entry!r}")
         if _is_concrete(entry):
             _require_in_range(name, entry, signed=signed, finite=finite)
@@ -105,14 +105,15 @@ def number(
     """A number or scalar array, and no schedule: those are `optax.inject_hyperparams`'s. Plain ones have a range.
 
     Returns:
-      The array, or the number as a float: jax has no integers beyond 32 bits.
+      The number as a float: jax has no integers beyond 32 bits. An array in float32 or wider: in the dtype of a narrow
+      model, to which `optax.inject_hyperparams` casts what it injects, sums and products with it overflow.
     """
     if is_function(value):
         raise ValueError(f"{name} must be a number, got {value!r}; optax.inject_hyperparams takes schedules for it")
-    if not _is_real(value) or np.ndim(value) > 0:
+    if not is_real(value) or np.ndim(value) > 0:
         raise ValueError(f"{name} must be one number or scalar array, got {value!r}")
     if not _is_concrete(value):
-        return value
+        return _widened(value, below)
     _require_64_bits(name, value)
     fits = at_least <= value <= at_most and (below is None or value < below) and (value > 0 or not positive)
     if not fits:
@@ -124,6 +125,14 @@ def number(
         )
         raise ValueError(f"{name} must be {low}{high}, got {value!r}")
     return float(value)
+
+
+def _widened(value: jax.Array, below: float | None) -> jax.Array:
+    wide = value.astype(jnp.float64 if value.dtype.itemsize == 8 else jnp.float32)
+    if below == 1 and jnp.issubdtype(value.dtype, jnp.floating):
+        # 0.999 is 1 in bfloat16, and an average of that decay never moves: the last number before 1 stands for it.
+        return jnp.minimum(wide, 1 - float(jnp.finfo(value.dtype).eps) / 2)
+    return wide
 
 
 def percentile(name: str, value: Any) -> Any:
@@ -222,13 +231,15 @@ def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
 
 def flag(name: str, value: Any) -> None:
     """Raises ValueError unless `value` is True or False."""
-    if not isinstance(value, bool):
+    if not isinstance(value, bool | np.bool_):
         raise ValueError(f"{name} must be True or False, got {value!r}")
 
 
 def record(value: Any) -> int:
     """How many steps a record has: 0 for none. True is 1."""
-    return int(value) if isinstance(value, bool) else whole("record", value, at_least=0, also=", True or False")
+    return (
+        int(value) if isinstance(value, bool | np.bool_) else whole("record", value, at_least=0, also=", True or False")
+    )
 
 
 def axis(name: str, value: Any) -> None:

@@ -22,6 +22,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from optaxclip import checks, groups, leaves, mesh, ratios, scaling, sums
 from optaxclip.core import Norm, Norms, Updates, require_params
@@ -62,7 +63,7 @@ def global_norm(ord: float = 2, *, include: Any = None) -> Norm:
     checks.static_together(ord=ord, include=include)
     p = checks.order("ord", ord)
     if include is not None:
-        checks.per_leaf("include", include, lambda value: isinstance(value, bool), "True or False")
+        checks.per_leaf("include", include, lambda value: isinstance(value, bool | np.bool_), "True or False")
         if not (checks.is_function(include) or any(jax.tree.leaves(include))):
             raise ValueError(f"include chooses no leaf, got {include!r}")
     return _norm_of_all(p) if include is None else _norm_of_some(p, include)

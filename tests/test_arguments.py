@@ -395,3 +395,14 @@ def test_every_static_argument_is_in_that_error(name):
         with pytest.raises(ValueError, match="must be static") as error:
             function(**{**arguments, **dict.fromkeys(static, jnp.asarray(1))})
         assert asked_for(error.value) == static
+
+
+def test_a_schedule_that_returns_no_real_number_is_named():
+    tx = oc.clip_by_global_norm(lambda count: 1j)
+    with pytest.raises(ValueError, match=r"the schedule of a bound must return real numbers, got 1j"):
+        tx.update(jnp.ones(2), tx.init(jnp.ones(2)))
+
+
+def test_booleans_of_numpy_are_flags():
+    oc.clip_singular_values(1.0, soft=np.True_)
+    oc.clip_by(norms.global_norm(include={"a": np.True_}), thresholds.constant(1.0), record=np.True_)

@@ -8,9 +8,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.flatten_util import ravel_pytree
 
+import optaxclip as oc
 from tests import table
 
 STEPS, SIZE = 3, 4
@@ -105,3 +107,23 @@ def test_they_are_those_of_float64(row):
             continue  # the kink of `max(1, excess)`
         room = 1e-3 * np.abs(theirs).max() + 1e-35
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=room, err_msg=name)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1.0, 1e20, 1e30])
+def test_the_soft_cap_of_a_vector_has_the_slope_of_its_scale(scale):
+    tx = oc.clip_singular_values(scale, soft=True)
+    slope = jax.grad(lambda g: tx.update(g, optax.EmptyState())[0][0])
+    np.testing.assert_allclose(slope(jnp.array([1.5 * scale])), [(1 + 1.5**2) ** -1.5], rtol=1e-5)
+    np.testing.assert_allclose(slope(jnp.zeros(1)), [1.0])
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e20, 1e37])
+def test_a_step_that_is_no_spike_has_no_slope_by_the_threshold_of_zclip(scale):
+    def last(z):
+        tx = oc.zclip(z, warmup_steps=2, max_norm=None)
+        state = tx.init(jnp.zeros(1))
+        for norm in (1.0, 3.0, 2.0):
+            updates, state = tx.update(jnp.array([norm * scale]), state)
+        return updates[0]
+
+    assert jax.grad(last)(2.5) == 0

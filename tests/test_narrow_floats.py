@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import optaxclip as oc
@@ -169,3 +170,54 @@ def test_cotangents(tx):
         right = oc.as_function(tx)(jnp.full(2, 3.0))
         assert found.dtype == dtype
         np.testing.assert_array_equal(wide(found), wide(right.astype(dtype)))
+
+
+# Hyperparameters: `optax.inject_hyperparams` casts what it injects to the dtype of the parameters.
+
+FACTORIES = {
+    "scale_by_adaptive_norm": ("record",),
+    "scale_by_acclip": ("alpha",),
+    "scale_by_stable_adam": (),
+    "spam_clip": ("idle_steps",),
+    "adaptive_spike_clip": ("record",),
+    "autoclip": ("record",),
+    "percentile_clip": ("window", "record"),
+    "clip_by_tracked_quantile": ("record",),
+    "zclip": ("warmup_steps", "patience", "record"),
+    "adagc": ("warmup_steps", "record"),
+    "clip_by_history": ("window", "min_count", "record"),
+    "clip_norm_growth": ("record",),
+    "clippy": ("record",),
+}
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_hyperparameters_of_narrow_models_are_widened(name):
+    tx = optax.inject_hyperparams(getattr(oc, name), static_args=FACTORIES[name])()
+    for dtype in (jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.bfloat16):
+        params = {"a": jnp.ones((2, 3), dtype)}
+        updates, _ = jax.eval_shape(lambda g, tx=tx: tx.update(g, tx.init(g), g), params)
+        assert updates["a"].dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.int8, jnp.float32], ids=lambda x: x.__name__)
+def test_a_percentile_of_a_narrow_dtype_is_that_percentile(dtype):
+    """In float16 95 * 1000 is inf, and in int8 it wraps around."""
+    norms = jnp.float32([*np.arange(1.0, 1000.0), 1e4])
+
+    @jax.jit
+    def last(percentile):
+        tx = oc.percentile_clip(percentile, window=1000)
+        step = lambda state, norm: tx.update(norm[None], state)[::-1]  # noqa: E731
+        return jax.lax.scan(step, tx.init(norms[:1]), norms)[1][-1, 0]
+
+    assert float(last(jnp.asarray(95, dtype))) == 951.0
+
+
+def test_a_decay_that_rounds_to_1_still_lets_the_average_move():
+    """0.999 is 1 in bfloat16."""
+    tx = oc.adaptive_spike_clip(jnp.asarray(0.999, jnp.bfloat16))
+    state = tx.init(jnp.zeros(1))
+    for grad in (1.0, 2.0, 3.0, 100.0):
+        updates, state = tx.update(jnp.array([grad]), state)
+    assert float(updates[0]) == pytest.approx(26.5, rel=0.02)

@@ -82,7 +82,7 @@ def clipped_momentum(
     """
     checks.static_together(state_dtype=state_dtype)
     checks.bound("max_norm", max_norm, single=True)
-    checks.number("decay", decay, below=1.0)
+    decay = checks.number("decay", decay, below=1.0)
     dtype = checks.state_dtype(state_dtype)
     checks.axes(axes)
     threshold = thresholds.constant(max_norm)
@@ -182,8 +182,8 @@ def mixed_clip(
     """
     checks.static_together(smooth=smooth, state_dtype=state_dtype)
     checks.bound("max_norm", max_norm, single=True)
-    checks.number("decay", decay, below=1.0)
-    checks.number("mix", mix, at_most=1.0)
+    decay = checks.number("decay", decay, below=1.0)
+    mix = checks.number("mix", mix, at_most=1.0)
     checks.flag("smooth", smooth)
     dtype = checks.state_dtype(state_dtype)
     checks.axes(axes)

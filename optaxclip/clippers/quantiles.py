@@ -206,6 +206,6 @@ def clip_by_tracked_quantile(
 
       Notebook: `notebooks/choosing_a_threshold.ipynb`, how to choose a bound.
     """
-    checks.number("quantile", quantile, at_most=1.0)
+    quantile = checks.number("quantile", quantile, at_most=1.0)
     threshold = thresholds.tracked_quantile(quantile, learning_rate=learning_rate, initial=initial)
     return clip_by(norm, threshold, axes=axes, record=record)

@@ -77,8 +77,8 @@ def scale_by_acclip(
       Notebook: `notebooks/which_clipper.ipynb`, all methods compared.
     """
     checks.static_together(alpha=alpha, state_dtype=state_dtype)
-    checks.number("b1", b1, below=1.0)
-    checks.number("b2", b2, below=1.0)
+    b1 = checks.number("b1", b1, below=1.0)
+    b2 = checks.number("b2", b2, below=1.0)
     order = checks.order("alpha", alpha)
     eps = checks.number("eps", eps)
     dtype = checks.state_dtype(state_dtype)
@@ -185,8 +185,8 @@ def scale_by_stable_adam(
       Notebook: `notebooks/which_clipper.ipynb`, all methods compared.
     """
     checks.static_together(state_dtype=state_dtype)
-    checks.number("b1", b1, below=1.0)
-    checks.number("b2", b2, below=1.0)
+    b1 = checks.number("b1", b1, below=1.0)
+    b2 = checks.number("b2", b2, below=1.0)
     eps = checks.number("eps", eps)
     dtype = checks.state_dtype(state_dtype)
     checks.axes(axes)

@@ -197,7 +197,7 @@ def _map(soft: bool) -> Callable[[jax.Array, jax.Array], jax.Array]:
         low, high = jnp.minimum(norm, cap), jnp.maximum(norm, cap)
         if not soft:
             return low
-        share = low / jnp.where(high > 0, high, jnp.ones_like(high))
+        share = sums.quotient(low, jnp.where(high > 0, high, jnp.ones_like(high)))
         return low / jnp.sqrt(1 + jnp.square(share))
 
     return capped

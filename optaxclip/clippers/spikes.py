@@ -89,8 +89,8 @@ def spam_clip(
       Notebook: `notebooks/which_clipper.ipynb`, all methods compared.
     """
     checks.static_together(idle_steps=idle_steps, period=period, state_dtype=state_dtype)
-    checks.number("threshold", threshold)
-    checks.number("decay", decay, below=1.0)
+    threshold = checks.number("threshold", threshold)
+    decay = checks.number("decay", decay, below=1.0)
     idle_steps = checks.whole("idle_steps", idle_steps, at_least=0)
     period = checks.whole_or_none("period", period)
     dtype = checks.state_dtype(state_dtype)

@@ -59,7 +59,7 @@ def per_example_global_norm_clip(grads: Grads, l2_norm_clip: Any) -> tuple[Grads
 
       Notebook: `notebooks/outliers_and_privacy.ipynb`, by `per_example.clipped_value_and_grad`.
     """
-    checks.number("l2_norm_clip", l2_norm_clip)
+    l2_norm_clip = checks.number("l2_norm_clip", l2_norm_clip)
     flat, treedef = _examples(grads)
     if not flat:
         return grads, jnp.zeros((), jnp.int32)
@@ -114,7 +114,7 @@ def per_example_layer_norm_clip(grads: Grads, global_l2_norm_clip: Any, uniform:
 
       Notebook: `notebooks/outliers_and_privacy.ipynb`, by `per_example.clipped_value_and_grad`.
     """
-    checks.number("global_l2_norm_clip", global_l2_norm_clip)
+    global_l2_norm_clip = checks.number("global_l2_norm_clip", global_l2_norm_clip)
     checks.flag("uniform", uniform)
     flat, treedef = _examples(grads)
     sizes = [math.prod(leaf.shape[1:]) for leaf in flat]

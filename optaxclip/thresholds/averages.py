@@ -66,11 +66,11 @@ def ema_ratio(
       `adagc`; `ema_band`, with a lower end; `average`.
     """
     checks.static_together(warmup_steps=warmup_steps)
-    checks.number("ratio", ratio)
-    checks.number("decay", decay, below=1.0)
+    ratio = checks.number("ratio", ratio)
+    decay = checks.number("decay", decay, below=1.0)
     warmup_steps = checks.whole("warmup_steps", warmup_steps, at_least=0)
     if warmup_max_norm is not None:
-        checks.number("warmup_max_norm", warmup_max_norm)
+        warmup_max_norm = checks.number("warmup_max_norm", warmup_max_norm)
     least = 1e-8  # of average and norm, in the published code
 
     def limit(norm: jax.Array, state: AverageState, total: jax.Array) -> tuple[Any, AverageState]:
@@ -143,18 +143,18 @@ def ema_band(
     See also:
       `aggc`; `ema_ratio`, with a warm-up.
     """
-    checks.number("high", high)
-    checks.number("decay", decay, below=1.0)
-    checks.number("min_norm", min_norm, below=np.inf)
+    high = checks.number("high", high)
+    decay = checks.number("decay", decay, below=1.0)
+    min_norm = checks.number("min_norm", min_norm, below=np.inf)
     if low is not None:
-        checks.number("low", low, at_most=1.0)
+        low = checks.number("low", low, at_most=1.0)
         checks.ordered("low", low, "high", high)
     if max_down is not None:
-        checks.number("max_down", max_down, at_most=1.0)
+        max_down = checks.number("max_down", max_down, at_most=1.0)
     if max_up is not None:
-        checks.number("max_up", max_up, at_least=1.0)
+        max_up = checks.number("max_up", max_up, at_least=1.0)
     if initial is not None:
-        checks.number("initial", initial, below=np.inf)
+        initial = checks.number("initial", initial, below=np.inf)
 
     def limit(norm: jax.Array, state: AverageState) -> tuple[Any, AverageState]:
         average, seen = state
@@ -223,7 +223,7 @@ def average(decay: Any = 0.999) -> Threshold:
     See also:
       `adaptive_spike_clip`; `ema_ratio`, which takes in what was let through.
     """
-    checks.number("decay", decay, below=1.0)
+    decay = checks.number("decay", decay, below=1.0)
 
     def limit(norm: jax.Array, state: DebiasedState) -> tuple[Any, DebiasedState]:
         seen = jnp.asarray(optax.safe_increment(state.norms_seen))
@@ -273,7 +273,7 @@ def growth(max_growth: Any = 1.01) -> Threshold:
     See also:
       `clip_norm_growth`; `ema_ratio`, for a multiple of an average.
     """
-    checks.number("max_growth", max_growth, positive=True)
+    max_growth = checks.number("max_growth", max_growth, positive=True)
 
     def limit(norm: jax.Array, state: GrowthState) -> tuple[Any, GrowthState]:
         bound = jnp.asarray(max_growth, norm.dtype) * (state.last_norm + 1e-8)
@@ -330,9 +330,9 @@ def tracked_quantile(q: Any = 0.5, *, learning_rate: Any = 0.2, initial: Any = 1
     See also:
       `clip_by_tracked_quantile`; `quantile`, of the norms themselves, which takes more memory.
     """
-    checks.number("q", q, at_most=1.0)
-    checks.number("learning_rate", learning_rate, below=np.inf)
-    checks.number("initial", initial, positive=True, below=np.inf)
+    q = checks.number("q", q, at_most=1.0)
+    learning_rate = checks.number("learning_rate", learning_rate, below=np.inf)
+    initial = checks.number("initial", initial, positive=True, below=np.inf)
 
     def limit(norm: jax.Array, state: TrackedQuantileState) -> tuple[Any, TrackedQuantileState]:
         log_bound = state.tracked_log_norm

@@ -76,8 +76,8 @@ def zscore(
       `zclip`; `mean_std`, whose window forgets.
     """
     checks.static_together(warmup_steps=warmup_steps, patience=patience)
-    checks.number("z_threshold", z_threshold, positive=True)
-    checks.number("decay", decay, below=1.0)
+    z_threshold = checks.number("z_threshold", z_threshold, positive=True)
+    decay = checks.number("decay", decay, below=1.0)
     warmup_steps = checks.whole("warmup_steps", warmup_steps)
     patience = checks.whole_or_none("patience", patience)
     checks.one_of("option", option, _OPTIONS)
@@ -92,7 +92,8 @@ def zscore(
         # Is z, the number of deviations, beyond the threshold? It is not divided for: it may be no float.
         away = norm - mean
         is_far = away > most * (std + 1e-6)
-        share = sums.quotient(std + 1e-6, jnp.where(is_far, away, jnp.ones_like(away)))  # 1 / z
+        one, other = jnp.where(is_far, std + 1e-6, jnp.zeros_like(std)), jnp.where(is_far, away, jnp.ones_like(away))
+        share = sums.quotient(one, other)  # 1 / z; 0 where it is not used, so that its derivative is finite
         above = {"reciprocal": most * (std * (most * share)), "mean": jnp.zeros_like(std), "percentile": most * std}
         bound = mean + above[option]
         is_spike = ~warm & (norm > bound if option == "percentile" else is_far)
@@ -154,8 +155,8 @@ def normalised(b1: Any = 0.7, b2: Any = 0.9, *, eps: Any = 1e-8) -> Threshold:
     See also:
       `scale_by_adaptive_norm`; `exactly`, for a norm that is always the same.
     """
-    checks.number("b1", b1, below=1.0)
-    checks.number("b2", b2, below=1.0)
+    b1 = checks.number("b1", b1, below=1.0)
+    b2 = checks.number("b2", b2, below=1.0)
     eps = checks.number("eps", eps)
 
     def limit(norm: jax.Array, state: MomentsState) -> tuple[Any, MomentsState]:

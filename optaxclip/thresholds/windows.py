@@ -84,7 +84,7 @@ def mean_std(
     checks.static_together(
         window=window, min_count=min_count, ddof=ddof, include_current=include_current, patience=patience
     )
-    checks.number("num_std", num_std)
+    num_std = checks.number("num_std", num_std)
     window = checks.whole("window", window)
     min_count = checks.whole("min_count", min_count)
     if min_count > window:
