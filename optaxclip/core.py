@@ -33,17 +33,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip import bounds, checks, groups, leaves, mesh, recorder, states, sums
+from optaxclip import bounds, checks, groups, mesh, recorder, states
+from optaxclip.parameters import drop_missing, fill_missing, parameters, require_params
 
 Updates: TypeAlias = Any  # a pytree of arrays
 Norms: TypeAlias = Any  # a pytree with one real array, float32 or wider, per group
 State: TypeAlias = Any  # a pytree of arrays
-
-# The base of optax has no public home; the message is the one users know.
-NO_PARAMS = (
-    "You are using a transformation that requires the current value of parameters, but you are not passing `params` "
-    "when calling `update`."
-)
 
 
 class Norm(NamedTuple):
@@ -250,21 +245,6 @@ def permit(
     return limits, groups.over_groups(_between, norms, lower, limits), state
 
 
-def require_params(updates: Updates, params: Any) -> None:
-    """Raises ValueError unless there are parameters, of the structure and shapes of the updates."""
-    if params is None:
-        raise ValueError(NO_PARAMS)
-    aligned = jax.tree.leaves(leaves.broadcast("the structure of updates is not that of params", updates, params))
-    known = leaves.paths(params)
-    if missing := sorted(set(leaves.paths(updates)) - set(known)):
-        raise ValueError(
-            f"update {missing[0]!r} has no parameter beside it; params has arrays at {leaves.listed(known)}"
-        )
-    for path, param, update in zip(known, jax.tree.leaves(params), aligned, strict=True):
-        if jnp.shape(param) != jnp.shape(update):
-            raise ValueError(f"update and parameter {path!r} differ in shape: {jnp.shape(update)}, {jnp.shape(param)}")
-
-
 def _between(norm: jax.Array, lower: Any, upper: jax.Array) -> jax.Array:
     lower = bounds.as_array(lower, norm.dtype, none=0)
     return jnp.minimum(jnp.maximum(norm, jnp.where(jnp.isnan(lower), jnp.zeros_like(lower), lower)), upper)
@@ -277,50 +257,3 @@ def upper_end(norm: jax.Array, upper: Any) -> jax.Array:
     # A traced bound can't be refused when it is negative. As 0 it at least turns no gradient around.
     upper = jnp.where(jnp.isnan(upper), jnp.full_like(upper, highest), jnp.clip(upper, 0, highest))
     return upper + jnp.zeros_like(norm)  # of the shape and sharding of the norms
-
-
-def parameters(params: Any, updates: Any = None) -> Any:
-    """`params` with None in place of whatever is no parameter.
-
-    A model may be its own parameters: an Equinox module holds functions, strings and settings beside its arrays. What
-    is no array is no parameter, and a Python number is one only where `updates` has a leaf.
-    """
-    if all(map(_is_array, jax.tree.leaves(params))):
-        return params
-
-    def known(update: Any, param: Any) -> Any:
-        is_known = _is_array if update is None else _is_array_or_number
-        return jax.tree.map(lambda leaf: leaf if is_known(leaf) else None, param)
-
-    beside = params if updates is None else updates
-    try:
-        return jax.tree.map(known, beside, params, is_leaf=leaves.is_none)
-    except ValueError:  # of another structure, which only those that need parameters refuse
-        return jax.tree.map(lambda leaf: leaf if _is_array(leaf) else None, params)
-
-
-def _is_array(leaf: Any) -> bool:
-    return hasattr(leaf, "dtype") and hasattr(leaf, "shape")
-
-
-def _is_array_or_number(leaf: Any) -> bool:
-    return _is_array(leaf) or isinstance(leaf, bool | int | float | complex)
-
-
-def fill_missing(updates: Updates, params: Any) -> Updates:
-    """Zero gradients where `updates` has None and the parameters have leaves, so that groups and states fit."""
-    if params is None or not any(map(leaves.is_none, jax.tree.leaves(updates, is_leaf=leaves.is_none))):
-        return updates
-
-    def zeros(param: Any) -> Any:
-        return jnp.zeros_like(param) if sums.is_counted(param) else param
-
-    def fill(update: Any, param: Any) -> Any:
-        return jax.tree.map(zeros, param) if update is None else update
-
-    return jax.tree.map(fill, updates, params, is_leaf=leaves.is_none)
-
-
-def drop_missing(updates: Updates, filled: Updates) -> Updates:
-    """`filled`, with None where `updates` has it."""
-    return jax.tree.map(lambda old, new: None if old is None else new, updates, filled, is_leaf=leaves.is_none)

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optaxclip import dtypes, sums
+from optaxclip import dtypes, leaves, states, sums
 
 
 def each_leaf(fn: Callable[..., tuple[Any, ...]], updates: Any, *others: Any) -> tuple[Any, ...]:
@@ -19,7 +19,12 @@ def each_leaf(fn: Callable[..., tuple[Any, ...]], updates: Any, *others: Any) ->
 
     Returns:
       The new `updates`, and the new others.
+
+    Raises:
+      ValueError: if one of the others has another structure than `updates`, or a leaf of another shape.
     """
+    for other in others:
+        require_beside(updates, other)
 
     def one(leaf: Any, *beside: Any) -> _Row:
         return _Row(fn(leaf, *beside) if sums.is_counted(leaf) else (leaf, *beside))
@@ -29,6 +34,26 @@ def each_leaf(fn: Callable[..., tuple[Any, ...]], updates: Any, *others: Any) ->
         jax.tree.map(lambda row, i=i: row.entries[i], rows, is_leaf=lambda node: isinstance(node, _Row))
         for i in range(1 + len(others))
     )
+
+
+def require_beside(updates: Any, state: Any) -> None:
+    """Raises ValueError unless a state per parameter has, for every leaf of the updates, an array of its shape."""
+    flat, treedef = jax.tree.flatten(updates)
+    try:
+        beside = treedef.flatten_up_to(state)
+    except ValueError:
+        raise ValueError(
+            _wrong(f"one with arrays at {leaves.listed(leaves.paths(updates))}", leaves.listed(leaves.paths(state)))
+        ) from None
+    for i, (leaf, array) in enumerate(zip(flat, beside, strict=True)):
+        is_number = dtypes.of(array) is not None
+        if sums.is_counted(leaf) and not (is_number and jnp.shape(array) == jnp.shape(leaf)):
+            came = f"shape {jnp.shape(array)}" if is_number else f"a {type(array).__name__}"
+            raise ValueError(_wrong(f"of shape {jnp.shape(leaf)} at {leaves.paths(updates)[i]!r}", f"{came} there"))
+
+
+def _wrong(expected: str, came: str) -> str:
+    return states.wrong("a transformation that keeps an array per parameter", expected, came)
 
 
 class _Row:

@@ -12,9 +12,16 @@ def paths(tree: Any) -> list[str]:
     """The path of every leaf, as in "decoder/kernel" or "layers/0/bias".
 
     Flax boxes its arrays (`nnx.Param`, `nn.Partitioned`), and jax gives the box's own "value" as the last key. That key
-    is left out, so that a leaf has one path whether it is boxed or not.
+    is left out, so that a leaf has one path whether it is boxed or not. Where keys that contain a "/" would give two
+    leaves one path, these have jax's notation: "['a/b']".
     """
-    return ["/".join(keys) for keys in _keys(tree)]
+    keys = _keys(tree)
+    joined = ["/".join(path) for path in keys]
+    if len(set(joined)) == len(joined):
+        return joined
+    twice = {path for path in joined if joined.count(path) > 1}
+    exact = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    return [full if path in twice else path for path, full in zip(joined, exact, strict=True)]
 
 
 def _keys(tree: Any) -> list[tuple[str, ...]]:
@@ -88,7 +95,7 @@ def _spread(problem: str, prefix: Any, tree: Any) -> list[Any]:
         entries = dict(zip(_keys(prefix), jax.tree.leaves(prefix), strict=True))
         places = [_first_start(path, entries) for path in _keys(tree)]
         if None in places or {*places, *_at_empty(tree, entries)} != set(entries):
-            raise ValueError(f"{problem}: {_difference(prefix, tree) or error}") from None
+            raise ValueError(f"{problem}: {difference(prefix, tree) or error}") from None
         return [entries[place] for place in places if place is not None]
 
 
@@ -102,6 +109,15 @@ def _at_empty(tree: Any, entries: Any) -> set[Any]:
     """The entries for what is there and holds no leaf: None, or what a mask hides."""
     flat = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: not jax.tree.leaves(node))
     return {_first_start(_simple(path), entries) for path, node in flat if not jax.tree.leaves(node)} - {None}
+
+
+def aligned(tree: Any, other: Any) -> Any:
+    """The leaves of `tree` in the containers of `other`, by their keys; None unless both have the same keys."""
+    by_keys = dict(zip(_keys(tree), jax.tree.leaves(tree), strict=True))
+    needed = _keys(other)
+    if set(needed) != set(by_keys) or len(needed) != len(by_keys):
+        return None
+    return jax.tree.unflatten(jax.tree.structure(other), [by_keys[path] for path in needed])
 
 
 def broadcast(problem: str, prefix: Any, tree: Any) -> Any:
@@ -118,10 +134,10 @@ def broadcast(problem: str, prefix: Any, tree: Any) -> Any:
     try:
         return jax.tree.broadcast(prefix, tree)
     except ValueError as error:
-        raise ValueError(f"{problem}: {_difference(prefix, tree) or error}") from None
+        raise ValueError(f"{problem}: {difference(prefix, tree) or error}") from None
 
 
-def _difference(prefix: Any, tree: Any) -> str:
+def difference(prefix: Any, tree: Any) -> str:
     """The first path at which a prefix pytree has something and `tree` has not, or the other way round."""
     have, need = paths(prefix), paths(tree)
     for path in have:

@@ -10,7 +10,8 @@ over: all of them, and no other (a replicated leaf must be counted once).
   default). Nothing is known in `pmap` and with `check_vma=False`: there is a warning, and the axes must be named.
 - a name or a tuple of names: the same axes for every leaf. Where the types know nothing, there is a warning if a leaf
   could be whole: it would be counted once per device.
-- a PartitionSpec or a prefix pytree of them: per leaf, and by dimension, which norms of single units need.
+- a PartitionSpec or a prefix pytree of them: per leaf, and by dimension, which norms of single units need. A None among
+  them is `P()`, a leaf that is whole.
 - `None`: nothing is split; each device stands for itself.
 
 Names that are not bound where we run (outside `shard_map`) are dropped, as are names over which a leaf is known not to
@@ -244,6 +245,7 @@ def _is_spec(value: Any) -> bool:
 
 
 def _split_by_spec(spec: Any, leaf: Any, path: str, tracked: _Tracked) -> Split:
+    spec = PartitionSpec() if spec is None else spec  # no entry, as where a parameter has no gradient
     if not _is_spec(spec):
         raise ValueError(
             "axes must be 'auto', None, a name, a tuple of names, or a prefix pytree of PartitionSpec; "

@@ -25,8 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from optaxclip import checks, groups, leaves, mesh, ratios, scaling, sums
-from optaxclip.core import Norm, Norms, Updates, require_params
+from optaxclip.core import Norm, Norms, Updates
 from optaxclip.matrices import capping, stacks
+from optaxclip.parameters import require_params
 
 Axis: TypeAlias = int | tuple[int, ...] | None
 DimsOf: TypeAlias = Callable[[tuple[int, ...], str], tuple[int, ...]]  # (shape, path) -> dimensions

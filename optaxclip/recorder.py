@@ -254,7 +254,9 @@ def decoded(names: Any) -> list[str]:
 def _axes_as_bytes(names: list[str]) -> jax.Array:
     """Names of mesh axes in a fixed number of bytes: the state must not change its shape where they are bound."""
     room = np.zeros(48, np.uint8)
-    text = np.frombuffer(",".join(names).encode()[: room.size], np.uint8)
+    joined = ",".join(names).encode()
+    cut = joined if len(joined) <= room.size else joined[: room.size - 3] + b"..."
+    text = np.frombuffer(cut, np.uint8)
     room[: text.size] = text
     return jnp.asarray(room)
 

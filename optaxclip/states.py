@@ -51,5 +51,6 @@ def _as_array(leaf: Any) -> Any:
     dtype = np.asarray(leaf).dtype
     if not (jnp.issubdtype(dtype, jnp.number) or dtype == np.bool_) or dtype == jax.dtypes.float0:
         return leaf
-    # With a dtype of its own: a Python number would be weakly typed, and a scan's carry would change its type.
-    return jnp.asarray(leaf, jax.dtypes.canonicalize_dtype(dtype))
+    # With a dtype of its own: a Python number would be weakly typed, and a scan's carry would change its type. Whole
+    # numbers are counts, and these have 32 bits.
+    return jnp.asarray(leaf, jnp.int32 if type(leaf) is int else jax.dtypes.canonicalize_dtype(dtype))

@@ -205,4 +205,6 @@ def _distinct(paths: list[tuple[Any, ...]]) -> list[str]:
     for end in (0, -1):  # what all begin with, and what all end with, tells nothing
         while min(map(len, names)) > 1 and len({path[end] for path in names}) == 1:
             names = [path[1:] if end == 0 else path[:-1] for path in names]
-    return ["/".join([*path, ""]) for path in names]
+    joined = ["/".join([*path, ""]) for path in names]
+    # Keys that contain a "/" may make two the same; jax's own notation tells them apart.
+    return joined if len(set(joined)) == len(joined) else [jax.tree_util.keystr(path) + "/" for path in paths]

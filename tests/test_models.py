@@ -238,3 +238,29 @@ def test_keys_of_any_characters_are_paths(key):
     found = oc.clip_stats(state, per_group=True)
     assert found["first_nonfinite_leaf"] == key
     assert {f"clip_norm/{key}", "clip_norm/other"} <= set(found)
+
+
+def test_keys_with_a_slash_do_not_hide_other_leaves():
+    tree = {"a/b": jnp.full(1, 9.0), "a": {"b": jnp.ones(1)}}
+    tx = oc.clip_by_leaf_norm(1.0, record=1)
+    found = oc.clip_stats(tx.update(tree, tx.init(tree))[1], per_group=True)
+    assert (found["clip_norm/['a/b']"], found["clip_norm/['a']['b']"]) == (9.0, 1.0)
+    chain = optax.named_chain(("x/0", oc.clip_by_leaf_norm(1.0, record=1)), ("x", optax.chain(tx)))
+    assert len([name for name in oc.clip_stats(chain.init(tree)) if name.endswith("clip_limit")]) == 2
+
+
+def test_parameters_in_other_containers_than_the_gradients_fit_by_their_keys():
+    for grads, params in ((unboxed(), boxed()), (nnx_state(), unboxed()), (unboxed(), nnx_state())):
+        updates, _ = oc.adaptive_grad_clip(0.1, units="leaf").update(grads, optax.EmptyState(), params)
+        np.testing.assert_allclose(
+            sorted(float(jnp.linalg.norm(leaf)) for leaf in jax.tree.leaves(updates)),
+            [0.1 * 3**0.5, 0.1 * 6**0.5],
+            rtol=1e-6,
+        )
+
+
+def test_none_among_partition_specs_is_a_leaf_that_is_whole():
+    axes = {"w": jax.sharding.PartitionSpec(), "ids": None}
+    grads, params = {"w": jnp.ones(4), "ids": None}, {"w": jnp.ones(4), "ids": jnp.arange(3)}
+    updates, _ = oc.clip_by_leaf_norm(1.0, axes=axes).update(grads, optax.EmptyState(), params)
+    np.testing.assert_allclose(updates["w"], 0.5)

@@ -168,3 +168,31 @@ def test_a_ring_of_another_length_keeps_the_numbers_of_its_steps(before, after, 
     assert oc.clip_stats(state)["clip_norm"] == 56.0
     state = run(new, state, range(57, 57 + after))
     assert assert_true(state, 56 + after) == list(range(57, 57 + after))
+
+
+PER_PARAMETER = {
+    "clipped_momentum": oc.clipped_momentum(1.0),
+    "mixed_clip": oc.mixed_clip(1.0),
+    "spam_clip": oc.spam_clip(),
+    "scale_by_acclip": oc.scale_by_acclip(),
+    "scale_by_stable_adam": oc.scale_by_stable_adam(),
+    "with_carry": oc.with_carry(oc.clip(1.0)),
+}
+OTHER_TREES = {
+    "of a shape that broadcasts": (
+        {"a": jnp.ones((2, 1)), "b": jnp.ones(3)},
+        r"of shape \(2,\) at 'a', got shape \(2, 1\)",
+    ),
+    "of another shape": ({"a": jnp.ones(4), "b": jnp.ones(3)}, r"of shape \(2,\) at 'a', got shape \(4,\)"),
+    "of fewer leaves": ({"a": jnp.ones(2)}, "with arrays at 'a', 'b', got 'a'"),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_TREES)
+@pytest.mark.parametrize("name", PER_PARAMETER)
+def test_a_state_per_parameter_of_another_tree_is_refused(name, case):
+    """One that broadcasts would make updates of another shape."""
+    other, message = OTHER_TREES[case]
+    tx = PER_PARAMETER[name]
+    with pytest.raises(ValueError, match=rf"keeps an array per parameter must be .*{message}.*call init again"):
+        tx.update(updates(), tx.init(other))

@@ -8,8 +8,9 @@ import optax
 
 from optaxclip import averages, bounds, checks, mesh, norms, scaling, states, sums, thresholds
 from optaxclip.bounds import Bound
-from optaxclip.core import Judged, Threshold, Updates, drop_missing, fill_missing, judge, parameters
+from optaxclip.core import Judged, Threshold, Updates, judge
 from optaxclip.each_leaf import each_leaf, zeros_like
+from optaxclip.parameters import drop_missing, fill_missing, parameters
 
 
 class ClippedMomentumState(NamedTuple):

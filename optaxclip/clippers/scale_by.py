@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import optax
 
 from optaxclip import averages, checks, mesh, scaling, states, sums
-from optaxclip.core import Updates, drop_missing, fill_missing, parameters
-from optaxclip.each_leaf import each_leaf, sizes_like, zeros_like
+from optaxclip.core import Updates
+from optaxclip.each_leaf import each_leaf, require_beside, sizes_like, zeros_like
+from optaxclip.parameters import drop_missing, fill_missing, parameters
 
 
 class AcclipState(NamedTuple):
@@ -201,6 +202,7 @@ def scale_by_stable_adam(
         state = states.of_kind(StableAdamState, state, "scale_by_stable_adam")
         params = parameters(params, updates)
         filled = fill_missing(updates, state.adam_mean)
+        require_beside(filled, state.adam_mean)
         flat, treedef = jax.tree.flatten(filled)
         steps, means, roots = map(treedef.flatten_up_to, state)
         splits = mesh.split_of(filled, params, axes)

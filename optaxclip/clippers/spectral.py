@@ -9,9 +9,10 @@ import optax
 
 from optaxclip import bounds, checks, groups, layouts, mesh, norms, scaling, sums, thresholds
 from optaxclip.bounds import Bound
-from optaxclip.core import State, Updates, clip_by, drop_missing, fill_missing, parameters, upper_end
+from optaxclip.core import State, Updates, clip_by, upper_end
 from optaxclip.matrices import capping, stacks
 from optaxclip.mesh import Axes
+from optaxclip.parameters import drop_missing, fill_missing, parameters
 
 
 def clip_by_spectral_norm(

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import optax
 
 from optaxclip import averages, checks, mesh, norms, scaling, states, sums, thresholds
-from optaxclip.core import Updates, clip_by, drop_missing, fill_missing, parameters
+from optaxclip.core import Updates, clip_by
 from optaxclip.each_leaf import each_leaf, sizes_like
 from optaxclip.mesh import Axes
+from optaxclip.parameters import drop_missing, fill_missing, parameters
 
 
 class SpamState(NamedTuple):

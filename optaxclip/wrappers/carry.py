@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import optax
 
 from optaxclip import checks, leaves, mesh, states, sums
-from optaxclip.core import Updates, drop_missing, fill_missing, parameters
+from optaxclip.core import Updates
 from optaxclip.each_leaf import each_leaf, zeros_like
+from optaxclip.parameters import drop_missing, fill_missing, parameters
 
 
 class CarryState(NamedTuple):

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from optaxclip import checks, layouts, leaves, states, sums
-from optaxclip.core import NO_PARAMS, Updates, parameters
+from optaxclip.core import Updates
+from optaxclip.parameters import NO_PARAMS, parameters
 
 
 class ResetState(NamedTuple):

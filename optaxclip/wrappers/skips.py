@@ -9,6 +9,7 @@ import optax
 
 from optaxclip import checks, core, groups, layouts, mesh, norms, recorder, states, sums, thresholds
 from optaxclip.core import Norm, Threshold, Updates
+from optaxclip.parameters import fill_missing, parameters
 from optaxclip.wrappers.holding import update_or_hold
 
 
@@ -182,7 +183,7 @@ def skip_spikes(
     wrapped = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> SkipState:
-        measured = core.shapes_of(norm, core.parameters(params), axes)
+        measured = core.shapes_of(norm, parameters(params), axes)
         no_loss = optax.EmptyState() if loss_threshold is None else loss_threshold.init(_LOSS)
         return SkipState(
             skip_stats=recorder.no_skips(),
@@ -194,8 +195,8 @@ def skip_spikes(
 
     def update(updates: Updates, state: Any, params: Any = None, **extra_args: Any) -> tuple[Updates, SkipState]:
         state = states.of_kind(SkipState, state, "a skip of steps")
-        known = core.parameters(params, updates)
-        filled = core.fill_missing(updates, known)
+        known = parameters(params, updates)
+        filled = fill_missing(updates, known)
         judged = core.judge(norm, threshold, filled, state.norm_threshold_state, known, axes, extra_args)
         whole = judged.norms if norm is _ALL else _ALL.measure(filled, known, judged.splits)
         finite, high = jnp.isfinite(whole), _is_any_above(judged)
