@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip import checks, leaves, mesh, states, sums
+from optaxclip import bounds, checks, leaves, mesh, scaling, states, sums
 from optaxclip.core import Updates
-from optaxclip.each_leaf import each_leaf, zeros_like
+from optaxclip.each_leaf import each_leaf, require_beside, zeros_like
 from optaxclip.parameters import drop_missing, fill_missing, parameters
 
 
@@ -97,6 +97,7 @@ def with_carry(
     def update(updates: Updates, state: Any, params: Any = None, **extra_args: Any) -> tuple[Updates, CarryState]:
         state = states.of_kind(CarryState, state, "with_carry")
         filled = fill_missing(updates, state.carry)
+        require_beside(filled, state.carry)
         mesh.require_reduced(filled, state.carry, called="carry")
         # A gradient that is missing gives its parameter no chance to get rid of anything: its carry is in no norm.
         usable = _where_missing(updates, jax.tree.map(jnp.zeros_like, state.carry), state.carry)
@@ -128,19 +129,17 @@ def _total(grad: Any, carry: Any) -> Any:
     """Gradient plus carry in the wider of their dtypes; finite, in the range of the gradient's, if the gradient is."""
     wide = jnp.result_type(sums.wide(_dtype(grad)), sums.wide(_dtype(carry)))
     grad = jnp.asarray(grad)
-    return jnp.where(jnp.isfinite(grad), _within(grad.astype(wide) + carry.astype(wide), grad.dtype), grad.astype(wide))
+    return jnp.where(
+        jnp.isfinite(grad),
+        scaling.saturated(grad.astype(wide) + carry.astype(wide), bounds.highest(grad.dtype)),
+        grad.astype(wide),
+    )
 
 
 def _left_over(grad: Any, carry: Any, clipped: Any) -> tuple[Any, Any, Any]:
     total = _total(grad, carry)
-    rest = _within(total - jnp.asarray(clipped).astype(total.dtype), carry.dtype).astype(carry.dtype)
+    rest = scaling.saturated(total - jnp.asarray(clipped).astype(total.dtype), bounds.highest(carry.dtype)).astype(
+        carry.dtype
+    )
     usable = jnp.isfinite(jnp.asarray(grad)) & jnp.isfinite(clipped)
     return grad, jnp.where(usable, rest, carry), clipped
-
-
-def _within(x: jax.Array, dtype: Any) -> jax.Array:
-    """`x`, no part of it beyond the largest number of `dtype`."""
-    highest = float(jnp.finfo(dtype).max)
-    if jnp.iscomplexobj(x):
-        return jax.lax.complex(jnp.clip(x.real, -highest, highest), jnp.clip(x.imag, -highest, highest))
-    return jnp.clip(x, -highest, highest)
