@@ -51,7 +51,12 @@ def debiased(decay: Any, seen: jax.Array, dtype: Any) -> Shares:
       seen: int32, the number of the step, from 1.
       dtype: of the shares.
     """
-    each = shares(decay, dtype)
+    return _debiased(shares(decay, dtype), seen)
+
+
+# At module level and jitted, as what follows, so that they are traced once for all leaves.
+@jax.jit
+def _debiased(each: Shares, seen: jax.Array) -> Shares:
     is_first = seen <= 1
     before = _gathered(each, jnp.where(is_first, jnp.ones_like(seen), seen - 1))
     whole = _gathered(each, jnp.maximum(seen, 1))
@@ -77,7 +82,7 @@ def moved(average: jax.Array, value: jax.Array, by: Shares) -> jax.Array:
 
 
 @jax.custom_jvp
-def _moved(average: jax.Array, value: jax.Array, by: Shares) -> jax.Array:
+def _moved_real(average: jax.Array, value: jax.Array, by: Shares) -> jax.Array:
     # The share of a number near the smallest would be subnormal, and flushed to 0.
     is_small = jnp.maximum(jnp.abs(average), jnp.abs(value)) < 1
     one = jnp.ones_like(average)
@@ -85,11 +90,14 @@ def _moved(average: jax.Array, value: jax.Array, by: Shares) -> jax.Array:
     return _mixed(average * up, value * up, by) * down
 
 
-@_moved.defjvp
+@_moved_real.defjvp
 def _moved_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     (average, value, by), (d_average, d_value, d_by) = primals, tangents
     # A tangent may be as large as a float is: it can't be multiplied by 2^64.
     return _moved(average, value, by), _mixed(d_average, d_value, by) + d_by.old * average + d_by.new * value
+
+
+_moved = jax.jit(_moved_real)
 
 
 def _mixed(one: jax.Array, other: jax.Array, by: Shares) -> jax.Array:
@@ -108,21 +116,21 @@ def power_mean(one: jax.Array, other: jax.Array, by: Shares, p: float) -> jax.Ar
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
-def _power_mean(one: jax.Array, other: jax.Array, by: Shares, p: float) -> jax.Array:
+def _power_mean_of(one: jax.Array, other: jax.Array, by: Shares, p: float) -> jax.Array:
     # As above. Where most is replaced the roots of the shares are multiplied before the largest is known: of an average
     # that is far above the value nothing may stay.
     few, nothing, unit = by.new <= 0.5, jnp.zeros_like(by.new), jnp.ones_like(by.new)
     roots = _roots(by, p)
     left, right = jnp.where(few, unit, roots.old) * one, jnp.where(few, unit, roots.new) * other
     largest = jnp.maximum(left, right)
-    whole = _or_one(largest)
+    whole = sums.or_one(largest)
     x, y = sums.quotient(left, whole) ** p, sums.quotient(right, whole) ** p
     total = x + (jnp.where(few, by.new, unit) * y - jnp.where(few, by.new, nothing) * x)
     mean = jnp.minimum(whole * (jnp.sqrt(total) if p == 2 else total ** (1 / p)), jnp.maximum(one, other))
     return jnp.where((largest > 0) & jnp.isfinite(largest), mean, largest)
 
 
-@_power_mean.defjvp
+@_power_mean_of.defjvp
 def _power_mean_jvp(p: float, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     (one, other, by), (d_one, d_other, d_by) = primals, tangents
     mean = _power_mean(one, other, by, p)
@@ -142,17 +150,15 @@ def _power_mean_jvp(p: float, primals: Any, tangents: Any) -> tuple[jax.Array, j
     )
 
 
+_power_mean = jax.jit(_power_mean_of, static_argnums=3)
+
+
 def _share(size: jax.Array, mean: jax.Array) -> jax.Array:
-    share = sums.quotient(size, _or_one(mean))
+    share = sums.quotient(size, sums.or_one(mean))
     return jnp.where((mean > 0) & jnp.isfinite(mean) & jnp.isfinite(share), share, jnp.zeros_like(share))
 
 
 def _roots(by: Shares, p: float) -> Shares:
     if p == 2:
         return Shares(sums.root(by.old), sums.root(by.new))
-    return Shares(*(jnp.where(share > 0, _or_one(share) ** (1 / p), jnp.zeros_like(share)) for share in by))
-
-
-def _or_one(x: jax.Array) -> jax.Array:
-    """x where one can divide by it, else 1."""
-    return jnp.where((x > 0) & jnp.isfinite(x), x, jnp.ones_like(x))
+    return Shares(*(jnp.where(share > 0, sums.or_one(share) ** (1 / p), jnp.zeros_like(share)) for share in by))

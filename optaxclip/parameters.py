@@ -22,7 +22,7 @@ def parameters(params: Any, updates: Any = None) -> Any:
     differ (a dict beside a `FrozenDict`, Flax's boxes beside plain arrays) the keys decide.
     """
     if updates is None:
-        return jax.tree.map(lambda leaf: leaf if _is_array(leaf) or _is_number(leaf) else None, params)
+        return jax.tree.map(lambda leaf: leaf if dtypes.of(leaf) is not None else None, params)
     if all(map(_is_array, jax.tree.leaves(params))) and jax.tree.structure(params) == jax.tree.structure(updates):
         return params
     aligned = leaves.aligned(params, updates)
@@ -32,7 +32,7 @@ def parameters(params: Any, updates: Any = None) -> Any:
     def known(update: Any, param: Any) -> Any:
         may_be_number = update is not None
         return jax.tree.map(
-            lambda leaf: leaf if _is_array(leaf) or (may_be_number and _is_number(leaf)) else None, param
+            lambda leaf: leaf if _is_array(leaf) or (may_be_number and dtypes.of(leaf) is not None) else None, param
         )
 
     try:
@@ -43,10 +43,6 @@ def parameters(params: Any, updates: Any = None) -> Any:
 
 def _is_array(leaf: Any) -> bool:
     return hasattr(leaf, "dtype") and hasattr(leaf, "shape")
-
-
-def _is_number(leaf: Any) -> bool:
-    return isinstance(leaf, bool | int | float | complex)
 
 
 def require_params(updates: Any, params: Any) -> None:

@@ -90,8 +90,14 @@ def init(norms: Any, updates: Any, length: int) -> ClipStats:
         first_nonfinite_leaf=jnp.full((), -1, jnp.int32),
         norm_axes=_axes_as_bytes([]),
         group_names=_encoded(leaves.paths(norms)),
-        leaf_names=_encoded([path for path, _ in _counted_leaves(updates)]),
+        leaf_names=_encoded(_paths_of_counted(updates)),
     )
+
+
+def _paths_of_counted(tree: Any) -> list[str]:
+    # `init` may see other leaves beside these that `update` does not.
+    pairs = zip(leaves.paths(tree), jax.tree.leaves(tree), strict=True)
+    return [path for path, leaf in pairs if sums.is_counted(leaf)]
 
 
 def require_state(state: Any, recorded: type, length: int) -> None:
@@ -128,7 +134,7 @@ def advance(
     scale = sums.quotient(jnp.where(kept, jnp.ones_like(goal), goal), jnp.where(kept, jnp.ones_like(norm), norm))
     nonfinite = ~jnp.all(jnp.isfinite(norm))
     is_first = nonfinite & (stats.first_nonfinite_step == 0)
-    leaf = _search_if(is_first, [leaf for _, leaf in _counted_leaves(updates)])
+    leaf = _search_if(is_first, [leaf for leaf in jax.tree.leaves(updates) if sums.is_counted(leaf)])
     # The devices agree outside of the branch: inside it a collective would hang if they ever took different ones.
     if axes := mesh.may_vary_over(leaf, splits):
         leaf = jax.lax.pmin(leaf, axes)
@@ -148,12 +154,6 @@ def advance(
         first_nonfinite_leaf=jnp.where(is_first & (leaf < _NONE), leaf, stats.first_nonfinite_leaf),
         norm_axes=_axes_as_bytes(sorted({name for split in splits for name in split.axes})),
     )
-
-
-def _counted_leaves(tree: Any) -> list[tuple[str, Any]]:
-    """Path and leaf of all that count in norms: `init` may have seen others beside them that `update` does not."""
-    pairs = zip(leaves.paths(tree), jax.tree.leaves(tree), strict=True)
-    return [(path, leaf) for path, leaf in pairs if sums.is_counted(leaf)]
 
 
 def no_skips() -> SkipStats:

@@ -70,7 +70,7 @@ def _keep_all(norms: list[jax.Array], permitted: list[jax.Array]) -> list[Factor
 
 
 def _scale_some(norms: list[jax.Array], permitted: list[jax.Array]) -> list[Factor]:
-    return list(map(factor_of, norms, permitted))
+    return list(map(_factor, norms, permitted))
 
 
 @jax.jit  # traced once for all leaves, as is the next
@@ -80,8 +80,7 @@ def _keep(norm: jax.Array, permitted: jax.Array) -> Factor:
 
 
 @jax.jit
-def factor_of(norm: jax.Array, permitted: jax.Array) -> Factor:
-    """As `factors`, for one array of norms and without a branch: for what XLA may fuse into a loop over coordinates."""
+def _factor(norm: jax.Array, permitted: jax.Array) -> Factor:
     keep = is_kept(norm, permitted)
     # Where a group is kept the factor is not used, but its derivative is multiplied by 0 and must be finite.
     one = jnp.ones_like(norm)

@@ -156,7 +156,7 @@ def _norm_of_array(x: jax.Array, dims: tuple[int, ...], ord: float) -> jax.Array
 
 def _norm_by_largest(x: jax.Array, dims: tuple[int, ...], ord: float) -> jax.Array:
     """The norm as largest modulus times the norm of the shares of it: two passes, no overflow, no underflow."""
-    largest = _or_one(columns.max_of(modulus, x, dims))
+    largest = or_one(columns.max_of(modulus, x, dims))
     size = jnp.expand_dims(largest, dims)
     total = columns.sum_of(lambda x: _power(quotient(x.astype(wide(x.dtype)), size), ord), x, dims)
     return _saturate(_root(total, ord), largest)
@@ -183,7 +183,7 @@ def _norm_across(norms: jax.Array, axes: tuple[str, ...], ord: float) -> jax.Arr
         size = largest(norms, (0,))
         return jax.lax.pmax(size, axes) if axes else size
     norms = _from_all(norms, axes)
-    size = _or_one(largest(norms, (0,)))
+    size = or_one(largest(norms, (0,)))
     return _saturate(_root(jnp.sum(_power(quotient(norms, size[None]), ord), axis=0), ord), size)
 
 
@@ -258,7 +258,7 @@ def _slope(x: jax.Array, norm: jax.Array, dims: tuple[int, ...], axes: tuple[str
         attained = (jnp.abs(x) == norm).astype(x.dtype)
         ties = jnp.sum(attained, axis=dims, keepdims=True)
         return jnp.sign(x) * attained / (jax.lax.psum(ties, axes) if axes else ties)
-    share = quotient(x, _or_one(norm))
+    share = quotient(x, or_one(norm))
     return share if ord == 2 else jnp.sign(x) * (jnp.abs(share) ** (ord - 1)).astype(x.dtype)
 
 
@@ -325,7 +325,7 @@ def _smallest_trusted(dtype: Any, size: int) -> float:
     return size * float(info.tiny) / float(info.eps)
 
 
-def _or_one(x: jax.Array) -> jax.Array:
+def or_one(x: jax.Array) -> jax.Array:
     """x where one can divide by it, else 1."""
     return jnp.where((x > 0) & jnp.isfinite(x), x, jnp.ones_like(x))
 

@@ -207,12 +207,17 @@ def _clip_values(interval: Callable[..., tuple[Any, Any]], *given: Bound) -> opt
 
 def _clip_leaf(leaf: Any, ends: list[Any], interval: Callable[..., tuple[Any, Any]]) -> jax.Array:
     leaf = jnp.asarray(leaf)
-    wide = sums.accumulator(leaf.dtype)
-    low, high = interval(*ends, wide)
-    if jnp.iscomplexobj(leaf):
-        return _clip_modulus(leaf, low, high)
+    low, high = interval(*ends, sums.accumulator(leaf.dtype))
+    return _clip_modulus(leaf, low, high) if jnp.iscomplexobj(leaf) else _between(leaf, low, high)
+
+
+# At module level and jitted, so that it is traced once for all leaves of a kind.
+@jax.jit
+def _between(leaf: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
+    """A leaf of real numbers within two ends, which are in float32 or wider."""
+    wide = low.dtype
     has_low, has_high = low > -jnp.inf, high < jnp.inf
-    largest = float(jnp.finfo(leaf.dtype).max)
+    largest = bounds.highest(leaf.dtype)
     low, high = (_usable_end(end, largest).astype(leaf.dtype) for end in (low, high))
     above = has_high & (leaf.astype(wide) >= _next(high.astype(wide), 1))
     below = has_low & (leaf.astype(wide) <= _next(low.astype(wide), -1))

@@ -99,7 +99,8 @@ def scale_by_acclip(
             tau = averages.power_mean(size.astype(real), sums.modulus(leaf), averages.shares(b2, real), order)
             is_good = jnp.isfinite(new) & jnp.isfinite(tau)
             length = jnp.maximum(sums.modulus(new) + eps, jnp.finfo(real).tiny)
-            out = scaling.rescale(new, scaling.factor_of(length, jnp.minimum(tau, length)))
+            kept = jnp.minimum(tau, length).astype(wide)
+            out = jnp.where(tau < length, sums.quotient(new, length) * kept, new)
             return (
                 jnp.where(is_good, scaling.narrowed(out, leaf.dtype), leaf),
                 jnp.where(is_good, scaling.narrowed(new, momentum.dtype), momentum),

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optaxclip import averages, checks, sums
+from optaxclip import averages, bounds, checks, sums
 from optaxclip.core import Threshold
-from optaxclip.thresholds.rules import Rule, no_steps, per_group, unbounded
+from optaxclip.thresholds.rules import Rule, no_steps, per_group
 
 
 class AverageState(NamedTuple):
@@ -77,7 +77,7 @@ def ema_ratio(
         average, seen = state
         first = seen == 0
         warm = first | (seen + 1 < warmup_steps)
-        together = jnp.full_like(norm, unbounded(norm))
+        together = jnp.full_like(norm, bounds.highest(norm.dtype))
         if warmup_max_norm is not None:
             most = jnp.asarray(warmup_max_norm, norm.dtype)
             # XLA multiplies by the reciprocal of what all groups share. That of the largest floats is subnormal, so 0.
@@ -93,7 +93,7 @@ def ema_ratio(
         )
         usable = jnp.isfinite(total)
         kept = jax.tree.map(lambda new, old: jnp.where(usable, new, old), new, state)
-        return (0.0, jnp.where(usable, upper, unbounded(norm))), kept
+        return (0.0, jnp.where(usable, upper, bounds.highest(norm.dtype))), kept
 
     return per_group(Rule(_no_average, limit, lambda norms: (sums.norm_of_norms(norms, (), 2),)))
 
@@ -163,7 +163,7 @@ def ema_band(
             None if value is None else jnp.asarray(value, norm.dtype) for value in (low, max_down, max_up)
         )
         # An average of 0 is none.
-        upper = jnp.where(average > 0, jnp.asarray(high, norm.dtype) * average, unbounded(norm))
+        upper = jnp.where(average > 0, jnp.asarray(high, norm.dtype) * average, bounds.highest(norm.dtype))
         lower = jnp.maximum(0 if least is None else least * average, jnp.asarray(min_norm, norm.dtype))
         is_large = norm > upper
         upper = upper if down is None else jnp.maximum(upper, down * norm)
@@ -278,7 +278,9 @@ def growth(max_growth: Any = 1.01) -> Threshold:
     def limit(norm: jax.Array, state: GrowthState) -> tuple[Any, GrowthState]:
         bound = jnp.asarray(max_growth, norm.dtype) * (state.last_norm + 1e-8)
         # 0 stands for no norm yet, so that no bound may be 0.
-        bound = jnp.where(state.last_norm > 0, jnp.maximum(bound, jnp.finfo(norm.dtype).tiny), unbounded(norm))
+        bound = jnp.where(
+            state.last_norm > 0, jnp.maximum(bound, jnp.finfo(norm.dtype).tiny), bounds.highest(norm.dtype)
+        )
         return (0.0, bound), GrowthState(jnp.minimum(norm, bound))
 
     return per_group(Rule(lambda dtype: GrowthState(jnp.zeros((), dtype)), limit))

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip import averages, checks, sums
+from optaxclip import averages, bounds, checks, sums
 from optaxclip.core import Threshold
-from optaxclip.thresholds.rules import Rule, no_steps, per_group, taken_in, unbounded
+from optaxclip.thresholds.rules import Rule, no_steps, per_group, taken_in
 
 _OPTIONS = ("reciprocal", "mean", "percentile")
 
@@ -105,7 +105,7 @@ def zscore(
         by = averages.Shares(*(jnp.where(warm, one, other) for one, other in zip(plain, moving, strict=True)))
         left = jnp.where(warm, sums.root(by.old), by.old) * jnp.abs(value - mean)
         new = ZScoreState(averages.moved(mean, value, by), averages.power_mean(std, left, by, 2), seen, spikes)
-        return (0.0, jnp.where(is_spike, bound, unbounded(norm))), new
+        return (0.0, jnp.where(is_spike, bound, bounds.highest(norm.dtype))), new
 
     return per_group(Rule(init, limit))
 

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optaxclip import bounds
 from optaxclip.core import Threshold
 from optaxclip.thresholds.ordering import interpolated, with_one_more
-from optaxclip.thresholds.rules import Rule, no_steps, per_group, unbounded
+from optaxclip.thresholds.rules import Rule, no_steps, per_group
 
 # Normal floats are the octaves from 2^-126 to 2^127. A bin is 1.7 % wide, its middle within 0.9 % of all that it holds.
 _FIRST_OCTAVE = -126
@@ -37,7 +38,7 @@ def quantile_of_all(q: Any) -> Threshold:
     """The quantile of all norms so far, the current one among them: exact at first, then to 0.9 %."""
 
     def init(dtype: Any) -> HistogramState:
-        first = jnp.full(_EXACT, jnp.finfo(dtype).max, dtype)
+        first = jnp.full(_EXACT, bounds.highest(dtype), dtype)
         return HistogramState(first, jnp.zeros((_OCTAVES, _BINS), jnp.int32), no_steps())
 
     def limit(norm: jax.Array, state: HistogramState) -> tuple[Any, HistogramState]:
@@ -53,7 +54,7 @@ def quantile_of_all(q: Any) -> Threshold:
 
         bound = interpolated(q, seen, value_at, norm.dtype)
         # The middle of the bin of the largest is below that.
-        bound = jnp.where(jnp.asarray(q) >= 1, unbounded(norm), bound)
+        bound = jnp.where(jnp.asarray(q) >= 1, bounds.highest(norm.dtype), bound)
         return (0.0, bound), HistogramState(first, histogram, seen)
 
     return per_group(Rule(init, limit), max_groups=_MAX_GROUPS)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip import groups, states
+from optaxclip import bounds, groups, states
 from optaxclip.core import Norms, State, Threshold
 
 RuleState: TypeAlias = Any  # a NamedTuple of arrays
@@ -57,14 +57,14 @@ def per_group(rule: Rule, *, max_groups: int | None = None) -> Threshold:
     def limit(norms: Norms, state: State, param_norms: Any, **extra_args: Any) -> tuple[tuple[Norms, Norms], State]:
         del param_norms, extra_args
         if not groups.number(norms):
-            return (0.0, unbounded(jnp.float32(0))), state
+            return (0.0, None), state
         flat, back = groups.as_vector(norms)
         _require_like(state, jax.eval_shape(init, norms))
         is_seen = jnp.isfinite(flat) & ((flat > 0) | rule.takes_zero)
         seen = jnp.where(is_seen, flat, jnp.ones_like(flat))
         shared = rule.shared(flat)
         (lower, upper), after = jax.vmap(lambda norm, state: rule.limit(norm, state, *shared))(seen, state)
-        lower, upper = jnp.where(is_seen, lower, 0), jnp.where(is_seen, upper, unbounded(flat))
+        lower, upper = jnp.where(is_seen, lower, 0), jnp.where(is_seen, upper, bounds.highest(flat.dtype))
         return (back(lower), back(upper)), jax.tree.map(
             lambda new, old: jnp.where(jnp.expand_dims(is_seen, tuple(range(1, new.ndim))), new.astype(old.dtype), old),
             after,
@@ -76,14 +76,14 @@ def per_group(rule: Rule, *, max_groups: int | None = None) -> Threshold:
 
 def _require_like(state: State, expected: State) -> None:
     """Raises unless a state is one that `init` makes for these norms, by these arguments."""
-    shapes = [[jnp.shape(leaf) for leaf in jax.tree.leaves(tree)] for tree in (state, expected)]
-    if type(state) is not type(expected) or shapes[0] != shapes[1]:
-        needed, came = (
-            f"{states.described(tree)} with arrays of shapes {shape}"
-            for tree, shape in zip((expected, state), reversed(shapes), strict=True)
-        )
+    caller = "a threshold that follows the history of norms"
+    if type(state) is not type(expected):
+        raise ValueError(states.wrong(caller, states.described(expected), states.described(state)))
+    came, needed = ([jnp.shape(leaf) for leaf in jax.tree.leaves(tree)] for tree in (state, expected))
+    if came != needed:
+        kind = states.described(expected)
         raise ValueError(
-            states.wrong("a threshold that follows the history of norms", needed, came)
+            states.wrong(caller, f"a {kind} with arrays of shapes {needed}", f"one with {came}")
             + " (in shard_map, of the same pieces of the leaves)"
         )
 
@@ -103,14 +103,6 @@ def taken_in(
     spikes = jnp.where(is_spike, jnp.asarray(optax.safe_increment(spikes)), jnp.zeros_like(spikes))
     is_kept_out = is_spike if patience is None else is_spike & (spikes <= patience)
     return jnp.where(is_kept_out, bound, norm), spikes
-
-
-def unbounded(norm: jax.Array) -> Any:
-    """The upper end of a band that has none: the largest float, at which norms saturate.
-
-    It is not inf, which `jax_debug_infs` takes for an error.
-    """
-    return jnp.finfo(norm.dtype).max
 
 
 def no_steps() -> jax.Array:

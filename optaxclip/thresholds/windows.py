@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip import checks, sums
+from optaxclip import bounds, checks, sums
 from optaxclip.core import Threshold
 from optaxclip.thresholds.histogram import quantile_of_all
 from optaxclip.thresholds.ordering import in_order, interpolated
-from optaxclip.thresholds.rules import Rule, no_steps, per_group, taken_in, unbounded
+from optaxclip.thresholds.rules import Rule, no_steps, per_group, taken_in
 
 
 class WindowState(NamedTuple):
@@ -105,7 +105,7 @@ def mean_std(
         is_spike = (number >= min_count) & (norm > bound)
         value, spikes = taken_in(patience, spikes, is_spike, norm, bound)
         value = norm if take_in == "raw" else value
-        upper = jnp.where(number >= min_count, bound, unbounded(norm))
+        upper = jnp.where(number >= min_count, bound, bounds.highest(norm.dtype))
         return (0.0, upper), WindowState(ring.at[place].set(value), jnp.asarray(optax.safe_increment(seen)), spikes)
 
     def init(dtype: Any) -> WindowState:
@@ -196,7 +196,7 @@ def quantile(q: Any, *, window: int | None = None) -> Threshold:
         return quantile_of_all(q)
 
     def bound_of(ring: jax.Array) -> jax.Array:
-        there = jnp.where(ring > 0, ring, jnp.full_like(ring, jnp.finfo(ring.dtype).max))
+        there = jnp.where(ring > 0, ring, jnp.full_like(ring, bounds.highest(ring.dtype)))
         return interpolated(q, jnp.sum(ring > 0, dtype=jnp.int32), in_order(there), ring.dtype)
 
     return _of_recent(window, bound_of, prefilled=False)

@@ -129,17 +129,12 @@ def _total(grad: Any, carry: Any) -> Any:
     """Gradient plus carry in the wider of their dtypes; finite, in the range of the gradient's, if the gradient is."""
     wide = jnp.result_type(sums.wide(_dtype(grad)), sums.wide(_dtype(carry)))
     grad = jnp.asarray(grad)
-    return jnp.where(
-        jnp.isfinite(grad),
-        scaling.saturated(grad.astype(wide) + carry.astype(wide), bounds.highest(grad.dtype)),
-        grad.astype(wide),
-    )
+    total = scaling.saturated(grad.astype(wide) + carry.astype(wide), bounds.highest(grad.dtype))
+    return jnp.where(jnp.isfinite(grad), total, grad.astype(wide))
 
 
 def _left_over(grad: Any, carry: Any, clipped: Any) -> tuple[Any, Any, Any]:
     total = _total(grad, carry)
-    rest = scaling.saturated(total - jnp.asarray(clipped).astype(total.dtype), bounds.highest(carry.dtype)).astype(
-        carry.dtype
-    )
+    rest = scaling.narrowed(total - jnp.asarray(clipped).astype(total.dtype), carry.dtype)
     usable = jnp.isfinite(jnp.asarray(grad)) & jnp.isfinite(clipped)
     return grad, jnp.where(usable, rest, carry), clipped

@@ -194,7 +194,7 @@ def skip_spikes(
         )
 
     def update(updates: Updates, state: Any, params: Any = None, **extra_args: Any) -> tuple[Updates, SkipState]:
-        state = states.of_kind(SkipState, state, "a skip of steps")
+        state = states.of_kind(SkipState, state, "skip_nonfinite or skip_spikes")
         known = parameters(params, updates)
         filled = fill_missing(updates, known)
         judged = core.judge(norm, threshold, filled, state.norm_threshold_state, known, axes, extra_args)
