@@ -367,6 +367,7 @@ def test_every_device_records_the_same(rng, kind, check_vma):
         assert all(np.array_equal(piece, pieces[0], equal_nan=piece.dtype.kind == "f") for piece in pieces)
     one_device = run(CLIPPERS[kind](None), sequence, sequence[0])
     found = clip_stats(state, per_group=True)
+    assert found.pop("norm_axes") == "data,model"
     assert_same(found, clip_stats(one_device, per_group=True))
     assert (found["first_nonfinite_step"], found["first_nonfinite_leaf"]) == (2, "rows")
 

@@ -219,9 +219,15 @@ def _between(leaf: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
     has_low, has_high = low > -jnp.inf, high < jnp.inf
     largest = bounds.highest(leaf.dtype)
     low, high = (_usable_end(end, largest).astype(leaf.dtype) for end in (low, high))
+    low, high, has_low, has_high = (_of_rank(end, leaf.ndim) for end in (low, high, has_low, has_high))
     above = has_high & (leaf.astype(wide) >= _next(high.astype(wide), 1))
     below = has_low & (leaf.astype(wide) <= _next(low.astype(wide), -1))
     return jnp.where(above | below, jnp.where(above, high, low), leaf)
+
+
+def _of_rank(end: jax.Array, ndim: int) -> jax.Array:
+    """An end for all coordinates as it is, one of fewer dimensions than the leaf with as many."""
+    return jnp.expand_dims(end, range(ndim - end.ndim)) if end.ndim else end
 
 
 def _usable_end(end: Any, largest: float) -> jax.Array:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip import averages, checks, mesh, scaling, states, sums
+from optaxclip import averages, bounds, checks, mesh, scaling, states, sums
 from optaxclip.core import Updates
 from optaxclip.each_leaf import each_leaf, require_beside, sizes_like, zeros_like
 from optaxclip.parameters import drop_missing, fill_missing, parameters
@@ -119,12 +119,12 @@ class StableAdamState(NamedTuple):
     """State of `scale_by_stable_adam`.
 
     Attributes:
-      adam_steps: like the parameters, an int32 scalar each, the number of gradients that its averages took in.
+      adam_steps: int32 vector, for each leaf the number of gradients that its averages took in.
       adam_mean: like the parameters, the debiased average of the gradients.
       adam_rms: like the parameters, the root of the debiased average of their squares.
     """
 
-    adam_steps: Updates
+    adam_steps: jax.Array
     adam_mean: Updates
     adam_rms: Updates
 
@@ -195,7 +195,8 @@ def scale_by_stable_adam(
 
     def init(params: Any) -> StableAdamState:
         params = parameters(params)
-        steps = jax.tree.map(lambda _: jnp.zeros((), jnp.int32), params)
+        # Without leaves one stands in: checkpoints refuse empty arrays.
+        steps = jnp.zeros(max(len(jax.tree.leaves(params)), 1), jnp.int32)
         return StableAdamState(steps, zeros_like(params, dtype), sizes_like(params, dtype))
 
     def update(updates: Updates, state: Any, params: Any = None, **extra: Any) -> tuple[Updates, StableAdamState]:
@@ -205,20 +206,22 @@ def scale_by_stable_adam(
         filled = fill_missing(updates, state.adam_mean)
         require_beside(filled, state.adam_mean)
         flat, treedef = jax.tree.flatten(filled)
-        steps, means, roots = map(treedef.flatten_up_to, state)
+        means, roots = (treedef.flatten_up_to(tree) for tree in (state.adam_mean, state.adam_rms))
         splits = mesh.split_of(filled, params, axes)
         counted = [i for i, leaf in enumerate(flat) if sums.is_counted(leaf)]
-        now = {i: jnp.asarray(optax.safe_increment(steps[i])) for i in counted}
+        now = jnp.asarray(optax.safe_increment(state.adam_steps))
         new = {i: _averages(jnp.asarray(flat[i]), means[i], roots[i], b1, b2, now[i]) for i in counted}
         excess = _excess(flat, new, splits, eps)
+        is_good = [jnp.isfinite(excess[i]) if i in excess else jnp.zeros((), jnp.bool_) for i in range(len(flat))]
         for i in counted:
-            (mean, root), is_good = new[i], jnp.isfinite(excess[i])
+            mean, root = new[i]
             out = sums.quotient(sums.quotient(mean, _or_tiny(root + eps)), jnp.maximum(excess[i], 1))
-            flat[i] = jnp.where(is_good, scaling.narrowed(out, jnp.result_type(flat[i])), flat[i])
-            steps[i] = jnp.where(is_good, now[i], steps[i])
-            means[i] = jnp.where(is_good, scaling.narrowed(mean, means[i].dtype), means[i])
-            roots[i] = jnp.where(is_good, scaling.narrowed(root, roots[i].dtype), roots[i])
-        after = StableAdamState(*map(treedef.unflatten, (steps, means, roots)))
+            out = scaling.saturated(out, bounds.highest(out.dtype))
+            flat[i] = jnp.where(is_good[i], scaling.narrowed(out, jnp.result_type(flat[i])), flat[i])
+            means[i] = jnp.where(is_good[i], scaling.narrowed(mean, means[i].dtype), means[i])
+            roots[i] = jnp.where(is_good[i], scaling.narrowed(root, roots[i].dtype), roots[i])
+        steps = jnp.where(jnp.stack(is_good), now, state.adam_steps) if flat else state.adam_steps
+        after = StableAdamState(steps, treedef.unflatten(means), treedef.unflatten(roots))
         return drop_missing(updates, treedef.unflatten(flat)), after
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -116,7 +116,8 @@ def zscore(o: Any, *, warmup: int, patience: int | None, option: str) -> tuple[R
         total, squares = s["sum"] + n, s["squares"] + n * n
         new_mean = np.where(warm, total / count, d * mean + (1 - d) * value)
         var = np.where(warm, squares / count - new_mean**2, d * s["var"] + (1 - d) * (value - new_mean) ** 2)
-        doubt |= is_near & ~near(n, bound)
+        # A deviation that is nearly subnormal has lost digits.
+        doubt |= (is_near & ~near(n, bound)) | ((std > 0) & (std < TINY * 2**10))
         state = {"mean": new_mean, "var": var, "count": count, "sum": total, "squares": squares, "spikes": spikes}
         return Judged(0, np.where(is_spike, bound, np.inf), state, doubt)
 
