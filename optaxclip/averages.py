@@ -20,7 +20,7 @@ from optaxclip import sums
 class Shares(NamedTuple):
     """How much of an average stays, and how much of a value comes in: two real numbers in [0, 1], whose sum is 1.
 
-    Each is rounded once. What is 1 less the other is not: 1 - float32(0.999) is off by 1e-5.
+    Each is rounded once from the exact decay: `1 - float32(0.999)` would be off by 1e-5.
 
     Attributes:
       old: of the average.
@@ -117,8 +117,8 @@ def power_mean(one: jax.Array, other: jax.Array, by: Shares, p: float) -> jax.Ar
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
 def _power_mean_of(one: jax.Array, other: jax.Array, by: Shares, p: float) -> jax.Array:
-    # As above. Where most is replaced the roots of the shares are multiplied before the largest is known: of an average
-    # that is far above the value nothing may stay.
+    # Two forms, as in `_mixed`. With a large `new` share, scale by the roots first: with decay 0 an average far above
+    # the value must leave nothing.
     few, nothing, unit = by.new <= 0.5, jnp.zeros_like(by.new), jnp.ones_like(by.new)
     roots = _roots(by, p)
     left, right = jnp.where(few, unit, roots.old) * one, jnp.where(few, unit, roots.new) * other

@@ -64,7 +64,7 @@ def _spread(bound: Any, tree: Any) -> Any:
     """A prefix pytree brought to the structure of `tree`; one number stays one number."""
     if jnp.isscalar(bound):
         return bound
-    entries = leaves.spread("a bound does not fit what it bounds", bound, tree)
+    entries = leaves.spread("a bound does not fit", bound, tree, ("the bound", "what it bounds"))
     flat, treedef = jax.tree.flatten(tree)
     for path, entry, bounded in zip(leaves.paths(tree), entries, flat, strict=True):
         if entry is not None and not _fits(jnp.shape(entry), jnp.shape(bounded)):

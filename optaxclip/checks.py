@@ -69,6 +69,8 @@ def bound(name: str, value: Any, *, signed: bool = False, finite: bool = False, 
     kinds = "one number, scalar array or schedule" if single else "a number, an array, a schedule or a pytree of these"
     entries = [] if _is_built(value) else jax.tree.leaves(value, is_leaf=is_function)
     if not entries or (single and (entries[0] is not value or (is_real(value) and np.ndim(value) > 0))):
+        if not (entries or single or value is None or _is_built(value)):
+            raise ValueError(f"{name}={value!r} bounds no leaf: give at least one leaf a number")
         raise ValueError(f"{name} must be {kinds}, got {value!r}")
     for entry in entries:
         if is_function(entry):
@@ -173,11 +175,12 @@ def _pairs(low: Any, high: Any) -> list[tuple[Any, Any]]:
 
 
 def static_together(**values: Any) -> None:
-    """Arguments that shape the program, so that none of them can be an array: one error names all that must be static.
+    """Raises ValueError if an argument that shapes the program is an array, and names all that must be static.
 
-    It is the first line of each factory that has such arguments. `optax.inject_hyperparams` turns numbers into arrays,
-    defaults too, and calls functions, unless `static_args` names them. The message ends with all these names, so that
-    one attempt tells all of it. Booleans are numbers: some releases of optax may not spare them.
+    Call it in the first line of each factory that has such arguments. `optax.inject_hyperparams` turns numbers into
+    arrays, defaults too, and calls functions as schedules, unless `static_args` names them. The message ends with all
+    the names that `static_args` needs, ready to copy. It names booleans too. optax 0.2.8 leaves these as they are, but
+    `record=False` may be a number later.
     """
 
     def is_array(value: Any) -> bool:
@@ -192,7 +195,8 @@ def static_together(**values: Any) -> None:
         )
         got = ", ".join(f"{name}={value}" for name, value in arrays.items())
         raise ValueError(
-            f"these must be static, and are arrays: {got}; with optax.inject_hyperparams, pass static_args={needed}"
+            f"these arguments must be static but came as arrays: {got}; "
+            f"with optax.inject_hyperparams, pass static_args={needed}"
         )
 
 
@@ -286,14 +290,15 @@ def axes(value: Any) -> None:
         )
 
 
-def per_leaf(name: str, value: Any, accept: Callable[[Any], bool], what: str) -> None:
-    """A function of a leaf's path, or a prefix pytree of values, in which None says nothing of what it stands for.
+def per_leaf(name: str, value: Any, accept: Callable[[Any], bool], what: str, if_empty: str) -> None:
+    """A function of a leaf's path, or a prefix pytree of values, in which None is no value.
 
     Args:
       name: the argument's name, for the message.
       value: what the user passed.
       accept: says of one value whether it is fine.
       what: what a fine value is, for the message.
+      if_empty: the message behind the argument, where there is no value in it.
 
     Raises:
       ValueError: if a value is something else, or there is none.
@@ -305,9 +310,7 @@ def per_leaf(name: str, value: Any, accept: Callable[[Any], bool], what: str) ->
         if not accept(entry):
             raise ValueError(f"{name} must be {what}, got {entry!r}")
     if not entries:
-        raise ValueError(
-            f"{name}={value!r} says nothing of any leaf; it must be {what}, a pytree of these or a function of a path"
-        )
+        raise ValueError(f"{name}={value!r} {if_empty}")
 
 
 # What is built elsewhere.

@@ -69,33 +69,34 @@ def values(name: str, value: Any, tree: Any) -> list[Any]:
         return []
     if checks.is_function(value):
         return [value(path) for path in paths(tree)]
-    return spread(f"{name} does not fit the updates", value, tree)
+    return spread(f"{name} does not fit the updates", value, tree, (name, "updates"))
 
 
-def spread(problem: str, value: Any, tree: Any) -> list[Any]:
+def spread(problem: str, value: Any, tree: Any, names: tuple[str, str]) -> list[Any]:
     """The entry of a prefix pytree for every leaf of `tree`. A None in it is an entry.
 
     Args:
-      problem: what it means if there is none, for the message.
+      problem: the first half of the message where an entry is missing.
       value: a prefix pytree, by structure, or by keys where the containers differ: a plain dict fits an `nnx.State` or
         a `FrozenDict` with its keys.
       tree: a pytree.
+      names: of the two pytrees, for the message.
 
     Raises:
       ValueError: with the problem and the path where the structures part.
     """
     boxes = jax.tree.map(_Box, value, is_leaf=is_none)
-    return [box.value for box in _spread(problem, boxes, tree)]
+    return [box.value for box in _spread(problem, boxes, tree, names)]
 
 
-def _spread(problem: str, prefix: Any, tree: Any) -> list[Any]:
+def _spread(problem: str, prefix: Any, tree: Any, names: tuple[str, str]) -> list[Any]:
     try:
         return jax.tree.leaves(jax.tree.broadcast(prefix, tree))
     except ValueError as error:
         entries = dict(zip(_keys(prefix), jax.tree.leaves(prefix), strict=True))
         places = [_first_start(path, entries) for path in _keys(tree)]
         if None in places or {*places, *_at_empty(tree, entries)} != set(entries):
-            raise ValueError(f"{problem}: {difference(prefix, tree) or error}") from None
+            raise ValueError(f"{problem}: {difference(prefix, tree, names) or error}") from None
         return [entries[place] for place in places if place is not None]
 
 
@@ -120,13 +121,14 @@ def aligned(tree: Any, other: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(other), [by_keys[path] for path in needed])
 
 
-def broadcast(problem: str, prefix: Any, tree: Any) -> Any:
+def broadcast(problem: str, prefix: Any, tree: Any, names: tuple[str, str]) -> Any:
     """A prefix pytree brought to the structure of `tree`.
 
     Args:
-      problem: what it means if that is impossible, for the message.
+      problem: the first half of the message where the two do not fit.
       prefix: a pytree that ends where `tree` does, or before.
       tree: a pytree.
+      names: of the two pytrees, for the message.
 
     Raises:
       ValueError: with the problem and the path where the structures part.
@@ -134,18 +136,24 @@ def broadcast(problem: str, prefix: Any, tree: Any) -> Any:
     try:
         return jax.tree.broadcast(prefix, tree)
     except ValueError as error:
-        raise ValueError(f"{problem}: {difference(prefix, tree) or error}") from None
+        raise ValueError(f"{problem}: {difference(prefix, tree, names) or error}") from None
 
 
-def difference(prefix: Any, tree: Any) -> str:
-    """The first path at which a prefix pytree has something and `tree` has not, or the other way round."""
-    have, need = paths(prefix), paths(tree)
+def difference(prefix: Any, tree: Any, names: tuple[str, str]) -> str:
+    """The first path at which a prefix pytree has something and `tree` has not, or the other way round.
+
+    Args:
+      prefix: a pytree.
+      tree: a pytree.
+      names: of the two, for the message; both singular.
+    """
+    (one, other), have, need = names, paths(prefix), paths(tree)
     for path in have:
-        if not any(_starts_with(other, path) for other in need):
-            return f"it has an entry at {path!r}, where there is nothing; there are {listed(need)}"
+        if not any(_starts_with(longer, path) for longer in need):
+            return f"{path!r} is in {one} but not in {other}, which has {listed(need)}"
     for path in need:
-        if not any(_starts_with(path, other) for other in have):
-            return f"it has no entry for {path!r}; it has {listed(have)}"
+        if not any(_starts_with(path, start) for start in have):
+            return f"{path!r} is in {other} but not in {one}, which has {listed(have)}"
     return ""
 
 
@@ -155,8 +163,10 @@ def _starts_with(path: str, start: str) -> bool:
 
 def listed(names: list[str]) -> str:
     """Some of the paths of a tree, for messages."""
+    if not names:
+        return "no leaf"
     if names == [""]:
-        return "only one, of no path"
+        return "a single leaf"
     shown = ", ".join(map(repr, names[:5]))
     return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
 

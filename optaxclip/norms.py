@@ -64,9 +64,10 @@ def global_norm(ord: float = 2, *, include: Any = None) -> Norm:
     checks.static_together(ord=ord, include=include)
     p = checks.order("ord", ord)
     if include is not None:
-        checks.per_leaf("include", include, lambda value: isinstance(value, bool | np.bool_), "True or False")
+        none = "chooses no leaf, so nothing would be clipped: pass True for at least one leaf"
+        checks.per_leaf("include", include, lambda value: isinstance(value, bool | np.bool_), "True or False", none)
         if not (checks.is_function(include) or any(jax.tree.leaves(include))):
-            raise ValueError(f"include chooses no leaf, got {include!r}")
+            raise ValueError(f"include={include!r} {none}")
     return _norm_of_all(p) if include is None else _norm_of_some(p, include)
 
 
@@ -127,7 +128,8 @@ def group_norm(labels: Any, ord: float = 2) -> Norm:
     """
     checks.static_together(labels=labels, ord=ord)
     p = checks.order("ord", ord)
-    checks.per_leaf("labels", labels, lambda value: isinstance(value, str), "strings or None")
+    none = "labels no leaf, so nothing would be clipped: give at least one leaf a string"
+    checks.per_leaf("labels", labels, lambda value: isinstance(value, str), "strings or None", none)
 
     def label_of(tree: Updates) -> list[Any]:
         found = leaves.values("labels", labels, tree)
@@ -408,7 +410,8 @@ def _is_beyond(leaf: jax.Array, high: jax.Array) -> jax.Array:
 def _by_leaf(dims_of: DimsOf, ord: float, stacked: Any, *, keepdims: bool = False, mean: bool = False) -> Norm:
     """A Norm with groups of their own in each leaf, extending over the dimensions `dims_of(shape, path)`."""
     if stacked is not None:
-        checks.per_leaf("stacked", stacked, stacks.is_axis_count, "a number of axes, at least 0")
+        none = "stacks no leaf: give at least one leaf a number of axes, or pass None"
+        checks.per_leaf("stacked", stacked, stacks.is_axis_count, "a number of axes, at least 0", none)
 
     def dims_in(tree: Updates, shape_of: Callable[[Any, int], tuple[int, ...]]) -> list[tuple[int, ...] | None]:
         flat = zip(jax.tree.leaves(tree), leaves.paths(tree), stacks.layers(stacked, tree), strict=True)

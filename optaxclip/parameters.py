@@ -49,7 +49,8 @@ def require_params(updates: Any, params: Any) -> None:
     """Raises ValueError unless there are parameters, of the structure and shapes of the updates."""
     if params is None:
         raise ValueError(NO_PARAMS)
-    aligned = jax.tree.leaves(leaves.broadcast("the structure of updates is not that of params", updates, params))
+    problem = "the structure of updates is not that of params"
+    aligned = jax.tree.leaves(leaves.broadcast(problem, updates, params, ("updates", "params")))
     known = leaves.paths(params)
     if missing := sorted(set(leaves.paths(updates)) - set(known)):
         raise ValueError(
@@ -83,7 +84,8 @@ def fill_missing(updates: Any, params: Any) -> Any:
         return jax.tree.map(fill, updates, params, is_leaf=leaves.is_none)
     except ValueError as error:
         problem = "the structure of updates, in which None is no gradient, is not that of the parameters or the state"
-        raise ValueError(f"{problem}: {leaves.difference(updates, params) or error}") from None
+        parting = leaves.difference(updates, params, ("updates", "params or the state"))
+        raise ValueError(f"{problem}: {parting or error}") from None
 
 
 def drop_missing(updates: Any, filled: Any) -> Any:

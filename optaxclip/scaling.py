@@ -18,7 +18,7 @@ from optaxclip import sums
 class Factor(NamedTuple):
     """What to do with a group: leave it bit for bit, or multiply by `first` and then by `second`.
 
-    Only `norm` and `goal` have derivatives: those of the factor, of which they are quotient, may be no floats.
+    Derivatives go through `norm` and `goal` only. The derivative of the factor itself may overflow.
 
     Attributes:
       keep: whether it is left.
@@ -85,7 +85,7 @@ def _factor(norm: jax.Array, permitted: jax.Array) -> Factor:
     # Where a group is kept the factor is not used, but its derivative is multiplied by 0 and must be finite.
     one = jnp.ones_like(norm)
     norm, permitted = jnp.where(keep, one, norm), jnp.where(keep, one, permitted)
-    # Rounded, a coordinate that is nearly the whole norm could come to lie beyond the largest float.
+    # Rounded, a coordinate that is nearly the whole norm could exceed the largest float.
     highest = jnp.maximum(norm, (1 - 2.0**-17) * jnp.finfo(norm.dtype).max)
     given = jax.lax.stop_gradient((norm, jnp.minimum(permitted, highest)))
     # Of what is no quotient of floats there is the quotient of roots, which is one.
@@ -103,7 +103,7 @@ def rescale(leaf: jax.Array, factor: Factor, saturate: bool = False) -> jax.Arra
     Args:
       leaf: floats of any shape.
       factor: scalars, or arrays that broadcast to the leaf's shape.
-      saturate: whether a coordinate may come to lie beyond the permitted norm, and so beyond the largest float.
+      saturate: whether a coordinate may exceed the permitted norm, and so the largest float.
     """
     leaf = jnp.asarray(leaf)
     # Beside a float64 leaf a factor may be no float32.

@@ -710,6 +710,7 @@ ROWS = (
         name="scale_by_stable_adam",
         public="scale_by_stable_adam",
         factory=oc.scale_by_stable_adam,
+        takes_zero=True,
         param_state=("adam_mean", "adam_rms"),
         args=(),
         kwargs={},

@@ -287,6 +287,50 @@ def test_what_says_nothing_of_leaves_is_refused(parameter, value):
     assert refuses(f"norms.{owner}", parameter, value)
 
 
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: norms.group_norm(None), "labels=None labels no leaf.*: give at least one leaf a string"),
+        (lambda: norms.group_norm({"a": None}), "labels={'a': None} labels no leaf"),
+        (lambda: norms.global_norm(include=False), "include=False chooses no leaf.*: pass True for at least one leaf"),
+        (lambda: norms.global_norm(include={"a": None}), "include={'a': None} chooses no leaf"),
+        (lambda: norms.leaf_norm(stacked={"a": None}), "stacked={'a': None} stacks no leaf: .* or pass None"),
+        (
+            lambda: oc.clip_by_leaf_norm({"w": None}),
+            "max_norm={'w': None} bounds no leaf: give at least one leaf a number",
+        ),
+        (lambda: oc.clip_by_leaf_norm(None), "max_norm must be a number, .*, got None"),
+    ],
+)
+def test_what_would_concern_no_leaf_is_refused_in_words(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+@pytest.mark.parametrize(
+    ("factory", "arguments", "structural"),
+    [
+        (oc.clip_by_leaf_norm, {"max_norm": 1.0, "stacked": 1}, "stacked"),
+        (oc.clip_by_leaf_norm, {"max_norm": 1.0, "ord": 1}, "ord"),
+        (oc.clip_by_global_norm, {"max_norm": 1.0, "ord": 1}, "ord"),
+        (oc.clip_by_block_rms, {"threshold": 1.0, "stacked": 1}, "stacked"),
+        (oc.adaptive_grad_clip, {"clipping": 0.1, "axis": 1}, "axis"),
+        (oc.adaptive_grad_clip, {"clipping": 0.1, "stacked": 1}, "stacked"),
+    ],
+)
+def test_what_is_static_beside_injected_numbers_does_what_it_does_without(factory, arguments, structural):
+    given = {"k": jnp.arange(1.0, 25.0).reshape(2, 4, 3)}
+    params = {"k": 1 / given["k"]}
+    static = optax.inject_hyperparams(factory, static_args=(structural, "record"))(**arguments)
+    new_updates, _ = static.update(given, static.init(params), params)
+    plain = factory(**arguments)
+    expected, _ = plain.update(given, plain.init(params), params)
+    np.testing.assert_allclose(new_updates["k"], expected["k"], rtol=1e-6)
+    other = factory(**{name: value for name, value in arguments.items() if name != structural})
+    differs, _ = other.update(given, other.init(params), params)
+    assert not np.allclose(differs["k"], expected["k"], rtol=1e-3)
+
+
 @pytest.mark.parametrize("axes", [3, True, (), ["x", 1], {"a": "x"}, {"a": None}, jnp.float32])
 def test_what_names_no_mesh_axes_is_refused(axes):
     assert all(refuses(name, "axes", axes) for name, parameter in PARAMETERS if parameter == "axes")
@@ -370,7 +414,9 @@ def test_the_error_ends_with_what_to_copy():
 
 def test_those_that_are_static_already_are_named_too():
     injected = optax.inject_hyperparams(oc.zclip, static_args=("warmup_steps",))(record=3)
-    with pytest.raises(ValueError, match=r"arrays: patience=33, record=3;.*\('warmup_steps', 'patience', 'record'\)$"):
+    with pytest.raises(
+        ValueError, match=r"came as arrays: patience=33, record=3;.*\('warmup_steps', 'patience', 'record'\)$"
+    ):
         injected.init(updates())
     # To optax a dtype is callable, so a schedule.
     with pytest.raises(ValueError, match=r"static_args=\('idle_steps', 'state_dtype'\)$"):
@@ -388,7 +434,7 @@ def test_every_static_argument_is_in_that_error(name):
     parameters = inspect.signature(function).parameters.values()
     static = tuple(p.name for p in parameters if p.annotation in NUMBERS or p.name in STRUCTURAL)
     for each in static:
-        with pytest.raises(ValueError, match=rf"must be static, and are arrays: {each}=1;") as error:
+        with pytest.raises(ValueError, match=rf"must be static but came as arrays: {each}=1;") as error:
             function(**{**arguments, each: jnp.asarray(1)})
         assert each in asked_for(error.value)
     if static:

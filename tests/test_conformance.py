@@ -322,6 +322,14 @@ def test_a_step_that_is_not_finite_leaves_the_state_of_a_zero_step(row, value):
     chex.assert_trees_all_equal(without_record(after_bad), without_record(after_zero))
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@rows(where=lambda row: row.takes_zero)
+def test_a_step_that_is_not_finite_leaves_the_state_as_it_was(row, value):
+    weights = params("float32")
+    _, after_bad = first_step(row, jax.tree.map(lambda leaf: jnp.full_like(leaf, value), tree(0, "float32")), weights)
+    chex.assert_trees_all_equal(without_record(after_bad), without_record(transformation(row).init(weights)))
+
+
 # Several steps.
 
 

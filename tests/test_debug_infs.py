@@ -1,11 +1,15 @@
 """Under `jax_debug_infs` an infinity in any intermediate result is an error: there is none on ordinary gradients."""
 
+import functools
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from optaxclip import thresholds
+from tests.table import ROWS, params, tree
 
 THRESHOLDS = {
     "constant": lambda: thresholds.constant(1.0),
@@ -54,3 +58,53 @@ def test_no_threshold_makes_one(name, jit):
     for size in (1.0, 2.0, 0.0, 3.0, 1e30, 1e-30):
         (_, upper), state = step({"a": jnp.float32(size), "b": jnp.float32(2 * size)}, state)
         assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((upper, state)))
+
+
+# One of each kind: eagerly every operation is a program of its own, and is checked.
+EAGERLY = (
+    "clip_by_value",
+    "clip_by_global_norm",
+    "clip_by_leaf_norm",
+    "adaptive_grad_clip",
+    "clip_by_spectral_norm",
+    "zclip",
+    "skip_nonfinite",
+    "with_carry",
+)
+BY_NAME = {row.name: row for row in ROWS}
+
+
+def recorded(row):
+    """The transformation of a row, with a record if it can have one."""
+    takes_record = "record" in inspect.signature(row.factory).parameters
+    return row.factory(*row.args, **{**row.kwargs, **({"record": 3} if takes_record else {})})
+
+
+def steps(update, state, scales):
+    weights = params("float32")
+    for seed, scale in enumerate(scales):
+        updates, state = update(tree(seed, "float32", scale), state, weights)
+        assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((updates, state)))
+
+
+@pytest.mark.usefixtures("infinities_are_errors")
+@pytest.mark.parametrize("part", range(3))
+def test_no_transformation_makes_one_under_jit(part):
+    """A third of the rows in one program: one for each row takes twice the time."""
+    all_of_them = {row.name: recorded(row) for row in ROWS[part::3]}
+
+    # To compile for speed takes longer than to run.
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    def update(updates, state, weights):
+        both = {name: tx.update(updates, state[name], weights) for name, tx in all_of_them.items()}
+        return {name: one for name, (one, _) in both.items()}, {name: one for name, (_, one) in both.items()}
+
+    state = {name: tx.init(params("float32")) for name, tx in all_of_them.items()}
+    steps(update, state, (1.0, 2.0, 0.0, 3.0, 1e-3))
+
+
+@pytest.mark.usefixtures("infinities_are_errors")
+@pytest.mark.parametrize("name", EAGERLY)
+def test_no_transformation_makes_one_eagerly(name):
+    tx = recorded(BY_NAME[name])
+    steps(tx.update, tx.init(params("float32")), (1.0, 0.0))

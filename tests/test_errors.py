@@ -449,23 +449,39 @@ def test_optax_names_take_optax_positional_arguments(name):
 # What only shows when the updates are there.
 
 MISFITS = {
-    "an entry too many": (oc.clip_by_leaf_norm({"a": 1.0, "x": 2.0}), "at 'x', where there is nothing"),
-    "an entry too few": (oc.clip_by_leaf_norm({"b": 1.0}), "no entry for 'a'"),
-    "an entry too deep": (oc.clip_by_leaf_norm({"a": 1.0, "b": {"c": {"d": 1.0}}}), "at 'b/c/d'"),
-    "another container": (oc.clip([1.0, 2.0]), "at '0'"),
+    "an entry too many": (
+        oc.clip_by_leaf_norm({"a": 1.0, "x": 2.0}),
+        "'x' is in the bound but not in what it bounds, which has 'a', 'b/c'",
+    ),
+    "an entry too few": (
+        oc.clip_by_leaf_norm({"b": 1.0}),
+        "'a' is in what it bounds but not in the bound, which has 'b'",
+    ),
+    "an entry too deep": (
+        oc.clip_by_leaf_norm({"a": 1.0, "b": {"c": {"d": 1.0}}}),
+        "'b/c/d' is in the bound but not in what it bounds, which has 'a', 'b/c'",
+    ),
+    "another container": (oc.clip([1.0, 2.0]), "'0' is in the bound but not in"),
     "too long for its norm": (oc.clip_by_leaf_norm(jnp.ones(3)), r"shape \(3,\) does not fit 'a'.*has shape \(\)"),
     "one axis too many": (oc.clip_by_leaf_norm({"a": jnp.ones(1), "b": 1.0}), r"shape \(1,\) does not fit 'a'"),
     "too long for its leaf": (oc.clip({"a": jnp.ones(3), "b": 1.0}), r"shape \(3,\) does not fit 'a'.*\(2,\)"),
     "a bound for a scalar": (
         oc.clip_by(norms.global_norm(), thresholds.constant({"a": 1.0})),
-        "at 'a', where there is nothing; there are only one, of no path",
+        "'a' is in the bound but not in what it bounds, which has a single leaf",
     ),
     "a label unknown": (
         oc.clip_by(norms.group_norm(lambda path: path[0]), thresholds.constant({"a": 1.0, "b": 1.0, "x": 1.0})),
-        "at 'x'",
+        "'x' is in the bound but not in what it bounds, which has 'a', 'b'",
     ),
-    "a floor": (oc.adaptive_grad_clip(0.1, {"x": 0.1}), "at 'x'"),
-    "stacked": (oc.clip_by_leaf_norm(1.0, stacked={"a": 0}), "stacked does not fit the updates.*'b/c'"),
+    "a floor": (oc.adaptive_grad_clip(0.1, {"x": 0.1}), "'x' is in the bound but not in"),
+    "stacked": (
+        oc.clip_by_leaf_norm(1.0, stacked={"a": 0}),
+        "stacked does not fit the updates: 'b/c' is in updates but not in stacked, which has 'a'",
+    ),
+    "labels": (
+        oc.clip_by(norms.group_norm({"a": "all", "x": "all"}), thresholds.constant(1.0)),
+        "labels does not fit the updates: 'x' is in labels but not in updates, which has 'a', 'b/c'",
+    ),
     "no leaf included": (
         oc.clip_by(norms.global_norm(include=lambda path: path == "A"), thresholds.constant(1.0)),
         "include chooses no leaf of 'a', 'b/c'",

@@ -35,8 +35,8 @@ def clipped_momentum(
     Args:
       max_norm: the bound c, at least 0, in the units of the gradient: a number, an array, or an optax schedule.
       decay: :math:`\beta`, in [0, 1). 0 is clipped gradient descent.
-      state_dtype: of the average, a real float dtype of at least 16 bits. None is that of each parameter, or
-        float32 where that has fewer bits.
+      state_dtype: of the average, a real float dtype of at least 16 bits. None: the parameter's dtype, or
+        float32 if that is below 16 bits.
       axes: over which mesh axes the leaves are split; see `clip_by`.
 
     Returns:
@@ -140,8 +140,8 @@ def mixed_clip(
       mix: :math:`\nu`, the share of the average, in [0, 1]; 0.7 in the paper. 1 is momentum clipping, 0 clipped
         descent.
       smooth: whether clip(x, c) is x c / (c + n), as in the published code, and not x min(1, c / n).
-      state_dtype: of the average, a real float dtype of at least 16 bits. None is that of each parameter, or
-        float32 where that has fewer bits.
+      state_dtype: of the average, a real float dtype of at least 16 bits. None: the parameter's dtype, or
+        float32 if that is below 16 bits.
       axes: over which mesh axes the leaves are split; see `clip_by`.
 
     Returns:

@@ -37,8 +37,8 @@ def scale_by_acclip(
       b2: decay of the sizes, in [0, 1); 0.99 in the paper.
       alpha: order of the average of sizes, at least 1; 1 in the paper, 2 in the public code.
       eps: added to the momentum's modulus, at least 0.
-      state_dtype: of both averages, a real float dtype of at least 16 bits. None is that of each parameter, or
-        float32 where that has fewer bits.
+      state_dtype: of both averages, a real float dtype of at least 16 bits. None: the parameter's dtype, or
+        float32 if that is below 16 bits.
 
     Returns:
       An optax transformation. Its state is two numbers per coordinate.
@@ -141,8 +141,8 @@ def scale_by_stable_adam(
       b1: decay of the mean, in [0, 1); 0.9 in the paper.
       b2: decay of the squares, in [0, 1); 0.99 in the paper.
       eps: added to the root, positive; 1e-6 in the paper.
-      state_dtype: of both averages, a real float dtype of at least 16 bits. None is that of each parameter, or
-        float32 where that has fewer bits.
+      state_dtype: of both averages, a real float dtype of at least 16 bits. None: the parameter's dtype, or
+        float32 if that is below 16 bits.
       axes: over which mesh axes the leaves are split; see `clip_by`.
 
     Returns:

@@ -43,8 +43,8 @@ def spam_clip(
       decay: :math:`\beta`, of the average of what was let through, in [0, 1); 0.999 in the paper.
       idle_steps: so many steps at the start nothing is clipped, and the average fills; the paper clips from step 20 on.
       period: every so many steps the average restarts, and the idle steps with it; 500 in the paper. None never does.
-      state_dtype: of the average, a real float dtype of at least 16 bits. None is that of each parameter, or
-        float32 where that has fewer bits. In 16 bits an average of this decay hardly moves.
+      state_dtype: of the average, a real float dtype of at least 16 bits. None: the parameter's dtype, or
+        float32 if that is below 16 bits. In 16 bits an average of this decay hardly moves.
 
     Returns:
       An optax transformation. Its state is one number per coordinate, and a step count.

@@ -40,7 +40,7 @@ def per_group(rule: Rule, *, max_groups: int | None = None) -> Threshold:
 
     Args:
       rule: the rule. Its state's arrays get the groups as a leading axis.
-      max_groups: how many groups are too expensive.
+      max_groups: the largest number of groups allowed.
     """
 
     def init(norms: Norms) -> State:

@@ -33,8 +33,8 @@ def with_carry(
 
     Args:
       inner: the clipper, or a chain of clippers. No optimizer: what that changes would be carried, too.
-      state_dtype: of the carry, a real float dtype of at least 16 bits. None is that of each parameter, or
-        float32 where that has fewer bits. In 16 bits the carry is rounded at every step.
+      state_dtype: of the carry, a real float dtype of at least 16 bits. None: the parameter's dtype, or
+        float32 if that is below 16 bits. In 16 bits the carry is rounded at every step.
 
     Returns:
       An optax transformation. Its state is one number per coordinate and the inner one.
