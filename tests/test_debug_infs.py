@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import optaxclip as oc
 from optaxclip import thresholds
 from tests.table import ROWS, params, tree
 
@@ -108,3 +109,14 @@ def test_no_transformation_makes_one_under_jit(part):
 def test_no_transformation_makes_one_eagerly(name):
     tx = recorded(BY_NAME[name])
     steps(tx.update, tx.init(params("float32")), (1.0, 0.0))
+
+
+@pytest.mark.usefixtures("infinities_are_errors")
+def test_no_value_clip_makes_one_within_what_is_jitted():
+    """Of what is jitted jax checks the results alone."""
+    tx, grads = oc.clip(1.0), jnp.array([0.5, -3.0, 3.0])
+    with jax.disable_jit():
+        updates, _ = tx.update(grads, tx.init(None))
+    assert updates.tolist() == [0.5, -1.0, 1.0]
+    one_end, _ = oc.clip_by_value(max_value=1.0).update(grads, tx.init(None))
+    assert one_end.tolist() == [0.5, -3.0, 1.0]

@@ -216,7 +216,7 @@ def _clip_leaf(leaf: Any, ends: list[Any], interval: Callable[..., tuple[Any, An
 def _between(leaf: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
     """A leaf of real numbers within two ends, which are in float32 or wider."""
     wide = low.dtype
-    has_low, has_high = low > -jnp.inf, high < jnp.inf
+    has_low, has_high = jnp.isfinite(low) | (low > 0), jnp.isfinite(high) | (high < 0)  # as infinities they are none
     largest = bounds.highest(leaf.dtype)
     low, high = (_usable_end(end, largest).astype(leaf.dtype) for end in (low, high))
     low, high, has_low, has_high = (_of_rank(end, leaf.ndim) for end in (low, high, has_low, has_high))
