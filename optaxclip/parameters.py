@@ -21,6 +21,8 @@ def parameters(params: Any, updates: Any = None) -> Any:
     is no array is no parameter, and a Python number is one only where `updates` has a leaf. Where the containers
     differ (a dict beside a `FrozenDict`, Flax's boxes beside plain arrays) the keys decide.
     """
+    if params is None:
+        return None
     if updates is None:
         return jax.tree.map(lambda leaf: leaf if dtypes.of(leaf) is not None else None, params)
     if all(map(_is_array, jax.tree.leaves(params))) and jax.tree.structure(params) == jax.tree.structure(updates):
