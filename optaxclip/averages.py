@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optaxclip import sums
+from optaxclip import arithmetic
 
 
 class Shares(NamedTuple):
@@ -123,8 +123,8 @@ def _power_mean_of(one: jax.Array, other: jax.Array, by: Shares, p: float) -> ja
     roots = _roots(by, p)
     left, right = jnp.where(few, unit, roots.old) * one, jnp.where(few, unit, roots.new) * other
     largest = jnp.maximum(left, right)
-    whole = sums.or_one(largest)
-    x, y = sums.quotient(left, whole) ** p, sums.quotient(right, whole) ** p
+    whole = arithmetic.or_one(largest)
+    x, y = arithmetic.quotient(left, whole) ** p, arithmetic.quotient(right, whole) ** p
     total = x + (jnp.where(few, by.new, unit) * y - jnp.where(few, by.new, nothing) * x)
     mean = jnp.minimum(whole * (jnp.sqrt(total) if p == 2 else total ** (1 / p)), jnp.maximum(one, other))
     return jnp.where((largest > 0) & jnp.isfinite(largest), mean, largest)
@@ -154,11 +154,11 @@ _power_mean = jax.jit(_power_mean_of, static_argnums=3)
 
 
 def _share(size: jax.Array, mean: jax.Array) -> jax.Array:
-    share = sums.quotient(size, sums.or_one(mean))
+    share = arithmetic.quotient(size, arithmetic.or_one(mean))
     return jnp.where((mean > 0) & jnp.isfinite(mean) & jnp.isfinite(share), share, jnp.zeros_like(share))
 
 
 def _roots(by: Shares, p: float) -> Shares:
     if p == 2:
-        return Shares(sums.root(by.old), sums.root(by.new))
-    return Shares(*(jnp.where(share > 0, sums.or_one(share) ** (1 / p), jnp.zeros_like(share)) for share in by))
+        return Shares(arithmetic.root(by.old), arithmetic.root(by.new))
+    return Shares(*(jnp.where(share > 0, arithmetic.or_one(share) ** (1 / p), jnp.zeros_like(share)) for share in by))

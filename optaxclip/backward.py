@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optaxclip import checks, layouts, sums
+from optaxclip import checks, dtypes, layouts, sums
 from optaxclip.wrappers.functions import stateless
 
 _NO_STATE = (
@@ -114,7 +114,7 @@ def clip_cotangents(x: Any, tx: optax.GradientTransformation, *, tap: jax.Array 
     _require_tap(tap)
     tap = None if tap is None else jnp.asarray(tap)
     flat, treedef = jax.tree.flatten(x)
-    counted = [sums.is_counted(leaf) for leaf in flat]
+    counted = [dtypes.is_inexact(leaf) for leaf in flat]
 
     def in_place(floats: list[Any], others: list[Any]) -> Any:
         """The tree with `floats` where it has floats, and `others` elsewhere."""

@@ -23,6 +23,16 @@ def is_inexact(leaf: Any) -> bool:
     return dtype is not None and bool(jnp.issubdtype(dtype, jnp.inexact))
 
 
+def accumulator(dtype: Any) -> Any:
+    """The real dtype that norms of arrays of `dtype` have."""
+    return jnp.float64 if dtype in (jnp.float64, jnp.complex128) else jnp.float32
+
+
+def wide(dtype: Any) -> Any:
+    """The dtype to calculate in: `accumulator`, but complex for complex."""
+    return dtype if jnp.issubdtype(dtype, jnp.complexfloating) else accumulator(dtype)
+
+
 def require_usable(tree: Any) -> None:
     """Raises ValueError where a leaf has floats that can't be clipped, with its path, its dtype and what to do."""
     kinds = [of(leaf) for leaf in jax.tree.leaves(tree)]

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optaxclip import dtypes, leaves, states, sums
+from optaxclip import dtypes, leaves, states
 
 
 def each_leaf(fn: Callable[..., tuple[Any, ...]], updates: Any, *others: Any) -> tuple[Any, ...]:
@@ -27,7 +27,7 @@ def each_leaf(fn: Callable[..., tuple[Any, ...]], updates: Any, *others: Any) ->
         require_beside(updates, other)
 
     def one(leaf: Any, *beside: Any) -> _Row:
-        return _Row(fn(leaf, *beside) if sums.is_counted(leaf) else (leaf, *beside))
+        return _Row(fn(leaf, *beside) if dtypes.is_inexact(leaf) else (leaf, *beside))
 
     rows = jax.tree.map(one, updates, *others)
     return tuple(
@@ -47,7 +47,7 @@ def require_beside(updates: Any, state: Any) -> None:
         ) from None
     for i, (leaf, array) in enumerate(zip(flat, beside, strict=True)):
         is_number = dtypes.of(array) is not None
-        if sums.is_counted(leaf) and not (is_number and jnp.shape(array) == jnp.shape(leaf)):
+        if dtypes.is_inexact(leaf) and not (is_number and jnp.shape(array) == jnp.shape(leaf)):
             came = f"shape {jnp.shape(array)}" if is_number else f"a {type(array).__name__}"
             raise ValueError(_wrong(f"of shape {jnp.shape(leaf)} at {leaves.paths(updates)[i]!r}", f"{came} there"))
 
@@ -70,10 +70,10 @@ def zeros_like(params: Any, dtype: Any = None) -> Any:
     """
 
     def zeros(param: Any) -> jax.Array:
-        if sums.is_counted(param):
+        if dtypes.is_inexact(param):
             own = dtypes.of_state(jnp.result_type(param)) if dtype is None else dtype
             if dtype is not None and jnp.iscomplexobj(param):
-                own = jnp.promote_types(sums.accumulator(dtype), jnp.complex64)
+                own = jnp.promote_types(dtypes.accumulator(dtype), jnp.complex64)
             return jnp.zeros_like(param, dtype=own)
         is_number = hasattr(param, "dtype") and jnp.issubdtype(param.dtype, jnp.number)
         return jnp.zeros_like(param) if is_number else jnp.zeros((), jnp.int32)

@@ -1,17 +1,17 @@
 """One function on every group at once.
 
-Norms are a pytree with one entry per group: a scalar per leaf, say. What is done to them is done entry by entry: XLA
-compiles the same small operation on a thousand scalars once, where taking the n-th number out of a vector is another
-operation for every n.
+Norms are a pytree with one entry per group: a scalar per leaf, say. What is done to scalars is done to all of them in
+one vector: a GPU or TPU would start a program for every small operation on every one of them.
 """
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from optaxclip import layouts
 
@@ -20,7 +20,8 @@ def over_groups(fn: Callable[..., Any], norms: Any, *others: Any) -> Any:
     """Applies an elementwise function to each group's entries.
 
     Args:
-      fn: takes an entry of `norms` and one of each of `others`, returns a pytree of arrays of the entry's shape.
+      fn: takes an entry of `norms` and one of each of `others`, or many entries in vectors; returns a pytree of arrays
+        of the entry's shape.
       norms: a pytree with one array per group.
       *others: each a pytree of the structure of `norms`, or one number or scalar array for all groups.
 
@@ -28,8 +29,46 @@ def over_groups(fn: Callable[..., Any], norms: Any, *others: Any) -> Any:
       A pytree of the structure of `norms` with what `fn` returned at its leaves.
     """
     flat, treedef = jax.tree.flatten(norms)
-    columns = [entries(other, treedef) for other in others]
-    return treedef.unflatten([fn(*row) for row in zip(flat, *columns, strict=True)])
+    return treedef.unflatten(vectorized(fn, flat, *(entries(other, treedef) for other in others)))
+
+
+def vectorized(fn: Callable[..., Any], first: Sequence[jax.Array], *others: Sequence[Any]) -> list[Any]:
+    """`fn` of every row of these columns: of arrays row by row, of scalars of a kind in one vector.
+
+    Args:
+      fn: acts number by number; returns a pytree of arrays.
+      first: arrays.
+      *others: arrays of the same shapes, or numbers, or None.
+    """
+    rows = list(zip(first, *others, strict=True))
+    alike: dict[Any, list[int]] = {}
+    for i, row in enumerate(rows):
+        alike.setdefault(i if row[0].ndim else tuple(map(_kind, row)), []).append(i)
+    results: dict[int, Any] = {}
+    for at in alike.values():
+        if len(at) == 1:
+            results[at[0]] = fn(*rows[at[0]])
+            continue
+        whole, treedef = jax.tree.flatten(fn(*map(_stacked, zip(*(rows[i] for i in at), strict=True))))
+        pieces = zip(*(unstacked(value) if value.ndim else [value] * len(at) for value in whole), strict=True)
+        results |= zip(at, map(treedef.unflatten, pieces), strict=True)
+    return [results[i] for i in range(len(rows))]
+
+
+def _kind(value: Any) -> Any:
+    """What scalars have in common that fit into one vector. What varies over mesh axes must not make others vary."""
+    return jax.typeof(value) if isinstance(value, jax.Array) else value is None
+
+
+def _stacked(column: tuple[Any, ...]) -> Any:
+    if all(value is column[0] for value in column):
+        return column[0]
+    return jnp.stack(column) if isinstance(column[0], jax.Array) else np.stack(column)
+
+
+def unstacked(array: jax.Array) -> list[jax.Array]:
+    """The entries along the first axis."""
+    return [jax.lax.squeeze(piece, [0]) for piece in jax.lax.split(array, [1] * len(array))]
 
 
 def number(norms: Any) -> int:

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optaxclip import checks, groups, leaves, mesh, ratios, scaling, sums
+from optaxclip import arithmetic, checks, dtypes, groups, leaves, mesh, ratios, scaling, sums
 from optaxclip.core import Norm, Norms, Updates
 from optaxclip.matrices import capping, stacks
 from optaxclip.parameters import require_params
@@ -80,7 +80,7 @@ def _norm_of_some(p: float, include: Any) -> Norm:
     def chosen(tree: Updates) -> list[bool]:
         flat = jax.tree.leaves(tree)
         wanted = [True] * len(flat) if include is None else leaves.values("include", include, tree)
-        counted = [sums.is_counted(leaf) and bool(want) for leaf, want in zip(flat, wanted, strict=True)]
+        counted = [dtypes.is_inexact(leaf) and bool(want) for leaf, want in zip(flat, wanted, strict=True)]
         # A misspelt path would turn clipping off, unnoticed.
         if checks.is_function(include) and flat and not any(wanted):
             raise ValueError(f"include chooses no leaf of {leaves.listed(leaves.paths(tree))}")
@@ -140,7 +140,7 @@ def group_norm(labels: Any, ord: float = 2) -> Norm:
         if checks.is_function(labels) and found and all(label is None for label in found):
             raise ValueError(f"labels gives no label to any of {leaves.listed(leaves.paths(tree))}")
         return [
-            label if sums.is_counted(leaf) else None for leaf, label in zip(jax.tree.leaves(tree), found, strict=True)
+            label if dtypes.is_inexact(leaf) else None for leaf, label in zip(jax.tree.leaves(tree), found, strict=True)
         ]
 
     def measure(updates: Updates, params: Any, split: list[mesh.Split]) -> Norms:
@@ -376,7 +376,7 @@ def relative_change(relative: Any, absolute: Any) -> Norm:
         require_params(updates, params)
         flat, treedef = jax.tree.flatten(updates)
         weights = treedef.flatten_up_to(params)
-        counted = [i for i, update in enumerate(flat) if sums.is_counted(update)]
+        counted = [i for i, update in enumerate(flat) if dtypes.is_inexact(update)]
         worst = [ratios.worst_ratio(flat[i], weights[i], relative, absolute) for i in counted]
         across = sums.across(worst, [split[i].axes for i in counted], math.inf)
         norms = dict(zip(counted, across, strict=True))
@@ -400,7 +400,7 @@ def relative_change(relative: Any, absolute: Any) -> Norm:
 
 def _is_beyond(leaf: jax.Array, high: jax.Array) -> jax.Array:
     if jnp.iscomplexobj(leaf):
-        return sums.modulus(leaf) > high
+        return arithmetic.modulus(leaf) > high
     # Not by the moduli, which XLA for CPUs (jax 0.10) would calculate once for here and for the maximum, and write to
     # memory between.
     wide = leaf.astype(high.dtype)
@@ -416,7 +416,7 @@ def _by_leaf(dims_of: DimsOf, ord: float, stacked: Any, *, keepdims: bool = Fals
     def dims_in(tree: Updates, shape_of: Callable[[Any, int], tuple[int, ...]]) -> list[tuple[int, ...] | None]:
         flat = zip(jax.tree.leaves(tree), leaves.paths(tree), stacks.layers(stacked, tree), strict=True)
         return [
-            _behind_stacked(dims_of, shape_of(leaf, i), path, layers) if sums.is_counted(leaf) else None
+            _behind_stacked(dims_of, shape_of(leaf, i), path, layers) if dtypes.is_inexact(leaf) else None
             for i, (leaf, path, layers) in enumerate(flat)
         ]
 

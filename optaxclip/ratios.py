@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optaxclip import layouts, sums
+from optaxclip import arithmetic, dtypes, layouts
 
 
 @jax.jit  # traced once for all leaves of a kind
@@ -15,7 +15,7 @@ def worst_ratio(update: jax.Array, param: jax.Array, relative: Any, absolute: An
     It is inf where an update, a parameter or one of the two numbers is not finite.
     """
     param = layouts.like(jnp.asarray(param), update)  # on an Explicit mesh it may be whole where the update is split
-    dtype = sums.accumulator(update.dtype)
+    dtype = dtypes.accumulator(update.dtype)
     relative, absolute = jnp.asarray(relative, dtype), jnp.asarray(absolute, dtype)
     # In one sum of both arrays, and from them as they came: what two reductions share XLA for CPUs (jax 0.10) writes to
     # memory.
@@ -35,15 +35,16 @@ def _ratio(update: jax.Array, param: jax.Array, relative: Any, absolute: Any, ze
     would share those of all leaves, and of Adam.
     """
     info = jnp.finfo(zero.dtype)
-    size, limit = sums.modulus(update), (zero + relative) * sums.modulus(param).astype(zero.dtype) + (zero + absolute)
+    size, weight = arithmetic.modulus(update), arithmetic.modulus(param).astype(zero.dtype)
+    limit = (zero + relative) * weight + (zero + absolute)
     most, tiny, one = zero + float(info.max) * (1 - 2.0**-20), zero + info.tiny, zero + 1  # a quotient rounds by less
-    ratio = sums.quotient(jnp.minimum(size, jax.lax.stop_gradient(limit * most)), jnp.maximum(limit, tiny))
+    ratio = arithmetic.quotient(jnp.minimum(size, jax.lax.stop_gradient(limit * most)), jnp.maximum(limit, tiny))
     per_tiny = zero + 1 / float(info.tiny)
     is_some, is_none = jnp.minimum(size * per_tiny, one), one - jnp.minimum(limit * per_tiny, one)  # 1 or 0
     return jnp.maximum(ratio, jax.lax.stop_gradient(most * is_some * is_none))
 
 
 def _zeros(x: jax.Array, dtype: Any) -> jax.Array:
-    """NaN where an entry is not finite; see `sums.has_nonfinite`."""
+    """NaN where an entry is not finite; see `arithmetic.has_nonfinite`."""
     zeros = x - x
     return (zeros.real + zeros.imag if jnp.iscomplexobj(zeros) else zeros).astype(dtype)

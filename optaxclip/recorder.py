@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optaxclip import bounds, layouts, leaves, mesh, scaling, states, sums
+from optaxclip import arithmetic, bounds, dtypes, groups, leaves, mesh, scaling, states, sums
 
 
 class ClipStats(NamedTuple):
@@ -97,7 +97,7 @@ def init(norms: Any, updates: Any, length: int) -> ClipStats:
 def _paths_of_counted(tree: Any) -> list[str]:
     # `init` may see other leaves beside these that `update` does not.
     pairs = zip(leaves.paths(tree), jax.tree.leaves(tree), strict=True)
-    return [path for path, leaf in pairs if sums.is_counted(leaf)]
+    return [path for path, leaf in pairs if dtypes.is_inexact(leaf)]
 
 
 def require_state(state: Any, recorded: type, length: int) -> None:
@@ -131,13 +131,10 @@ def advance(
         )
     norm, limit, goal, clipped = _by_entry(norms, limits, permitted, splits, stats.clip_norm.dtype)
     kept = scaling.is_kept(norm, goal)
-    scale = sums.quotient(jnp.where(kept, jnp.ones_like(goal), goal), jnp.where(kept, jnp.ones_like(norm), norm))
+    scale = arithmetic.quotient(jnp.where(kept, jnp.ones_like(goal), goal), jnp.where(kept, jnp.ones_like(norm), norm))
     nonfinite = ~jnp.all(jnp.isfinite(norm))
     is_first = nonfinite & (stats.first_nonfinite_step == 0)
-    leaf = _search_if(is_first, [leaf for leaf in jax.tree.leaves(updates) if sums.is_counted(leaf)])
-    # The devices agree outside of the branch: inside it a collective would hang if they ever took different ones.
-    if axes := mesh.may_vary_over(leaf, splits):
-        leaf = jax.lax.pmin(leaf, axes)
+    leaf = _first_nonfinite(updates, splits)
 
     def into(ring: jax.Array, new: jax.Array) -> jax.Array:
         return ring.at[row].set(new.astype(ring.dtype))
@@ -151,7 +148,7 @@ def advance(
         clipped_steps=_counted(stats.clipped_steps, clipped),
         nonfinite_steps=_counted(stats.nonfinite_steps, nonfinite),
         first_nonfinite_step=jnp.where(is_first, step, stats.first_nonfinite_step),
-        first_nonfinite_leaf=jnp.where(is_first & (leaf < _NONE), leaf, stats.first_nonfinite_leaf),
+        first_nonfinite_leaf=jnp.where(is_first & (leaf >= 0), leaf, stats.first_nonfinite_leaf),
         norm_axes=_axes_as_bytes(sorted({name for split in splits for name in split.axes})),
     )
 
@@ -177,21 +174,17 @@ def _by_entry(
     norms: Any, limits: Any, permitted: Any, splits: Sequence[mesh.Split], dtype: Any
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Norm, limit and permitted norm of each entry of `norms`, as vectors; and whether any of them is scaled."""
-    trees = [jax.tree.leaves(tree) for tree in (norms, limits, permitted)]
-    rows: list[tuple[jax.Array, ...]] = []
-    for norm, limit, goal in zip(*trees, strict=True):
-        clipped = ~scaling.is_kept(norm, goal)
-        row = (norm, limit, goal, clipped)
-        rows.append(row if norm.ndim == 0 else _worst_unit(*row, mesh.may_vary_over(norm, splits)))
-    if not rows:
-        return (
-            jnp.zeros(1, dtype),
-            jnp.full(1, bounds.highest(dtype), dtype),
-            jnp.zeros(1, dtype),
-            jnp.zeros((), jnp.bool_),
-        )
-    norm, limit, goal, clipped = (jnp.stack(column) for column in zip(*rows, strict=True))
-    return norm.astype(dtype), limit.astype(dtype), goal.astype(dtype), jnp.any(clipped)
+    entries, limits, goals = (jax.tree.leaves(tree) for tree in (norms, limits, permitted))
+    if not entries:
+        nothing = jnp.zeros(1, dtype)
+        return nothing, jnp.full(1, bounds.highest(dtype), dtype), nothing, jnp.zeros((), jnp.bool_)
+    clipped = groups.vectorized(lambda norm, goal: ~scaling.is_kept(norm, goal), entries, goals)
+    rows = [
+        _worst_unit(*row, mesh.may_vary_over(row[0], splits)) if row[0].ndim else row
+        for row in zip(entries, limits, goals, clipped, strict=True)
+    ]
+    norm, limit, goal, some = (jnp.stack(column) for column in zip(*rows, strict=True))
+    return norm.astype(dtype), limit.astype(dtype), goal.astype(dtype), jnp.any(some)
 
 
 def _worst_unit(norm: Any, limit: Any, goal: Any, clipped: Any, axes: tuple[str, ...]) -> tuple[jax.Array, ...]:
@@ -201,7 +194,7 @@ def _worst_unit(norm: Any, limit: Any, goal: Any, clipped: Any, axes: tuple[str,
     worst = jax.lax.pmax(worst, axes) if axes else worst
 
     def there(x: jax.Array) -> jax.Array:
-        largest = sums.largest(jnp.where(beyond == worst, x, jnp.zeros_like(x)))
+        largest = arithmetic.largest(jnp.where(beyond == worst, x, jnp.zeros_like(x)))
         return jax.lax.pmax(largest, axes) if axes else largest
 
     some = jnp.any(clipped)
@@ -216,25 +209,20 @@ def excess(xp: Any, norm: Any, limit: Any, scale: Any) -> Any:
     return xp.where(xp.isfinite(norm), ratio, xp.inf)
 
 
-# At module level and jitted, so that eager calls do not compile anew.
-@jax.jit
-def _search_if(wanted: jax.Array, counted: list[Any]) -> jax.Array:
-    """Which leaf is the first that is not finite, on this device: its number, or `_NONE`. Reads them only if wanted."""
-    names = {name for leaf in counted for name in layouts.varying(leaf)}
+def _first_nonfinite(updates: Any, splits: Sequence[mesh.Split]) -> jax.Array:
+    """Which leaf is the first that is not finite: its number, or -1.
 
-    def search(counted: list[Any]) -> jax.Array:
-        bad = jnp.stack([sums.has_nonfinite(jnp.asarray(leaf)) for leaf in counted])
-        number = jnp.argmax(bad).astype(jnp.int32)
-        return layouts.varying_over(jnp.where(jnp.any(bad), number, _NONE), names)
-
-    def skip(counted: list[Any]) -> jax.Array:
-        del counted
-        return layouts.varying_over(jnp.full((), _NONE, jnp.int32), names)
-
-    return jax.lax.cond(wanted, search, skip, counted) if counted else jnp.full((), _NONE, jnp.int32)
-
-
-_NONE = np.iinfo(np.int32).max
+    It is read off the 2-norms of the leaves, which are those of a clipper by 2-norms, and so no further pass over them.
+    """
+    counted = [
+        (leaf, split) for leaf, split in zip(jax.tree.leaves(updates), splits, strict=True) if dtypes.is_inexact(leaf)
+    ]
+    if not counted:
+        return jnp.full((), -1, jnp.int32)
+    flat = [leaf for leaf, _ in counted]
+    norms = sums.separate_norms(flat, list(map(sums.all_dims, flat)), [split.axes for _, split in counted], 2)
+    bad = jnp.stack(groups.vectorized(lambda norm: ~jnp.isfinite(norm), norms))
+    return jnp.where(jnp.any(bad), jnp.argmax(bad).astype(jnp.int32), -1)
 
 
 def _counted(total: jax.Array, happened: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optaxclip import sums
+from optaxclip import arithmetic, dtypes, groups
 
 
 class Factor(NamedTuple):
@@ -41,23 +41,7 @@ def factors(norms: Any, permitted: Any) -> Any:
     A group is kept where the two are the same number, where its norm is 0 or not finite, and where what is permitted is
     not a number.
     """
-    flat, treedef = jax.tree.flatten(norms)
-    allowed = treedef.flatten_up_to(permitted)
-    alike: dict[Any, list[int]] = {}
-    for i, norm in enumerate(flat):  # what varies over mesh axes must not make others vary, and an array is large
-        alike.setdefault(i if norm.ndim else jax.typeof(norm), []).append(i)
-    results: list[Any] = [None] * len(flat)
-    for at in alike.values():
-        for i, factor in zip(at, _factors([flat[i] for i in at], [allowed[i] for i in at]), strict=True):
-            results[i] = factor
-    return treedef.unflatten(results)
-
-
-def _factors(norms: list[jax.Array], permitted: list[jax.Array]) -> list[Factor]:
-    # The branch is there for the compiler. Without it XLA fuses this calculation, and that of the norm before it, into
-    # the loop over the coordinates of every leaf: it compiles it a thousand times, and runs it for every coordinate.
-    kept = jnp.all(is_kept(jnp.stack(norms), jnp.stack(permitted)))
-    return jax.lax.cond(kept, _keep_all, _scale_some, norms, permitted)
+    return groups.over_groups(_apart, norms, permitted)
 
 
 def is_kept(norm: jax.Array, permitted: jax.Array) -> jax.Array:
@@ -65,22 +49,14 @@ def is_kept(norm: jax.Array, permitted: jax.Array) -> jax.Array:
     return (permitted == norm) | ~(norm > 0) | ~jnp.isfinite(norm) | ~jnp.isfinite(permitted)
 
 
-def _keep_all(norms: list[jax.Array], permitted: list[jax.Array]) -> list[Factor]:
-    return list(map(_keep, norms, permitted))
+def _apart(norm: jax.Array, permitted: jax.Array) -> Factor:
+    # Without it XLA fuses this calculation into the loop over the coordinates of every leaf.
+    return jax.lax.optimization_barrier(factor(norm, permitted))
 
 
-def _scale_some(norms: list[jax.Array], permitted: list[jax.Array]) -> list[Factor]:
-    return list(map(_factor, norms, permitted))
-
-
-@jax.jit  # traced once for all leaves, as is the next
-def _keep(norm: jax.Array, permitted: jax.Array) -> Factor:
-    one = jnp.where(norm == permitted, jnp.ones_like(norm), jnp.ones_like(norm))  # of the same variation over mesh axes
-    return Factor(one > 0, one, one, one, one)
-
-
-@jax.jit
-def _factor(norm: jax.Array, permitted: jax.Array) -> Factor:
+@jax.jit  # traced once for all leaves of a kind
+def factor(norm: jax.Array, permitted: jax.Array) -> Factor:
+    """The Factor of one group, or of each group in an array."""
     keep = is_kept(norm, permitted)
     # Where a group is kept the factor is not used, but its derivative is multiplied by 0 and must be finite.
     one = jnp.ones_like(norm)
@@ -89,9 +65,9 @@ def _factor(norm: jax.Array, permitted: jax.Array) -> Factor:
     highest = jnp.maximum(norm, (1 - 2.0**-17) * jnp.finfo(norm.dtype).max)
     given = jax.lax.stop_gradient((norm, jnp.minimum(permitted, highest)))
     # Of what is no quotient of floats there is the quotient of roots, which is one.
-    root = sums.quotient(jnp.sqrt(given[1]), jnp.sqrt(given[0]))
+    root = arithmetic.quotient(jnp.sqrt(given[1]), jnp.sqrt(given[0]))
     extreme = ((root < 2.0**-50) & (permitted > 0)) | (root > 2.0**50)
-    whole = sums.quotient(jnp.where(extreme, one, given[1]), jnp.where(extreme, one, given[0]))
+    whole = arithmetic.quotient(jnp.where(extreme, one, given[1]), jnp.where(extreme, one, given[0]))
     return Factor(keep, jnp.where(extreme, root, one), jnp.where(extreme, root, whole), norm, permitted)
 
 
@@ -107,14 +83,14 @@ def rescale(leaf: jax.Array, factor: Factor, saturate: bool = False) -> jax.Arra
     """
     leaf = jnp.asarray(leaf)
     # Beside a float64 leaf a factor may be no float32.
-    dtype = np.promote_types(sums.wide(leaf.dtype), factor.norm.dtype)
+    dtype = np.promote_types(dtypes.wide(leaf.dtype), factor.norm.dtype)
     if leaf.dtype != dtype:
         # Otherwise XLA for CPUs (still in jax 0.12: twice the temporary memory) converts it once for the norm and for
         # here, and writes the wide array to memory.
         leaf = jax.lax.optimization_barrier(leaf)
     scaled = _scaled(leaf.astype(dtype), factor.first, factor.second, factor.norm, factor.goal)
     if saturate or dtype != leaf.dtype:  # rounded, a number may pass the largest of a narrower dtype
-        scaled = saturated(scaled, float(jnp.finfo(leaf.dtype).max))
+        scaled = arithmetic.saturated(scaled, float(jnp.finfo(leaf.dtype).max))
     return jnp.where(factor.keep, leaf, scaled.astype(leaf.dtype))
 
 
@@ -133,26 +109,11 @@ def _scaled_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     exponent = int(jnp.finfo(norm.dtype).maxexp) - 2
     root, least = 2.0 ** (exponent // 2), goal * 2.0**-exponent
     second = jnp.where(first == 1, second, jnp.minimum(second, root))
-    per_norm = sums.quotient(scaled, jnp.maximum(norm, least))
+    per_norm = arithmetic.quotient(scaled, jnp.maximum(norm, least))
     # Of the factor, too, only this function knows the derivative, and not where it is called with a tangent.
     factor = _scaled(jnp.ones_like(norm), jnp.minimum(first, root), second, norm, goal)
     return scaled, (
         dx * factor.astype(x.dtype)
-        + sums.quotient(x, norm) * d_goal.astype(x.dtype)
+        + arithmetic.quotient(x, norm) * d_goal.astype(x.dtype)
         - per_norm * d_norm.astype(x.dtype)
     )
-
-
-def saturated(x: jax.Array, largest: float) -> jax.Array:
-    """x with every real and imaginary part brought to at most `largest` in size."""
-    if jnp.iscomplexobj(x):
-        return jax.lax.complex(saturated(jnp.real(x), largest), saturated(jnp.imag(x), largest))
-    return jnp.clip(x, -largest, largest)
-
-
-def narrowed(x: jax.Array, dtype: Any) -> jax.Array:
-    """x in another dtype, where what is finite stays finite: beyond the largest number of `dtype` it is that number."""
-    largest = float(jnp.finfo(dtype).max)
-    if largest < float(jnp.finfo(x.dtype).max):
-        x = jnp.where(jnp.isfinite(x), saturated(x, largest), x)
-    return x.astype(dtype)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip import bounds, checks, groups, mesh, scaling, sums
+from optaxclip import arithmetic, bounds, checks, dtypes, groups, mesh, scaling
 from optaxclip.bounds import Bound
 from optaxclip.core import State, Updates
 from optaxclip.each_leaf import each_leaf
@@ -197,7 +197,7 @@ def _clip_values(interval: Callable[..., tuple[Any, Any]], *given: Bound) -> opt
         resolved, state = bounds.resolve(given, state, updates)
         flat, treedef = jax.tree.flatten(updates)
         clipped = [
-            _clip_leaf(leaf, ends, interval) if sums.is_counted(leaf) else leaf
+            _clip_leaf(leaf, ends, interval) if dtypes.is_inexact(leaf) else leaf
             for leaf, *ends in zip(flat, *(groups.entries(bound, treedef) for bound in resolved), strict=True)
         ]
         return treedef.unflatten(clipped), state
@@ -207,7 +207,7 @@ def _clip_values(interval: Callable[..., tuple[Any, Any]], *given: Bound) -> opt
 
 def _clip_leaf(leaf: Any, ends: list[Any], interval: Callable[..., tuple[Any, Any]]) -> jax.Array:
     leaf = jnp.asarray(leaf)
-    low, high = interval(*ends, sums.accumulator(leaf.dtype))
+    low, high = interval(*ends, dtypes.accumulator(leaf.dtype))
     return _clip_modulus(leaf, low, high) if jnp.iscomplexobj(leaf) else _between(leaf, low, high)
 
 
@@ -232,7 +232,7 @@ def _of_rank(end: jax.Array, ndim: int) -> jax.Array:
 
 def _usable_end(end: Any, largest: float) -> jax.Array:
     """An end that a leaf can hold, 0 for a subnormal one: XLA takes that for 0 where it compares."""
-    end = scaling.saturated(jnp.asarray(end), largest)
+    end = arithmetic.saturated(jnp.asarray(end), largest)
     return jnp.where(jnp.abs(end) < jnp.finfo(end.dtype).tiny, jnp.zeros_like(end), end)
 
 
@@ -248,10 +248,10 @@ def _next(end: jax.Array, direction: int) -> jax.Array:
 
 
 def _clip_modulus(leaf: jax.Array, low: Any, high: Any) -> jax.Array:
-    modulus = sums.modulus(leaf)
+    modulus = arithmetic.modulus(leaf)
     goal = jnp.where(modulus > high, high, jnp.where(modulus < low, low, modulus))
     direction = _direction(leaf)
-    scaled = scaling.rescale(direction, scaling.factors(sums.modulus(direction), goal))
+    scaled = scaling.rescale(direction, scaling.factor(arithmetic.modulus(direction), goal))
     return jnp.where(goal == modulus, leaf, scaled)
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip import averages, bounds, checks, mesh, norms, scaling, states, sums, thresholds
+from optaxclip import arithmetic, averages, bounds, checks, dtypes, mesh, norms, states, thresholds
 from optaxclip.bounds import Bound
 from optaxclip.core import Judged, Threshold, Updates, judge
 from optaxclip.each_leaf import each_leaf, zeros_like
@@ -206,10 +206,10 @@ def mixed_clip(
         kept = _where(finite, average, state.mixed_average)
 
         def one(grad: Any, old: jax.Array) -> tuple[jax.Array, jax.Array]:
-            wide = sums.wide(jnp.result_type(grad))
-            by = averages.shares(mix, sums.accumulator(wide))
+            wide = dtypes.wide(jnp.result_type(grad))
+            by = averages.shares(mix, dtypes.accumulator(wide))
             mixed = averages.moved(old.astype(wide), jnp.asarray(grad).astype(wide), by)
-            return scaling.narrowed(mixed, jnp.result_type(grad)), old
+            return arithmetic.narrowed(mixed, jnp.result_type(grad)), old
 
         mixed, _ = each_leaf(one, clipped, clipped_average)
         return drop_missing(updates, _where(finite, mixed, filled)), MixedClipState(kept, judged.state)
@@ -229,9 +229,10 @@ def _average(updates: Updates, average: Updates, decay: Any) -> Updates:
     """The moving average one step on, in its own dtypes."""
 
     def one(leaf: Any, old: jax.Array) -> tuple[Any, jax.Array]:
-        wide = jnp.result_type(sums.wide(jnp.result_type(leaf)), sums.wide(old.dtype))
-        by = averages.shares(decay, sums.accumulator(wide))
-        return leaf, scaling.narrowed(averages.moved(old.astype(wide), jnp.asarray(leaf).astype(wide), by), old.dtype)
+        wide = jnp.result_type(dtypes.wide(jnp.result_type(leaf)), dtypes.wide(old.dtype))
+        by = averages.shares(decay, dtypes.accumulator(wide))
+        moved = averages.moved(old.astype(wide), jnp.asarray(leaf).astype(wide), by)
+        return leaf, arithmetic.narrowed(moved, old.dtype)
 
     return each_leaf(one, updates, average)[1]
 
@@ -242,4 +243,4 @@ def _where(flag: jax.Array, new: Updates, old: Updates) -> Updates:
 
 def _in_dtypes_of(updates: Updates, values: Updates) -> Updates:
     """`values` beside floats, in their dtypes; other leaves of `updates` as they are."""
-    return each_leaf(lambda leaf, value: (scaling.narrowed(value, jnp.result_type(leaf)), value), updates, values)[0]
+    return each_leaf(lambda leaf, value: (arithmetic.narrowed(value, jnp.result_type(leaf)), value), updates, values)[0]

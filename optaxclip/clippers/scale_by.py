@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip import averages, bounds, checks, mesh, scaling, states, sums
+from optaxclip import arithmetic, averages, bounds, checks, dtypes, mesh, states, sums
 from optaxclip.core import Updates
 from optaxclip.each_leaf import each_leaf, require_beside, sizes_like, zeros_like
 from optaxclip.parameters import drop_missing, fill_missing, parameters
@@ -94,17 +94,17 @@ def scale_by_acclip(
 
         def one(leaf: Any, momentum: jax.Array, size: jax.Array) -> tuple[jax.Array, ...]:
             leaf = jnp.asarray(leaf)
-            wide, real = sums.wide(leaf.dtype), sums.accumulator(leaf.dtype)
+            wide, real = dtypes.wide(leaf.dtype), dtypes.accumulator(leaf.dtype)
             new = averages.moved(momentum.astype(wide), leaf.astype(wide), averages.shares(b1, real))
-            tau = averages.power_mean(size.astype(real), sums.modulus(leaf), averages.shares(b2, real), order)
+            tau = averages.power_mean(size.astype(real), arithmetic.modulus(leaf), averages.shares(b2, real), order)
             is_good = jnp.isfinite(new) & jnp.isfinite(tau)
-            length = jnp.maximum(sums.modulus(new) + eps, jnp.finfo(real).tiny)
+            length = jnp.maximum(arithmetic.modulus(new) + eps, jnp.finfo(real).tiny)
             kept = jnp.minimum(tau, length).astype(wide)
-            out = jnp.where(tau < length, sums.quotient(new, length) * kept, new)
+            out = jnp.where(tau < length, arithmetic.quotient(new, length) * kept, new)
             return (
-                jnp.where(is_good, scaling.narrowed(out, leaf.dtype), leaf),
-                jnp.where(is_good, scaling.narrowed(new, momentum.dtype), momentum),
-                jnp.where(is_good, scaling.narrowed(tau, size.dtype), size),
+                jnp.where(is_good, arithmetic.narrowed(out, leaf.dtype), leaf),
+                jnp.where(is_good, arithmetic.narrowed(new, momentum.dtype), momentum),
+                jnp.where(is_good, arithmetic.narrowed(tau, size.dtype), size),
             )
 
         filled = fill_missing(updates, state.acclip_momentum)
@@ -208,18 +208,18 @@ def scale_by_stable_adam(
         flat, treedef = jax.tree.flatten(filled)
         means, roots = (treedef.flatten_up_to(tree) for tree in (state.adam_mean, state.adam_rms))
         splits = mesh.split_of(filled, params, axes)
-        counted = [i for i, leaf in enumerate(flat) if sums.is_counted(leaf)]
+        counted = [i for i, leaf in enumerate(flat) if dtypes.is_inexact(leaf)]
         now = jnp.asarray(optax.safe_increment(state.adam_steps))
         new = {i: _averages(jnp.asarray(flat[i]), means[i], roots[i], b1, b2, now[i]) for i in counted}
         excess = _excess(flat, new, splits, eps)
         is_good = [jnp.isfinite(excess[i]) if i in excess else jnp.zeros((), jnp.bool_) for i in range(len(flat))]
         for i in counted:
             mean, root = new[i]
-            out = sums.quotient(sums.quotient(mean, _or_tiny(root + eps)), jnp.maximum(excess[i], 1))
-            out = scaling.saturated(out, bounds.highest(out.dtype))
-            flat[i] = jnp.where(is_good[i], scaling.narrowed(out, jnp.result_type(flat[i])), flat[i])
-            means[i] = jnp.where(is_good[i], scaling.narrowed(mean, means[i].dtype), means[i])
-            roots[i] = jnp.where(is_good[i], scaling.narrowed(root, roots[i].dtype), roots[i])
+            out = arithmetic.quotient(arithmetic.quotient(mean, _or_tiny(root + eps)), jnp.maximum(excess[i], 1))
+            out = arithmetic.saturated(out, bounds.highest(out.dtype))
+            flat[i] = jnp.where(is_good[i], arithmetic.narrowed(out, jnp.result_type(flat[i])), flat[i])
+            means[i] = jnp.where(is_good[i], arithmetic.narrowed(mean, means[i].dtype), means[i])
+            roots[i] = jnp.where(is_good[i], arithmetic.narrowed(root, roots[i].dtype), roots[i])
         steps = jnp.where(jnp.stack(is_good), now, state.adam_steps) if flat else state.adam_steps
         after = StableAdamState(steps, treedef.unflatten(means), treedef.unflatten(roots))
         return drop_missing(updates, treedef.unflatten(flat)), after
@@ -231,21 +231,22 @@ def _averages(
     leaf: jax.Array, mean: jax.Array, root: jax.Array, b1: Any, b2: Any, step: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Both moments one step on, the second as its root, in float32 or wider."""
-    wide, real = sums.wide(leaf.dtype), sums.accumulator(leaf.dtype)
+    wide, real = dtypes.wide(leaf.dtype), dtypes.accumulator(leaf.dtype)
     return (
         averages.moved(mean.astype(wide), leaf.astype(wide), averages.debiased(b1, step, real)),
-        averages.power_mean(root.astype(real), sums.modulus(leaf), averages.debiased(b2, step, real), 2),
+        averages.power_mean(root.astype(real), arithmetic.modulus(leaf), averages.debiased(b2, step, real), 2),
     )
 
 
 def _excess(flat: list[Any], moments: dict[int, Any], splits: list[mesh.Split], eps: Any) -> dict[int, jax.Array]:
     """The root mean square of each leaf's gradient, measured in its second moment. No share exceeds 1 / (1 - b2)."""
     shares = [
-        sums.quotient(sums.modulus(flat[i]), _or_tiny(jnp.maximum(root, jnp.asarray(eps, root.dtype))))
+        arithmetic.quotient(arithmetic.modulus(flat[i]), _or_tiny(jnp.maximum(root, jnp.asarray(eps, root.dtype))))
         for i, (_, root) in moments.items()
     ]
     sizes = [mesh.whole_size(jnp.shape(flat[i]), splits[i].axes) for i in moments]
-    local = [sums.root(jnp.sum(jnp.square(share)) / max(size, 1)) for share, size in zip(shares, sizes, strict=True)]
+    means = [jnp.sum(jnp.square(share)) / max(size, 1) for share, size in zip(shares, sizes, strict=True)]
+    local = list(map(arithmetic.root, means))
     return dict(zip(moments, sums.across(local, [splits[i].axes for i in moments], 2), strict=True))
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip import bounds, checks, groups, layouts, mesh, norms, scaling, sums, thresholds
+from optaxclip import arithmetic, bounds, checks, dtypes, groups, layouts, mesh, norms, thresholds
 from optaxclip.bounds import Bound
 from optaxclip.core import State, Updates, clip_by, upper_end
 from optaxclip.matrices import capping, stacks
@@ -179,7 +179,7 @@ def clip_singular_values(
         others = treedef.unflatten(stacks.others(flat, matrices))
         sizes = treedef.flatten_up_to(vectors.measure(others, params, splits))
         for i, stack in matrices.items():
-            sizes[i] = jnp.zeros(jnp.shape(flat[i])[: layers[i]], sums.accumulator(stack.dtype))
+            sizes[i] = jnp.zeros(jnp.shape(flat[i])[: layers[i]], dtypes.accumulator(stack.dtype))
         sizes = treedef.unflatten(sizes)
         (cap,), state = bounds.resolve([max_value], state, sizes)
         caps = groups.over_groups(upper_end, sizes, cap)
@@ -198,7 +198,7 @@ def _map(soft: bool) -> Callable[[jax.Array, jax.Array], jax.Array]:
         low, high = jnp.minimum(norm, cap), jnp.maximum(norm, cap)
         if not soft:
             return low
-        share = sums.quotient(low, jnp.where(high > 0, high, jnp.ones_like(high)))
+        share = arithmetic.quotient(low, jnp.where(high > 0, high, jnp.ones_like(high)))
         return low / jnp.sqrt(1 + jnp.square(share))
 
     return capped
@@ -216,5 +216,5 @@ def _capped(matrices: dict[int, jax.Array], flat: list[Any], caps: list[Any], so
 def _as_leaf(capped: capping.Capped, leaf: jax.Array) -> jax.Array:
     # The leaf itself where it is kept: in float32 and back, subnormal numbers may become 0.
     kept = jnp.broadcast_to(capped.kept[:, None, None], capped.matrices.shape).reshape(leaf.shape)
-    matrices = scaling.narrowed(capped.matrices.reshape(leaf.shape), leaf.dtype)
+    matrices = arithmetic.narrowed(capped.matrices.reshape(leaf.shape), leaf.dtype)
     return jnp.where(layouts.like(kept, leaf), leaf, layouts.like(matrices, leaf))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip import averages, checks, mesh, norms, scaling, states, sums, thresholds
+from optaxclip import arithmetic, averages, checks, mesh, norms, scaling, states, thresholds
 from optaxclip.core import Updates, clip_by
 from optaxclip.each_leaf import each_leaf, sizes_like
 from optaxclip.mesh import Axes
@@ -111,14 +111,14 @@ def spam_clip(
 
         def one(leaf: Any, rms: jax.Array) -> tuple[jax.Array, jax.Array]:
             leaf = jnp.asarray(leaf)
-            size = sums.modulus(leaf)
+            size = arithmetic.modulus(leaf)
             before = jnp.where(restarts, jnp.zeros_like(rms), rms).astype(size.dtype)
-            bound = sums.root(jnp.asarray(threshold, size.dtype)) * before
+            bound = arithmetic.root(jnp.asarray(threshold, size.dtype)) * before
             spikes = (size > bound) & (before > 0) & ~is_idle
             kept = jnp.where(spikes, bound, size)
             after = averages.power_mean(before, kept, averages.shares(decay, size.dtype), 2)
             after = jnp.where(jnp.isfinite(size), after, before)
-            return _with_modulus(leaf, bound, spikes), scaling.narrowed(after, rms.dtype)
+            return _with_modulus(leaf, bound, spikes), arithmetic.narrowed(after, rms.dtype)
 
         clipped, rms = each_leaf(one, filled, state.spam_rms)
         return drop_missing(updates, clipped), SpamState(step, rms)
@@ -244,7 +244,8 @@ def scale_by_adaptive_norm(
 def _with_modulus(leaf: jax.Array, size: jax.Array, where: jax.Array) -> jax.Array:
     """The leaf, with another modulus where so said."""
     if jnp.iscomplexobj(leaf):
-        moved = scaling.rescale(leaf, scaling.factors(sums.modulus(leaf), jnp.where(where, size, sums.modulus(leaf))))
+        modulus = arithmetic.modulus(leaf)
+        moved = scaling.rescale(leaf, scaling.factor(modulus, jnp.where(where, size, modulus)))
     else:
-        moved = jnp.sign(leaf) * scaling.narrowed(size, leaf.dtype)
+        moved = jnp.sign(leaf) * arithmetic.narrowed(size, leaf.dtype)
     return jnp.where(where, moved, leaf)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optaxclip import sums
+from optaxclip import arithmetic, dtypes
 from optaxclip.matrices import decompositions, iterations
 from optaxclip.matrices.products import product, tall, times_columns, times_rows, turned
 
@@ -55,7 +55,7 @@ def largest_singular_values(stack: jax.Array) -> jax.Array:
     is 0, and where several singular values are the largest it is that of one of them.
     """
     if stack.size == 0:
-        return jnp.zeros(stack.shape[0], sums.accumulator(stack.dtype))
+        return jnp.zeros(stack.shape[0], dtypes.accumulator(stack.dtype))
     return _largest_singular_values(stack)
 
 
@@ -144,15 +144,15 @@ def _slopes(ratio: jax.Array, soft: bool) -> tuple[jax.Array, jax.Array, jax.Arr
 
 def _unit(stack: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Of each matrix its largest modulus, and it divided by that; zeros where an entry is not finite."""
-    size = jax.lax.stop_gradient(sums.largest(stack, (1, 2)))
+    size = jax.lax.stop_gradient(arithmetic.largest(stack, (1, 2)))
     usable = (size > 0) & jnp.isfinite(size)
     whole = jnp.where(usable, size, jnp.ones_like(size))[:, None, None]
-    return size, jnp.where(usable[:, None, None], sums.quotient(stack, whole), jnp.zeros_like(stack))
+    return size, jnp.where(usable[:, None, None], arithmetic.quotient(stack, whole), jnp.zeros_like(stack))
 
 
 def _relative(cap: jax.Array, size: jax.Array) -> jax.Array:
     """The caps as parts of `size`. Further below than rounding is, it makes no difference how far."""
     info = jnp.finfo(cap.dtype)
     usable = (size > 0) & jnp.isfinite(size)
-    share = sums.quotient(cap, jnp.where(usable, size, jnp.ones_like(size)))
+    share = arithmetic.quotient(cap, jnp.where(usable, size, jnp.ones_like(size)))
     return jnp.clip(share, float(info.tiny) ** (1 / 3), float(info.max))

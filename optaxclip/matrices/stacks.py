@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optaxclip import checks, layouts, leaves, mesh, sums
+from optaxclip import checks, dtypes, layouts, leaves, mesh
 
 UNITS = ("io", "oi")
 
@@ -28,7 +28,7 @@ def layers(stacked: Any, tree: Any) -> list[int]:
     for path, leaf, axes in zip(leaves.paths(tree), jax.tree.leaves(tree), found, strict=True):
         if not is_axis_count(axes):
             raise ValueError(f"stacked must be a whole number of at least 0, got {axes!r} for {path!r}")
-        if sums.is_counted(leaf) and axes > jnp.ndim(leaf):
+        if dtypes.is_inexact(leaf) and axes > jnp.ndim(leaf):
             raise ValueError(
                 f"stacked must be from 0 to the rank of the leaf, got {axes} for {path!r} of shape {jnp.shape(leaf)}"
             )
@@ -49,7 +49,7 @@ def of_leaves(
     return {
         i: _as_stack(jnp.asarray(leaf), stacked, at, units)
         for i, (leaf, stacked, at) in enumerate(zip(flat, layers, split, strict=True))
-        if sums.is_counted(leaf) and jnp.ndim(leaf) - stacked >= 2
+        if dtypes.is_inexact(leaf) and jnp.ndim(leaf) - stacked >= 2
     }
 
 
@@ -62,7 +62,7 @@ def _as_stack(leaf: jax.Array, layers: int, split: mesh.Split, units: str) -> ja
         )
     rows = math.prod(leaf.shape[layers:-1]) if units == "io" else leaf.shape[layers]
     columns = leaf.shape[-1] if units == "io" else math.prod(leaf.shape[layers + 1 :])
-    return layouts.whole(leaf).astype(sums.wide(leaf.dtype)).reshape(math.prod(leaf.shape[:layers]), rows, columns)
+    return layouts.whole(leaf).astype(dtypes.wide(leaf.dtype)).reshape(math.prod(leaf.shape[:layers]), rows, columns)
 
 
 def others(flat: Sequence[Any], matrices: Container[int]) -> list[Any]:

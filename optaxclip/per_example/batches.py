@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from optaxclip import layouts, sums
+from optaxclip import dtypes, layouts
 from optaxclip.per_example.problems import Batch, Form, Grads, Problem, Seen
 
 
@@ -35,6 +35,6 @@ def _scan(form: Form, problem: Problem, microbatches: Batch) -> tuple[Grads, See
         return jax.tree.map(jnp.add, total, part), seen
 
     def zeros(param: jax.Array) -> jax.Array:
-        return layouts.varying_over(jnp.zeros_like(param, sums.wide(param.dtype)), layouts.varying(param))
+        return layouts.varying_over(jnp.zeros_like(param, dtypes.wide(param.dtype)), layouts.varying(param))
 
     return jax.lax.scan(step, jax.tree.map(zeros, problem.params), microbatches)

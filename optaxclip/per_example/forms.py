@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from optaxclip import columns, core, layouts, mesh, norms, scaling, sums
+from optaxclip import arithmetic, columns, core, dtypes, layouts, mesh, norms, scaling, sums
 from optaxclip.per_example import batches, outer
 from optaxclip.per_example.problems import Batch, Form, Grads, Problem, Seen
 from optaxclip.wrappers.functions import empty_state
@@ -54,7 +54,7 @@ def one_pass(problem: Problem, batch: Batch) -> tuple[Grads, Seen]:
 
 
 def _is_finite(tree: Any) -> jax.Array:
-    flags = [~sums.has_nonfinite(leaf) for leaf in jax.tree.leaves(tree) if sums.is_counted(leaf)]
+    flags = [~arithmetic.has_nonfinite(leaf) for leaf in jax.tree.leaves(tree) if dtypes.is_inexact(leaf)]
     return functools.reduce(jnp.logical_and, flags, jnp.asarray(True))
 
 
@@ -67,7 +67,7 @@ def _everywhere(problem: Problem, counted: jax.Array) -> jax.Array:
 def _sum(counted: jax.Array, updates: jax.Array) -> jax.Array:
     """The sum of the updates that are counted, in float32 or wider."""
     rows = jnp.expand_dims(counted, range(1, updates.ndim))
-    dtype = sums.wide(updates.dtype)
+    dtype = dtypes.wide(updates.dtype)
     return columns.sum_of(lambda x: x.astype(dtype), jnp.where(rows, updates, jnp.zeros_like(updates)), (0,))
 
 
@@ -119,7 +119,7 @@ def _is_better_weighted(problem: Problem, batch: Batch) -> bool:
 
     value = jax.eval_shape(jax.vmap(look), batch)
     entries = sum(param.size for param in jax.tree.leaves(problem.params))
-    return value.dtype == sums.accumulator(value.dtype) and 2 * undone >= entries
+    return value.dtype == dtypes.accumulator(value.dtype) and 2 * undone >= entries
 
 
 def _keeps_weights(problem: Problem, batch: Batch) -> bool:
@@ -178,7 +178,7 @@ def _weighted(problem: Problem, batch: Batch, weight: jax.Array, counted: jax.Ar
     (grads,) = pull((weight / scale).astype(value.dtype))
 
     def finish(leaf: jax.Array) -> jax.Array:
-        wide = leaf.astype(sums.wide(leaf.dtype))
+        wide = leaf.astype(dtypes.wide(leaf.dtype))
         return jnp.where(jnp.any(counted), wide * scale.astype(wide.dtype), jnp.zeros_like(wide))
 
     return jax.tree.map(finish, grads)

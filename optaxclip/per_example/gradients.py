@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip import checks, layouts, scaling, sums
+from optaxclip import arithmetic, checks, dtypes, layouts
 from optaxclip.per_example import batches, forms, problems
 from optaxclip.per_example.problems import Grads, Problem, Seen
 
@@ -170,13 +170,13 @@ def _reduced(problem: Problem, total: Grads, params: Any, count: int) -> Grads:
     def finish(leaf: jax.Array, own: jax.Array, given: Any) -> jax.Array:
         axes = tuple(sorted(set(problem.apart) - layouts.varying(given)))
         reduced = (jax.lax.psum(leaf, axes) if axes else leaf) / count
-        return scaling.saturated(reduced, float(jnp.finfo(own.dtype).max)).astype(own.dtype)
+        return arithmetic.saturated(reduced, float(jnp.finfo(own.dtype).max)).astype(own.dtype)
 
     return jax.tree.map(finish, total, problem.params, params)
 
 
 def _value(problem: Problem, seen: Seen, count: int) -> jax.Array:
-    wide = seen.value.astype(sums.accumulator(seen.value.dtype))
+    wide = seen.value.astype(dtypes.accumulator(seen.value.dtype))
     value = jnp.sum(jnp.where(seen.counted & jnp.isfinite(wide), wide, jnp.zeros_like(wide)))
     value = jax.lax.psum(value, problem.apart) if problem.apart else value
-    return scaling.narrowed(value / count, seen.value.dtype)
+    return arithmetic.narrowed(value / count, seen.value.dtype)

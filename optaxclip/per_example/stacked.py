@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optaxclip import checks, columns, core, dtypes, leaves, scaling, sums
+from optaxclip import arithmetic, checks, columns, core, dtypes, leaves, scaling, sums
 from optaxclip.per_example.problems import Grads
 
 
@@ -149,7 +149,7 @@ def _as_floats(leaf: Any) -> jax.Array:
     array = jnp.asarray(leaf)
     if jnp.issubdtype(array.dtype, jnp.integer):
         return array.astype(jnp.float32)
-    if not sums.is_counted(array):
+    if not dtypes.is_inexact(array):
         raise ValueError(f"grads must be numbers, got an array of {array.dtype}")
     return array
 
@@ -171,10 +171,10 @@ def _clip(flat: Sequence[jax.Array], bound: Any, finite: jax.Array | None = None
 
     def total(leaf: jax.Array) -> jax.Array:
         by_row = jax.tree.map(lambda x: jnp.expand_dims(x, range(1, leaf.ndim)), factor)
-        wide = leaf.astype(sums.wide(leaf.dtype))
+        wide = leaf.astype(dtypes.wide(leaf.dtype))
         rows = jnp.where(
             jnp.expand_dims(finite, range(1, leaf.ndim)), scaling.rescale(wide, by_row), jnp.zeros_like(wide)
         )
-        return scaling.narrowed(columns.sum_of(lambda x: x, rows, (0,)), leaf.dtype)
+        return arithmetic.narrowed(columns.sum_of(lambda x: x, rows, (0,)), leaf.dtype)
 
     return [total(leaf) for leaf in flat], clipped

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optaxclip import averages, bounds, checks, sums
+from optaxclip import arithmetic, averages, bounds, checks, sums
 from optaxclip.core import Threshold
 from optaxclip.thresholds.rules import Rule, no_steps, per_group
 
@@ -82,7 +82,7 @@ def ema_ratio(
             most = jnp.asarray(warmup_max_norm, norm.dtype)
             # XLA multiplies by the reciprocal of what all groups share. That of the largest floats is subnormal, so 0.
             down = jnp.where(total > 2.0**100, 2.0**-8 * jnp.ones_like(total), jnp.ones_like(total))
-            share = sums.quotient(norm * down, (total + least) * down)
+            share = arithmetic.quotient(norm * down, (total + least) * down)
             together = jnp.where(most < total + least, most * share, together)
         upper = jnp.where(warm, together, jnp.asarray(ratio, norm.dtype) * jnp.maximum(average, least))
         after = jnp.minimum(norm, upper)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip import averages, bounds, checks, sums
+from optaxclip import arithmetic, averages, bounds, checks
 from optaxclip.core import Threshold
 from optaxclip.thresholds.rules import Rule, no_steps, per_group, taken_in
 
@@ -93,7 +93,7 @@ def zscore(
         away = norm - mean
         is_far = away > most * (std + 1e-6)
         one, other = jnp.where(is_far, std + 1e-6, jnp.zeros_like(std)), jnp.where(is_far, away, jnp.ones_like(away))
-        share = sums.quotient(one, other)  # 1 / z; 0 where it is not used, so that its derivative is finite
+        share = arithmetic.quotient(one, other)  # 1 / z; 0 where it is not used, so that its derivative is finite
         above = {"reciprocal": most * (std * (most * share)), "mean": jnp.zeros_like(std), "percentile": most * std}
         bound = mean + above[option]
         is_spike = ~warm & (norm > bound if option == "percentile" else is_far)
@@ -103,7 +103,7 @@ def zscore(
         # squares are of the distances from the old mean to the new one and to the value, here from the new mean alone.
         plain, moving = _shares_of_all(seen, norm.dtype), averages.shares(decay, norm.dtype)
         by = averages.Shares(*(jnp.where(warm, one, other) for one, other in zip(plain, moving, strict=True)))
-        left = jnp.where(warm, sums.root(by.old), by.old) * jnp.abs(value - mean)
+        left = jnp.where(warm, arithmetic.root(by.old), by.old) * jnp.abs(value - mean)
         new = ZScoreState(averages.moved(mean, value, by), averages.power_mean(std, left, by, 2), seen, spikes)
         return (0.0, jnp.where(is_spike, bound, bounds.highest(norm.dtype))), new
 
@@ -164,7 +164,7 @@ def normalised(b1: Any = 0.7, b2: Any = 0.9, *, eps: Any = 1e-8) -> Threshold:
         mean = averages.moved(state.norm_mean, norm, averages.debiased(b1, seen, norm.dtype))
         rms = averages.power_mean(state.norm_rms, norm, averages.debiased(b2, seen, norm.dtype), 2)
         root = rms + eps
-        goal = sums.quotient(mean, jnp.where(root > 0, root, jnp.ones_like(root)))
+        goal = arithmetic.quotient(mean, jnp.where(root > 0, root, jnp.ones_like(root)))
         return (goal, goal), MomentsState(mean, rms, seen)
 
     def init(dtype: Any) -> MomentsState:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip import bounds, checks, groups, states, sums
+from optaxclip import arithmetic, bounds, checks, groups, states
 from optaxclip.core import Norms, State, Threshold
 
 Band: TypeAlias = tuple[Any, Any]  # its lower and its upper end
@@ -268,7 +268,7 @@ def _harmonic(norm: jax.Array, high: Any) -> jax.Array:
     bound = bounds.as_array(high, norm.dtype)
     high = jnp.maximum(_finite(bound), jnp.zeros_like(norm))
     small, large = jnp.minimum(norm, high), jnp.maximum(norm, high)
-    halved = small / (1 + sums.quotient(small, jnp.where(large > 0, large, jnp.ones_like(large))))
+    halved = small / (1 + arithmetic.quotient(small, jnp.where(large > 0, large, jnp.ones_like(large))))
     return jnp.where(bound == jnp.inf, norm, halved)
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip import bounds, checks, sums
+from optaxclip import arithmetic, bounds, checks
 from optaxclip.core import Threshold
 from optaxclip.thresholds.histogram import quantile_of_all
 from optaxclip.thresholds.ordering import in_order, interpolated
@@ -120,7 +120,7 @@ def _mean_and_std_of(ring: jax.Array, ddof: int) -> tuple[jax.Array, jax.Array]:
     there = ring > 0
     largest = jnp.max(ring)
     largest = jnp.where(largest > 0, largest, jnp.ones_like(largest))
-    shares = sums.quotient(ring, largest)
+    shares = arithmetic.quotient(ring, largest)
     mean = jnp.sum(shares) / _number(ring, 0)
     away = jnp.where(there, shares - mean, jnp.zeros_like(shares))
     variance = jnp.sum(jnp.square(away)) / _number(ring, ddof)
@@ -132,7 +132,7 @@ def _mean_and_std_jvp(ddof: int, primals: Any, tangents: Any) -> tuple[Any, Any]
     # That of the above would go through the reciprocals of the smallest norms, and add up many of them.
     (ring,), (change,) = primals, tangents
     mean, std = _mean_and_std(ring, ddof)
-    away = sums.quotient(ring - mean, jnp.where(std > 0, std, jnp.ones_like(std)))
+    away = arithmetic.quotient(ring - mean, jnp.where(std > 0, std, jnp.ones_like(std)))
     weights = jnp.where((ring > 0) & (std > 0), away, jnp.zeros_like(ring)) / _number(ring, ddof)
     d_mean = jnp.sum(jnp.where(ring > 0, change, jnp.zeros_like(change)) / _number(ring, 0))
     return (mean, std), (d_mean, jnp.sum(weights * change))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip import bounds, checks, leaves, mesh, scaling, states, sums
+from optaxclip import arithmetic, bounds, checks, dtypes, leaves, mesh, states
 from optaxclip.core import Updates
 from optaxclip.each_leaf import each_leaf, require_beside, zeros_like
 from optaxclip.parameters import drop_missing, fill_missing, parameters
@@ -127,14 +127,14 @@ def _dtype(leaf: Any) -> Any:
 
 def _total(grad: Any, carry: Any) -> Any:
     """Gradient plus carry in the wider of their dtypes; finite, in the range of the gradient's, if the gradient is."""
-    wide = jnp.result_type(sums.wide(_dtype(grad)), sums.wide(_dtype(carry)))
+    wide = jnp.result_type(dtypes.wide(_dtype(grad)), dtypes.wide(_dtype(carry)))
     grad = jnp.asarray(grad)
-    total = scaling.saturated(grad.astype(wide) + carry.astype(wide), bounds.highest(grad.dtype))
+    total = arithmetic.saturated(grad.astype(wide) + carry.astype(wide), bounds.highest(grad.dtype))
     return jnp.where(jnp.isfinite(grad), total, grad.astype(wide))
 
 
 def _left_over(grad: Any, carry: Any, clipped: Any) -> tuple[Any, Any, Any]:
     total = _total(grad, carry)
-    rest = scaling.narrowed(total - jnp.asarray(clipped).astype(total.dtype), carry.dtype)
+    rest = arithmetic.narrowed(total - jnp.asarray(clipped).astype(total.dtype), carry.dtype)
     usable = jnp.isfinite(jnp.asarray(grad)) & jnp.isfinite(clipped)
     return grad, jnp.where(usable, rest, carry), clipped

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip import checks, layouts, leaves, states, sums
+from optaxclip import checks, dtypes, layouts, leaves, states
 from optaxclip.core import Updates
 from optaxclip.parameters import NO_PARAMS, parameters
 
@@ -102,10 +102,10 @@ def reset_state_every(
         factor = 1 - 0.99 * (1 + jnp.cos(jnp.pi * phase.astype(jnp.float32) / (warmup_steps + 1))) / 2
 
         def scaled(leaf: Any) -> Any:
-            if not sums.is_counted(leaf):
+            if not dtypes.is_inexact(leaf):
                 return leaf
             leaf = jnp.asarray(leaf)
-            wide = leaf.astype(sums.wide(leaf.dtype))
+            wide = leaf.astype(dtypes.wide(leaf.dtype))
             return jnp.where(grows, (wide * factor.astype(wide.dtype)).astype(leaf.dtype), leaf)
 
         return jax.tree.map(scaled, updates), ResetState(step, after)
