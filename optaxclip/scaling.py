@@ -16,19 +16,17 @@ from optaxclip import arithmetic, dtypes, groups
 
 
 class Factor(NamedTuple):
-    """What to do with a group: leave it bit for bit, or multiply by `first` and then by `second`.
+    """By what a group is multiplied: by `first`, then by `second`. Where `second` is 1 it is left, bit for bit.
 
     Derivatives go through `norm` and `goal` only. The derivative of the factor itself may overflow.
 
     Attributes:
-      keep: whether it is left.
       first: 1, or the root of the factor.
       second: the factor, or its root.
       norm: the norm of the group; 1 where it is left.
       goal: what that is to become.
     """
 
-    keep: jax.Array
     first: jax.Array
     second: jax.Array
     norm: jax.Array
@@ -51,7 +49,7 @@ def is_kept(norm: jax.Array, permitted: jax.Array) -> jax.Array:
 
 def _apart(norm: jax.Array, permitted: jax.Array) -> Factor:
     # Without it XLA fuses this calculation into the loop over the coordinates of every leaf.
-    return jax.lax.optimization_barrier(factor(norm, permitted))
+    return factor(norm, permitted)
 
 
 @jax.jit  # traced once for all leaves of a kind
@@ -64,11 +62,14 @@ def factor(norm: jax.Array, permitted: jax.Array) -> Factor:
     # Rounded, a coordinate that is nearly the whole norm could exceed the largest float.
     highest = jnp.maximum(norm, (1 - 2.0**-17) * jnp.finfo(norm.dtype).max)
     given = jax.lax.stop_gradient((norm, jnp.minimum(permitted, highest)))
+    roots = tuple(map(jnp.sqrt, given))
+    ratio = roots[1] / roots[0]
     # Of what is no quotient of floats there is the quotient of roots, which is one.
-    root = arithmetic.quotient(jnp.sqrt(given[1]), jnp.sqrt(given[0]))
-    extreme = ((root < 2.0**-50) & (permitted > 0)) | (root > 2.0**50)
-    whole = arithmetic.quotient(jnp.where(extreme, one, given[1]), jnp.where(extreme, one, given[0]))
-    return Factor(keep, jnp.where(extreme, root, one), jnp.where(extreme, root, whole), norm, permitted)
+    extreme = ((ratio < 2.0**-50) & (permitted > 0)) | (ratio > 2.0**50)
+    # They end in a division because XLA for CPUs takes that for too dear to repeat for every coordinate.
+    first = jnp.where(extreme, roots[1], one) / jnp.where(extreme, roots[0], one)
+    second = jnp.where(extreme, roots[1], given[1]) / jnp.where(extreme, roots[0], given[0])
+    return Factor(first, second, norm, permitted)
 
 
 # At module level and jitted, so that eager calls do not compile anew.
@@ -91,7 +92,7 @@ def rescale(leaf: jax.Array, factor: Factor, saturate: bool = False) -> jax.Arra
     scaled = _scaled(leaf.astype(dtype), factor.first, factor.second, factor.norm, factor.goal)
     if saturate or dtype != leaf.dtype:  # rounded, a number may pass the largest of a narrower dtype
         scaled = arithmetic.saturated(scaled, float(jnp.finfo(leaf.dtype).max))
-    return jnp.where(factor.keep, leaf, scaled.astype(leaf.dtype))
+    return jnp.where(factor.second == 1, leaf, scaled.astype(leaf.dtype))
 
 
 @jax.custom_jvp
