@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip import checks, core, dtypes, groups, layouts, mesh, norms, recorder, states, thresholds
+from optaxclip import checks, core, groups, layouts, mesh, norms, recorder, states, thresholds
 from optaxclip.core import Norm, Threshold, Updates
 from optaxclip.parameters import fill_missing, parameters
 from optaxclip.wrappers.holding import update_or_hold
@@ -209,15 +209,10 @@ def skip_spikes(
         stands_out = finite & (high | high_loss)
         is_open = state.spikes_in_row >= max_consecutive
         rejected = ~finite | (stands_out & ~is_open)
-        # Without it XLA for CPUs (still in jax 0.12) sees that Adam's squares are those of the norm, and writes all of
-        # them to memory.
-        fed = jax.tree.map(
-            lambda leaf: jax.lax.optimization_barrier(leaf) if dtypes.is_inexact(leaf) else leaf, updates
-        )
         new_updates, inner_state = update_or_hold(
-            lambda fed, inner_state: wrapped.update(fed, inner_state, params, **extra_args),
+            lambda updates, inner_state: wrapped.update(updates, inner_state, params, **extra_args),
             rejected,
-            fed,
+            updates,
             state.inner_state,
         )
         norm_state, loss_state = jax.tree.map(
