@@ -1,17 +1,26 @@
-"""An update that can be held back, at the price of one more operation on each entry of the state.
+"""An update whose state can be held back, at the cost of one select per entry of the state.
 
-Written plainly, as a choice between the old state and the new one, it is dear: the updates are calculated from the new
-state *before* the choice, so that XLA must write both to memory, and an Adam step on GPT-2 small takes three to four
-times as long on a CPU. A `lax.cond` around the step has to write the updates to memory, and puts the collectives of a
-mesh into a branch.
+It is for XLA on CPUs (jax 0.10 and 0.12). There a plain `jnp.where(hold, old, new)` on the state is slow: the updates
+read the old state, the new one is written in its place, and XLA copies all of the old state first. An
+`optimization_barrier` does not change that, and a `lax.cond` around the step writes the updates to memory.
 
-Here the choice is made where each entry of the new state arises, in the middle of the calculation, and what follows
-goes on from what was chosen. If the step is taken that is the new state, bit for bit; if it is held back the updates
-are worthless, and their caller drops them. So XLA writes every entry of the state once, in place. It is for XLA on
-CPUs (measured with jax 0.10), and can go when a plain choice costs no more there.
+So the choice is made where each entry of the new state arises, and what follows is calculated from what was chosen. If
+the step is taken that is the new state, bit for bit. If it is held back the updates are worthless, and the caller drops
+them. XLA then writes every entry of the state once, in place.
+
+What `skip_nonfinite` adds to a step of Adam (25 million parameters in 62 leaves, float32, two cores, medians):
+
+| | Adam alone | this form adds | a plain choice adds | `optax.apply_if_finite` adds |
+|---|---:|---:|---:|---:|
+| jax 0.10.2 | 20 ms | 5 ms | 66 ms | 34 ms |
+| jax 0.12.0 | 26 ms | 6 ms | 67 ms | 36 ms |
+
+AdamW is the same. Lion and Adafactor, whose state XLA copies anyway, gain nothing. On GPUs and TPUs a plain choice is
+as good for all four: the same memory traffic to 0.03 reads of the gradients, and no copies (jax 0.10.2, compiled for an
+H100 and a TPU v5e). This module can go when XLA for CPUs orders the read before the write instead of copying.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -24,58 +33,40 @@ def update_or_hold(
 ) -> tuple[Any, Any]:
     """`update(updates, state)`, but with `state` as it was where `hold` is set. The updates are worthless there."""
     closed, (new_updates, new_state) = jax.make_jaxpr(update, return_shape=True)(updates, state)
-    jaxpr, old = closed.jaxpr, jax.tree.leaves(state)
-    number = len(jax.tree.leaves(new_updates))
+    jaxpr, old, number = closed.jaxpr, jax.tree.leaves(state), len(jax.tree.leaves(new_updates))
     entries = jaxpr.outvars[number:]
     if len(entries) != len(old):
         raise ValueError(f"the inner state had {len(old)} arrays before the update, and has {len(entries)} after it")
-    # Of a value that is in the state twice, the first place is where it is held.
+    # A variable that is in the state twice is chosen, where it arises, for its first place.
     place: dict[Any, int] = {}
     for i, var in enumerate(entries):
         if not isinstance(var, core.Literal):
             place.setdefault(var, i)
+    values: dict[Any, Any] = {}
 
-    inputs = [*closed.consts, *jax.tree.leaves((updates, state))]
-    known = dict(zip([*jaxpr.constvars, *jaxpr.invars], inputs, strict=True))
-    unheld: dict[Any, Any] = {}
-    for part in _ending_in(place, jaxpr.eqns):
-        made = _run(jaxpr, part, known)
-        unheld |= {var: value for var, value in made.items() if var in place}
-        known |= made | {var: _choose(hold, old[place[var]], unheld[var]) for var in made if var in place}
+    def keep(variables: Iterable[Any], arrays: Iterable[Any]) -> None:
+        for var, array in zip(variables, arrays, strict=True):
+            values[var] = _choose(hold, old[place[var]], array) if var in place else array
 
-    def value(var: Any) -> Any:
-        return var.val if isinstance(var, core.Literal) else known[var]
+    keep([*jaxpr.constvars, *jaxpr.invars], [*closed.consts, *jax.tree.leaves((updates, state))])
+    for equation in jaxpr.eqns:
+        keep(equation.outvars, _run(jaxpr, equation, values))
 
-    def entry(i: int, var: Any) -> jax.Array:
-        if isinstance(var, core.Literal) or var not in unheld:
-            return _choose(hold, old[i], value(var))
-        return value(var) if place[var] == i else _choose(hold, old[i], unheld[var])
-
+    chosen = set(place.values())
+    outs = [var.val if isinstance(var, core.Literal) else values[var] for var in jaxpr.outvars]
+    held = [new if i in chosen else _choose(hold, old[i], new) for i, new in enumerate(outs[number:])]
     return (
-        jax.tree.unflatten(jax.tree.structure(new_updates), map(value, jaxpr.outvars[:number])),
-        jax.tree.unflatten(jax.tree.structure(new_state), [entry(i, var) for i, var in enumerate(entries)]),
+        jax.tree.unflatten(jax.tree.structure(new_updates), outs[:number]),
+        jax.tree.unflatten(jax.tree.structure(new_state), held),
     )
 
 
-def _ending_in(wanted: dict[Any, int], equations: Sequence[Any]) -> list[list[Any]]:
-    """The equations in pieces, each but the last of which ends with one that makes something wanted."""
-    parts: list[list[Any]] = [[]]
-    for equation in equations:
-        parts[-1].append(equation)
-        if any(var in wanted for var in equation.outvars):
-            parts.append([])
-    return [part for part in parts if part]
-
-
-def _run(jaxpr: core.Jaxpr, equations: list[Any], known: dict[Any, Any]) -> dict[Any, Any]:
-    """What some equations of a jaxpr make, by variable."""
-    made = [var for equation in equations for var in equation.outvars]
-    read = [var for equation in equations for var in equation.invars if not isinstance(var, core.Literal)]
-    needed = list(dict.fromkeys(var for var in read if var in known))
+def _run(jaxpr: core.Jaxpr, equation: Any, values: dict[Any, Any]) -> list[Any]:
+    """What one equation of a jaxpr makes."""
+    needed = list(dict.fromkeys(var for var in equation.invars if not isinstance(var, core.Literal)))
     unnamed = jaxpr.debug_info.with_unknown_names()
-    part = jaxpr.replace(constvars=[], invars=needed, outvars=made, eqns=equations, debug_info=unnamed)
-    values = core.jaxpr_as_fun(core.ClosedJaxpr(part, ()))(*(known[var] for var in needed))
-    return dict(zip(made, values, strict=True))
+    alone = jaxpr.replace(constvars=[], invars=needed, outvars=equation.outvars, eqns=[equation], debug_info=unnamed)
+    return core.jaxpr_as_fun(core.ClosedJaxpr(alone, ()))(*(values[var] for var in needed))
 
 
 def _choose(hold: jax.Array, old: Any, new: Any) -> jax.Array:

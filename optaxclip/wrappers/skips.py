@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip import checks, core, dtypes, groups, layouts, mesh, norms, recorder, states, thresholds
+from optaxclip import checks, core, groups, layouts, mesh, norms, recorder, states, thresholds
 from optaxclip.core import Norm, Threshold, Updates
 from optaxclip.parameters import fill_missing, parameters
 from optaxclip.wrappers.holding import update_or_hold
@@ -180,61 +180,97 @@ def skip_spikes(
         checks.instance("loss_threshold", loss_threshold, Threshold, "thresholds.mean_std(6.0)")
     max_consecutive = checks.whole("max_consecutive", max_consecutive, at_least=0)
     checks.axes(axes)
-    wrapped = optax.with_extra_args_support(inner)
+    return _skipping(
+        optax.with_extra_args_support(inner), _Gate(threshold, norm, loss_threshold, max_consecutive, axes)
+    )
 
+
+class _Gate(NamedTuple):
+    """What decides whether a step is taken: the arguments of `skip_spikes`."""
+
+    threshold: Threshold
+    norm: Norm
+    loss_threshold: Threshold | None
+    max_consecutive: int
+    axes: mesh.Axes
+
+
+def _skipping(inner: optax.GradientTransformationExtraArgs, gate: _Gate) -> optax.GradientTransformationExtraArgs:
     def init(params: Any) -> SkipState:
-        measured = core.shapes_of(norm, parameters(params), axes)
-        no_loss = optax.EmptyState() if loss_threshold is None else loss_threshold.init(_LOSS)
+        measured = core.shapes_of(gate.norm, parameters(params), gate.axes)
+        no_loss = optax.EmptyState() if gate.loss_threshold is None else gate.loss_threshold.init(_LOSS)
         return SkipState(
             skip_stats=recorder.no_skips(),
             spikes_in_row=jnp.zeros((), jnp.int32),
-            norm_threshold_state=threshold.init(measured),
+            norm_threshold_state=gate.threshold.init(measured),
             loss_threshold_state=no_loss,
-            inner_state=wrapped.init(params),
+            inner_state=inner.init(params),
         )
 
     def update(updates: Updates, state: Any, params: Any = None, **extra_args: Any) -> tuple[Updates, SkipState]:
         state = states.of_kind(SkipState, state, "skip_nonfinite or skip_spikes")
-        known = parameters(params, updates)
-        filled = fill_missing(updates, known)
-        judged = core.judge(norm, threshold, filled, state.norm_threshold_state, known, axes, extra_args)
-        whole = judged.norms if norm is _ALL else _ALL.measure(filled, known, judged.splits)
-        finite, high = jnp.isfinite(whole), _is_any_above(judged)
-        high_loss, loss_state = jnp.zeros_like(finite), state.loss_threshold_state
-        if loss_threshold is not None:
-            loss = _loss(extra_args, judged.splits)
-            finite &= jnp.isfinite(loss)
-            high_loss, loss_state = _is_loss_above(loss, loss_threshold, loss_state, extra_args)
-
-        stands_out = finite & (high | high_loss)
-        is_open = state.spikes_in_row >= max_consecutive
-        rejected = ~finite | (stands_out & ~is_open)
-        # Without it XLA for CPUs (still in jax 0.12) sees that Adam's squares are those of the norm, and writes all of
-        # them to memory.
-        fed = jax.tree.map(
-            lambda leaf: jax.lax.optimization_barrier(leaf) if dtypes.is_inexact(leaf) else leaf, updates
-        )
+        seen = _look(gate, updates, state, params, extra_args)
+        is_open = state.spikes_in_row >= gate.max_consecutive
+        rejected = ~seen.finite | (seen.stands_out & ~is_open)
         new_updates, inner_state = update_or_hold(
-            lambda fed, inner_state: wrapped.update(fed, inner_state, params, **extra_args),
+            lambda updates, inner_state: inner.update(updates, inner_state, params, **extra_args),
             rejected,
-            fed,
+            updates,
             state.inner_state,
         )
-        norm_state, loss_state = jax.tree.map(
-            lambda old, new: jnp.where(rejected, old, new),
-            (state.norm_threshold_state, state.loss_threshold_state),
-            (judged.state, loss_state),
-        )
-        in_row = jnp.where(stands_out, jnp.asarray(optax.safe_increment(state.spikes_in_row)), 0)
-        return jax.tree.map(lambda leaf: _zero_if(rejected, leaf), new_updates), SkipState(
-            skip_stats=recorder.count_skip(state.skip_stats, rejected, ~finite, high),
-            spikes_in_row=jnp.where(finite, in_row, state.spikes_in_row),
-            norm_threshold_state=norm_state,
-            loss_threshold_state=loss_state,
-            inner_state=inner_state,
-        )
+        after = _outer_state(state, seen, rejected)
+        return jax.tree.map(lambda leaf: _zero_if(rejected, leaf), new_updates), after._replace(inner_state=inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+class _Seen(NamedTuple):
+    """What a step is judged by, and the states of the thresholds if it is taken."""
+
+    finite: jax.Array
+    high_norm: jax.Array
+    high_loss: jax.Array
+    norm_threshold_state: Any
+    loss_threshold_state: Any
+
+    @property
+    def stands_out(self) -> jax.Array:
+        return self.finite & (self.high_norm | self.high_loss)
+
+
+def _look(gate: _Gate, updates: Updates, state: SkipState, params: Any, extra_args: Mapping[str, Any]) -> _Seen:
+    known = parameters(params, updates)
+    filled = fill_missing(updates, known)
+    judged = core.judge(gate.norm, gate.threshold, filled, state.norm_threshold_state, known, gate.axes, extra_args)
+    whole = judged.norms if gate.norm is _ALL else _ALL.measure(filled, known, judged.splits)
+    seen = _Seen(
+        finite=jnp.isfinite(whole),
+        high_norm=_is_any_above(judged),
+        high_loss=jnp.zeros_like(whole, jnp.bool_),
+        norm_threshold_state=judged.state,
+        loss_threshold_state=state.loss_threshold_state,
+    )
+    if gate.loss_threshold is None:
+        return seen
+    loss = _loss(extra_args, judged.splits)
+    high_loss, loss_state = _is_loss_above(loss, gate.loss_threshold, state.loss_threshold_state, extra_args)
+    return seen._replace(finite=seen.finite & jnp.isfinite(loss), high_loss=high_loss, loss_threshold_state=loss_state)
+
+
+def _outer_state(state: SkipState, seen: _Seen, rejected: jax.Array) -> SkipState:
+    """The state one step on, except for the inner one."""
+    norm_state, loss_state = jax.tree.map(
+        lambda old, new: jnp.where(rejected, old, new),
+        (state.norm_threshold_state, state.loss_threshold_state),
+        (seen.norm_threshold_state, seen.loss_threshold_state),
+    )
+    in_row = jnp.where(seen.stands_out, jnp.asarray(optax.safe_increment(state.spikes_in_row)), 0)
+    return state._replace(
+        skip_stats=recorder.count_skip(state.skip_stats, rejected, ~seen.finite, seen.high_norm),
+        spikes_in_row=jnp.where(seen.finite, in_row, state.spikes_in_row),
+        norm_threshold_state=norm_state,
+        loss_threshold_state=loss_state,
+    )
 
 
 _LOSS = jax.ShapeDtypeStruct((), jnp.float32)
