@@ -88,7 +88,7 @@ def rescale(leaf: jax.Array, factor: Factor, saturate: bool = False) -> jax.Arra
     if leaf.dtype != dtype:
         # Otherwise XLA for CPUs (still in jax 0.12: twice the temporary memory) converts it once for the norm and for
         # here, and writes the wide array to memory.
-        leaf = jax.lax.optimization_barrier(leaf)
+        leaf = jax.lax.platform_dependent(leaf, cpu=jax.lax.optimization_barrier, default=lambda leaf: leaf)
     scaled = _scaled(leaf.astype(dtype), factor.first, factor.second, factor.norm, factor.goal)
     if saturate or dtype != leaf.dtype:  # rounded, a number may pass the largest of a narrower dtype
         scaled = arithmetic.saturated(scaled, float(jnp.finfo(leaf.dtype).max))
