@@ -54,26 +54,27 @@ STEPS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-HEADER = "| step | placed by | reads | in the worst case | conditionals | collectives |\n|---|---|---:|---:|---:|---|"
+HEADER = "| step | in | reads | at worst | conditionals | collectives |\n|---|---|---:|---:|---:|---|"
 
 
-def show(names: list[str], devices: list[Any], platform: str) -> None:
-    """Prints a row for each of these steps, or of all, on both kinds of mesh."""
+def show(platform: str, makes: dict[str, Callable[[Any], Any]], devices: list[Any]) -> None:
+    """Prints two rows for each step."""
     mesh = Mesh(np.array(devices).reshape(2, 2), AXES, axis_types=(AxisType.Auto,) * 2)
     print(f"{len(jax.tree.leaves(SHAPES))} leaves, {trees.nbytes(SHAPES) / 1e6:.0f} MB on 2x2 devices\n\n{HEADER}")
-    for name in names or STEPS:
-        for placement, lowered in {"XLA": on_auto_mesh, "`shard_map`": in_shard_map}.items():
-            print(f"| `{name}` | {placement} | {cells(lowered, STEPS[name], mesh, platform)} |", flush=True)
+    for name, make in makes.items():
+        for mode, lowered in {"`jit`, Auto mesh": on_auto_mesh, "`shard_map`": in_shard_map}.items():
+            print(f"| `{name}` | {mode} | {cells(platform, lowered, make, mesh)} |", flush=True)
 
 
-def cells(lowered: Callable[..., Any], make: Callable[[Any], Any], mesh: Mesh, platform: str) -> str:
+def cells(platform: str, lowered: Callable[..., Any], make: Callable[[Any], Any], mesh: Mesh) -> str:
+    """What the program does, for the table."""
     try:
         found, _ = figures(platform, lowered(make, mesh), bytes_of_one(mesh))
     except Exception as error:  # noqa: BLE001  # whatever a compiler raises is a result
         return f"does not compile: {first_line(error)}"
-    collectives = (f"{number} {kind}" for kind, number in named(found.collectives, mesh).items())
-    reads = f"{found.reads:.2f} | {found.worst_reads:.2f}"
-    return f"{reads} | {found.conditionals} | {', '.join(collectives) or '0'}"
+    collectives = [f"{number} {kind}" for kind, number in sorted(named(found.collectives, mesh).items())]
+    counts = (f"{found.reads:.2f}", f"{found.worst_reads:.2f}", str(found.conditionals))
+    return " | ".join((*counts, ", ".join(collectives) or "0"))
 
 
 def on_auto_mesh(make: Callable[[Any], Any], mesh: Mesh) -> Any:
