@@ -8,7 +8,6 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +17,11 @@ INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)(\(.*
 ARRAY = re.compile(r"\b(?:pred|[a-z]+(\d+)\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
 SPACE = re.compile(r"S\((\d+)\)")
 NAME = re.compile(r"%?([A-Za-z_][\w.\-]*)")
+# Groups of devices: written out; an array of all of them, transposed; or along axes of a mesh of such an array.
+LISTED = re.compile(r"replica_groups=\{(\{[\d,{}]*\})\}")
+IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}")
+AXIS = re.compile(r"'([^']+)'=(\d+)")
 
 
 class Array(NamedTuple):
@@ -67,27 +71,36 @@ def parsed(text: str) -> Module:
 
 
 def replica_groups(attributes: str) -> list[tuple[int, ...]]:
-    """The groups of devices of a collective. There are three ways to write them:
+    """The groups of devices of a collective. These are three ways to write the same:
 
-    {{0,2},{1,3}}    [2,2]<=[2,2]T(1,0)    mesh['a'=2,'b'=2] {'a'}
+    {{0,2},{1,3}}    [2,2]<=[2,2]T(1,0)    mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}
     """
-    if listed := re.search(r"replica_groups=\{(\{[\d,{}]*\})\}", attributes):
+    if listed := LISTED.search(attributes):
         return [_numbers(group) for group in re.findall(r"\{([\d,]*)\}", listed[1])]
-    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
-        groups, dims, order = map(_numbers, iota.groups(default=""))
-        return _devices(dims, order or range(len(dims)), groups[-1])
-    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes):
-        sizes = {axis: int(size) for axis, size in re.findall(r"'([^']+)'=(\d+)", mesh[1])}
-        along = re.findall(r"'([^']+)'", mesh[2])
-        axes = list(sizes)
-        order = [axes.index(axis) for axis in (*(axis for axis in axes if axis not in along), *along)]
-        return _devices(tuple(sizes.values()), order, math.prod(sizes[axis] for axis in along))
+    if iota := IOTA.search(attributes):
+        groups, dims, order = iota.groups(default="")
+        return _tuples(_devices(dims, order).reshape(_numbers(groups)))
+    if mesh := MESH.search(attributes):
+        axes, dims, order, along = mesh.groups(default="")
+        return _tuples(_along(dict(AXIS.findall(axes)), _devices(dims, order), re.findall(r"'([^']+)'", along)))
     return []
 
 
-def _devices(dims: tuple[int, ...], order: Sequence[int], size: int) -> list[tuple[int, ...]]:
-    """Groups of this size of the devices of a mesh, whose axes are put into this order."""
-    groups = np.arange(math.prod(dims)).reshape(dims).transpose(order).reshape(-1, size)
+def _devices(dims: str, order: str) -> np.ndarray:
+    """The devices 0, 1, ... of an array of these dimensions, which is then transposed."""
+    return np.arange(math.prod(_numbers(dims))).reshape(_numbers(dims)).transpose(_numbers(order) or None).ravel()
+
+
+def _along(axes: dict[str, str], devices: np.ndarray, along: list[str]) -> np.ndarray:
+    """Groups of the devices of a mesh that differ along these axes only. Without any device, they are in order."""
+    sizes = tuple(map(int, axes.values()))
+    mesh = (devices if devices.size == math.prod(sizes) else np.arange(math.prod(sizes))).reshape(sizes)
+    names = list(axes)
+    moved = np.moveaxis(mesh, [names.index(axis) for axis in along], range(-len(along), 0))
+    return moved.reshape(-1, math.prod(int(axes[axis]) for axis in along))
+
+
+def _tuples(groups: np.ndarray) -> list[tuple[int, ...]]:
     return [tuple(group) for group in groups.tolist()]
 
 
