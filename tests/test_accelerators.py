@@ -24,7 +24,7 @@ HloModule step
   ROOT %a.0 = f32[256]{0} parameter(0)
 }
 
-%dear (a.1: f32[256]) -> f32[256] {
+%costly (a.1: f32[256]) -> f32[256] {
   %a.1 = f32[256]{0} parameter(0)
   %square.0 = f32[256]{0} multiply(%a.1, %a.1)
   ROOT %sum.0 = f32[256]{0} add(%square.0, %a.1), metadata={op_name="jit(step)/add"}
@@ -38,7 +38,7 @@ ENTRY %main (x: f32[256], which: pred[]) -> f32[256] {
 }
 """
 # The two ways in which XLA writes them.
-BRANCHES = ("true_computation=%dear, false_computation=%cheap", "branch_computations={%cheap, %dear}")
+BRANCHES = ("true_computation=%costly, false_computation=%cheap", "branch_computations={%cheap, %costly}")
 
 
 def entry(*lines, before=""):
@@ -52,7 +52,7 @@ def run(*lines, platform="tpu", before=""):
 
 
 @pytest.mark.parametrize("branches", BRANCHES)
-def test_of_a_conditional_the_cheaper_branch_is_ordinary_and_the_dearer_the_worst_case(branches):
+def test_of_a_conditional_the_cheaper_branch_is_ordinary_and_the_more_expensive_the_worst_case(branches):
     module = parsed(CONDITIONAL.replace("BRANCHES", branches))
     ordinary, worst = ordinary_run(module, "tpu"), worst_run(module, "tpu")
     assert (ordinary.bytes, ordinary.kernels, ordinary.conditionals) == (2 * KB, 1, 1)
@@ -203,6 +203,7 @@ def test_collectives_by_kind_and_groups():
         ("mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}", "data"),
         ("{{0,1},{2,3}}", "model"),
         ("[2,2]<=[4]", "model"),
+        ("[2,2]<=[2,2]", "model"),
         ("mesh['a'=2,'b'=2] {'b'}", "model"),
         ("mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'a'}", "model"),
         ("{{0,1,2,3}}", "data and model"),
@@ -215,6 +216,12 @@ def test_the_mesh_axes_of_a_collective(written, axes):
     assert sorted(device for group in groups for device in group) == [0, 1, 2, 3]
     mesh = jax.make_mesh((2, 2), ("data", "model"), devices=jax.devices()[:4])
     assert sharded.axes_of(groups[0], mesh) == axes
+
+
+def test_groups_of_a_transposed_array_of_devices():
+    groups = [(0, 1), (4, 5), (2, 3), (6, 7)]
+    assert replica_groups("replica_groups=[4,2]<=[2,2,2]T(1,0,2), dimensions={0}") == groups
+    assert replica_groups("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,2,2]T(1,0,2)) {'b'}") == groups
 
 
 def test_a_program_that_jax_compiled():

@@ -20,7 +20,7 @@ Latency, overlap and the choice of the fastest variant of a kernel are in none o
 | column | what it counts |
 |---|---|
 | reads | main memory read and written beyond Adam's 7, in multiples of the gradients |
-| at worst | the same with the dearer branch of every conditional. All other columns: with the cheaper branch |
+| at worst | the same with the more expensive branch of every conditional; all other columns: the cheaper one |
 | kernels | operations that run by themselves. On a TPU most are scalar |
 | conditionals, loops | those that a step meets. A loop's body is counted once |
 | host | transfers between device and host. On a GPU each conditional is one, and each loop of unknown length |

@@ -65,9 +65,8 @@ def show(args: argparse.Namespace, device: Any) -> None:
     shapes = steps.TREES[args.tree](np.dtype(args.dtype))
     print(f"{args.tree}: {len(jax.tree.leaves(shapes))} leaves, {trees.nbytes(shapes) / 1e6:.0f} MB of {args.dtype}\n")
     makes = chosen(args.clip, steps.steps())
-    figures_of(
-        args.platform, optax.identity(), steps.TREES["one"](), device
-    )  # the first compilation starts the compiler
+    # The first compilation also starts the compiler.
+    figures_of(args.platform, optax.identity(), steps.TREES["one"](), device)
     print(HEADER, flush=True)
     for name, make in makes.items():
         print(row(name, make, shapes, device, args), flush=True)

@@ -1,8 +1,8 @@
 """What one run of a compiled program does: the bytes it moves, and how many operations of each kind it starts.
 
 The bytes are counted by hand. Every instruction that runs moves its results and its operands, as far as they lie in the
-device's main memory. XLA's own estimate does not do: on a TPU it adds up all branches of a conditional and counts
-on-chip memory, and on a GPU there is none. Loops are counted once, and an update in place as if all of it were written.
+device's main memory. XLA's own estimate is no substitute: on a TPU it adds up all branches of a conditional and counts
+on-chip memory, and on a GPU there is none. A loop's body is counted once. An update in place counts as a write of all.
 """
 
 import dataclasses
@@ -13,35 +13,12 @@ from typing import Any
 from tests.benchmarks.accelerators.hlo import Array, Instruction, Module, replica_groups
 
 MAIN, HOST = 0, 5  # memory spaces in XLA's layouts; the others are on the chip
-# What moves nothing, and the ends of what is counted where it starts.
+# Bookkeeping of the compiler, and numbers that it computes where they are used.
 FREE = frozenset(
-    (
-        "after-all",
-        "bitcast",
-        "constant",
-        "domain",
-        "get-tuple-element",
-        "iota",
-        "opt-barrier",
-        "parameter",
-        "partition-id",
-        "replica-id",
-        "tuple",
-    )
+    ("after-all", "bitcast", "constant", "domain", "get-tuple-element", "opt-barrier", "parameter", "tuple")
 )
-ENDS = frozenset(
-    (
-        "all-gather-done",
-        "all-reduce-done",
-        "async-done",
-        "async-update",
-        "collective-permute-done",
-        "copy-done",
-        "recv-done",
-        "send-done",
-        "slice-done",
-    )
-)
+FREE |= {"iota", "partition-id", "replica-id"}
+ENDS = ("-done", "-update")
 COLLECTIVES = frozenset(
     ("all-gather", "all-reduce", "all-to-all", "collective-broadcast", "collective-permute", "reduce-scatter")
 )
@@ -56,7 +33,7 @@ class Run:
       bytes: read from and written to main memory.
       kernels: operations that run by themselves. On a TPU most small ones are on scalars.
       conditionals: how many a run meets.
-      loops: the same.
+      loops: how many a run meets.
       host: transfers between device and host.
       collectives: by kind and groups of devices.
     """
@@ -79,7 +56,7 @@ def ordinary_run(module: Module, platform: str) -> Run:
 
 
 def worst_run(module: Module, platform: str) -> Run:
-    """A run that takes the dearer branch of every conditional."""
+    """A run that takes the more expensive branch of every conditional."""
     return _Counter(module, platform, max).run(module.entry)
 
 
@@ -93,7 +70,7 @@ class _Counter:
         """What a computation does when it is called."""
         instructions = self.module.computations[name]
         results = {each.name: each.results for each in instructions}
-        running = (each for each in instructions if each.op not in FREE | ENDS)
+        running = (each for each in instructions if _runs(each.op))
         return sum((self.step(each, results) for each in running), Run())
 
     def step(self, instruction: Instruction, results: dict[str, list[Array]]) -> Run:
@@ -117,6 +94,11 @@ class _Counter:
 
     def called(self, instruction: Instruction, *keys: str) -> Run:
         return sum(map(self.run, instruction.called(*keys)), Run())
+
+
+def _runs(op: str) -> bool:
+    """Whether an operation moves anything, and is not the end of one that is counted where it starts."""
+    return op not in FREE and not op.endswith(ENDS)
 
 
 def _operands(instruction: Instruction, results: dict[str, list[Array]]) -> Iterable[Array]:

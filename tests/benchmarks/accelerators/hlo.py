@@ -88,11 +88,12 @@ def replica_groups(attributes: str) -> list[tuple[int, ...]]:
 
 def _devices(dims: str, order: str) -> np.ndarray:
     """The devices 0, 1, ... of an array of these dimensions, which is then transposed."""
-    return np.arange(math.prod(_numbers(dims))).reshape(_numbers(dims)).transpose(_numbers(order) or None).ravel()
+    sizes = _numbers(dims)
+    return np.arange(math.prod(sizes)).reshape(sizes).transpose(_numbers(order) or range(len(sizes))).ravel()
 
 
 def _along(axes: dict[str, str], devices: np.ndarray, along: list[str]) -> np.ndarray:
-    """Groups of the devices of a mesh that differ along these axes only. Without any device, they are in order."""
+    """Groups of the devices of a mesh that differ along these axes only. If none are listed, they are in order."""
     sizes = tuple(map(int, axes.values()))
     mesh = (devices if devices.size == math.prod(sizes) else np.arange(math.prod(sizes))).reshape(sizes)
     names = list(axes)
