@@ -195,7 +195,9 @@ def _sums_at_three_scales(x: jax.Array, dims: Dims, ord: float) -> Sums:
     x, real = x.astype(dtypes.wide(x.dtype)), dtypes.accumulator(x.dtype)
     parts = [jnp.abs(part) for part in ((x.real, x.imag) if jnp.iscomplexobj(x) else (x,))]
     squares = functools.reduce(_added, map(squares_at_three_scales, parts))
-    # In one reduction: of three, XLA would write to memory what they share, where it is calculated.
+    if len(dims) < x.ndim:  # one reduction of all three XLA (jax 0.10) would not take over devices
+        return tuple(jnp.sum(each, axis=dims) for each in squares)
+    # In one reduction: before three, XLA for TPUs (jax 0.10) would write to memory what they are taken of.
     return tuple(jax.lax.reduce(squares, (np.zeros((), real),) * 3, _added, dims))
 
 
