@@ -1,8 +1,9 @@
 """The flight recorder: what a clipper did, what blew up first, and which steps were left out.
 
 Everything that `clip_by` makes takes `record=k` and then keeps, in its own state, what it measured and permitted in the
-last k steps. It costs no pass over the updates: the norms are there already, and only in the first step whose norm is
-not finite are the leaves searched. `stats.clip_stats` reads the records.
+last k steps. On GPUs and TPUs it costs no pass over the updates: the norms are there already, and the leaf that was the
+first not to be finite is read off 2-norms, which share a pass with any other norm. So they do on CPUs with 2-norms of
+leaves or all leaves; other norms cost a pass more there. `stats.clip_stats` reads the records.
 """
 
 import json
