@@ -6,7 +6,7 @@ one vector: a GPU or TPU would start a program for every small operation on ever
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -41,11 +41,8 @@ def vectorized(fn: Callable[..., Any], first: Sequence[jax.Array], *others: Sequ
       *others: arrays of the same shapes, or numbers, or None.
     """
     rows = list(zip(first, *others, strict=True))
-    alike: dict[Any, list[int]] = {}
-    for i, row in enumerate(rows):
-        alike.setdefault(i if row[0].ndim else tuple(map(_kind, row)), []).append(i)
     results: dict[int, Any] = {}
-    for at in alike.values():
+    for at in alike(i if row[0].ndim else tuple(map(_kind, row)) for i, row in enumerate(rows)).values():
         if len(at) == 1:
             results[at[0]] = fn(*rows[at[0]])
             continue
@@ -53,6 +50,14 @@ def vectorized(fn: Callable[..., Any], first: Sequence[jax.Array], *others: Sequ
         pieces = zip(*(unstacked(value) if value.ndim else [value] * len(at) for value in whole), strict=True)
         results |= zip(at, map(treedef.unflatten, pieces), strict=True)
     return [results[i] for i in range(len(rows))]
+
+
+def alike(keys: Iterable[Any]) -> dict[Any, list[int]]:
+    """The places of each key."""
+    places: dict[Any, list[int]] = {}
+    for i, key in enumerate(keys):
+        places.setdefault(key, []).append(i)
+    return places
 
 
 def _kind(value: Any) -> Any:

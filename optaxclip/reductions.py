@@ -73,12 +73,11 @@ def slope(x: jax.Array, norm: jax.Array, dims: Dims, axes: tuple[str, ...], ord:
 
 
 def _norms_on(platform: str, arrays: list[jax.Array], *, dims: Sequence[Dims], ord: float) -> list[jax.Array]:
-    forms = [_form(platform, x, over, ord) for x, over in zip(arrays, dims, strict=True)]
+    forms = groups.alike(_form(platform, x, over, ord) for x, over in zip(arrays, dims, strict=True))
     found: dict[int, jax.Array] = {}
     # The one place where a program without float64 has it. Everything in it says its dtype.
     with jax.enable_x64(True):
-        for form in dict.fromkeys(forms):
-            at = [i for i, each in enumerate(forms) if each == form]
+        for form, at in forms.items():
             sums = _sums([arrays[i] for i in at], [dims[i] for i in at], functools.partial(form.sums, ord=ord))
             roots = groups.vectorized(functools.partial(form.root, ord=ord), *zip(*sums, strict=True))
             found |= zip(at, roots, strict=True)
@@ -87,13 +86,14 @@ def _norms_on(platform: str, arrays: list[jax.Array], *, dims: Sequence[Dims], o
 
 def _sums(arrays: list[jax.Array], dims: list[Dims], sums_of: Callable[..., Sums]) -> list[Sums]:
     """What is summed of each array."""
-    alike: dict[Any, list[int]] = {}
-    for i, (x, over) in enumerate(zip(arrays, dims, strict=True)):
+
+    def kind(i: int) -> Any:
         # What XLA lays out as it likes is not stacked: it would lay it out alike.
-        stacks = x.size <= _SMALL and len(over) == x.ndim and layouts.is_known(x)
-        alike.setdefault(jax.typeof(x) if stacks else i, []).append(i)
+        stacks = arrays[i].size <= _SMALL and len(dims[i]) == arrays[i].ndim and layouts.is_known(arrays[i])
+        return jax.typeof(arrays[i]) if stacks else i
+
     found: dict[int, Sums] = {}
-    for at in alike.values():
+    for at in groups.alike(map(kind, range(len(arrays)))).values():
         if len(at) == 1:
             found[at[0]] = sums_of(arrays[at[0]], dims[at[0]])
         else:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optaxclip import checks, dtypes, layouts, mesh, reductions
+from optaxclip import checks, dtypes, groups, layouts, mesh, reductions
 
 
 def global_norm(tree: Any, *, ord: float = 2, axes: mesh.Axes = "auto") -> jax.Array:
@@ -57,10 +57,8 @@ def global_norm(tree: Any, *, ord: float = 2, axes: mesh.Axes = "auto") -> jax.A
 def total_norm(leaves: Sequence[Any], axes: Sequence[tuple[str, ...]], ord: float) -> jax.Array:
     """One norm of all `leaves`, each split over its mesh axes in `axes`. One collective per distinct set of axes."""
     norms = reductions.norms(leaves, list(map(all_dims, leaves)), ord)
-    sets: dict[Any, list[jax.Array]] = {}
-    for norm, names in zip(norms, axes, strict=True):
-        sets.setdefault((names, norm.dtype, layouts.varying(norm)), []).append(norm)
-    totals = [norm_of_norms(jnp.stack(pieces), names, ord) for (names, *_), pieces in sets.items()]
+    sets = groups.alike(_kind(*each) for each in zip(norms, axes, strict=True))
+    totals = [norm_of_norms(jnp.stack([norms[i] for i in at]), names, ord) for (names, *_), at in sets.items()]
     return norm_of_parts(totals, ord) if totals else jnp.zeros((), jnp.float32)
 
 
@@ -80,16 +78,19 @@ def separate_norms(
 def across(norms: Sequence[jax.Array], axes: Sequence[tuple[str, ...]], ord: float) -> list[jax.Array]:
     """Each of `norms`, of what this device holds, taken over its mesh axes. One collective per distinct set of axes."""
     norms = list(norms)
-    sets: dict[Any, list[int]] = {}
-    for i, (norm, names) in enumerate(zip(norms, axes, strict=True)):
-        if names:  # units of one leaf may lie on different devices: those that do must not make others vary as well
-            sets.setdefault((names, norm.dtype, layouts.varying(norm)), []).append(i)
-    for (names, *_), at in sets.items():
+    for (names, *_), at in groups.alike(_kind(*each) for each in zip(norms, axes, strict=True)).items():
+        if not names:
+            continue
         together = norm_of_norms(jnp.concatenate([norms[i].reshape(1, -1) for i in at], axis=1), names, ord)
         ends = list(itertools.accumulate(norms[i].size for i in at))
         for i, piece in zip(at, jnp.split(together, ends[:-1]), strict=True):
             norms[i] = piece.reshape(norms[i].shape)
     return norms
+
+
+def _kind(norm: jax.Array, names: tuple[str, ...]) -> Any:
+    """What is taken together. Units of a leaf that lie on different devices must not make others vary as well."""
+    return names, norm.dtype, layouts.varying(norm)
 
 
 def all_dims(leaf: Any) -> tuple[int, ...]:
