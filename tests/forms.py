@@ -1,0 +1,75 @@
+"""The norm in the form of another platform, and how right it has to be there."""
+
+import contextlib
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from optaxclip import reductions
+
+TINY = float(jnp.finfo(jnp.float32).tiny)
+
+
+@contextlib.contextmanager
+def form_of(platform):
+    """Every program traced in it takes the branches of this platform: "default" is what a GPU runs."""
+
+    def chosen(*operands, **branches):
+        return branches.get(platform, branches["default"])(*operands)
+
+    with pytest.MonkeyPatch.context() as patched:
+        jax.clear_caches()
+        patched.setattr(jax.lax, "platform_dependent", chosen)
+        yield
+    jax.clear_caches()
+
+
+def places(form, ord=2, columns=False):
+    """How many last places of float32 the norm of a few numbers may be off by: where the sum is float64, one."""
+    is_narrow = form == "tpu" or ord > 7 or (form == "cpu" and columns)
+    return 4 if is_narrow else 1
+
+
+def norms(arrays, ord=2, dims=None):
+    """What the library finds, over all dimensions unless `dims` says which."""
+    arrays = list(map(jnp.asarray, arrays))
+    return reductions.norms(arrays, [tuple(range(x.ndim)) if dims is None else dims for x in arrays], ord)
+
+
+def right_norm(x, ord=2, dims=None):
+    """By NumPy, in the widest floats that it has."""
+    x = np.asarray(x)
+    wide = np.abs(x.astype(np.clongdouble if np.iscomplexobj(x) else np.longdouble))
+    size = np.max(wide, axis=dims, keepdims=True, initial=0)
+    if ord == math.inf:
+        return size.squeeze(dims)
+    shares = wide / np.where(size > 0, size, 1)
+    return (size * np.sum(shares**ord, axis=dims, keepdims=True) ** (1 / np.longdouble(ord))).squeeze(dims)
+
+
+def assert_right(found, x, within, ord=2, dims=None):
+    """To so many last places; saturated above the largest number, and 0 below the smallest normal one."""
+    info = jnp.finfo(found.dtype)
+    right, found = right_norm(x, ord, dims), np.asarray(found, np.longdouble)
+    assert found.shape == right.shape
+    most, tiny, within = float(info.max), float(info.tiny), within * float(info.eps)
+    off = np.abs(found - np.minimum(right, most))
+    is_right = (off <= within * right) | ((found == 0) & (right < tiny * (1 + within)))
+    where = np.flatnonzero(~is_right)
+    assert not where.size, (where[:5], found.ravel()[where[:5]], right.ravel()[where[:5]])
+
+
+def signed(rng, shape):
+    """Numbers in +-[0.5, 1]."""
+    return rng.choice([-1, 1], shape) * rng.uniform(0.5, 1, shape)
+
+
+def without_subnormal(x):
+    """Zero in place of entries that are subnormal in what is summed: machines differ in whether these count."""
+    if np.iscomplexobj(x):
+        return (without_subnormal(x.real) + 1j * without_subnormal(x.imag)).astype(x.dtype)
+    tiny = float(np.finfo(x.dtype).tiny) if x.dtype == np.float64 else TINY
+    return np.where(np.abs(x.astype(np.float64)) < tiny, 0, x.astype(np.float64)).astype(x.dtype)
