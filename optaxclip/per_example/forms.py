@@ -16,8 +16,8 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from optaxclip import arithmetic, columns, core, dtypes, layouts, mesh, norms, scaling, sums
-from optaxclip.per_example import batches, outer
+from optaxclip import arithmetic, core, dtypes, layouts, mesh, norms, scaling, sums
+from optaxclip.per_example import batches, outer, rows
 from optaxclip.per_example.problems import Batch, Form, Grads, Problem, Seen
 from optaxclip.wrappers.functions import empty_state
 
@@ -66,9 +66,12 @@ def _everywhere(problem: Problem, counted: jax.Array) -> jax.Array:
 
 def _sum(counted: jax.Array, updates: jax.Array) -> jax.Array:
     """The sum of the updates that are counted, in float32 or wider."""
-    rows = jnp.expand_dims(counted, range(1, updates.ndim))
-    dtype = dtypes.wide(updates.dtype)
-    return columns.sum_of(lambda x: x.astype(dtype), jnp.where(rows, updates, jnp.zeros_like(updates)), (0,))
+
+    def terms(updates: jax.Array, counted: jax.Array) -> jax.Array:
+        wide = updates.astype(dtypes.wide(updates.dtype))
+        return jnp.where(jnp.expand_dims(counted, range(1, updates.ndim)), wide, jnp.zeros_like(wide))
+
+    return rows.sum_of(terms, updates, counted)
 
 
 # Two passes.

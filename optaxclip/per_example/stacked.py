@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optaxclip import arithmetic, checks, columns, core, dtypes, leaves, scaling, sums
+from optaxclip import arithmetic, checks, core, dtypes, leaves, scaling, sums
+from optaxclip.per_example import rows
 from optaxclip.per_example.problems import Grads
 
 
@@ -169,12 +170,10 @@ def _clip(flat: Sequence[jax.Array], bound: Any, finite: jax.Array | None = None
     factor = scaling.factors(norms, jnp.minimum(norms, high))
     clipped = jnp.sum((norms > high) & finite, dtype=jnp.int32)
 
-    def total(leaf: jax.Array) -> jax.Array:
-        by_row = jax.tree.map(lambda x: jnp.expand_dims(x, range(1, leaf.ndim)), factor)
+    def terms(leaf: jax.Array, is_finite: jax.Array, factor: scaling.Factor) -> jax.Array:
+        is_finite, factor = jax.tree.map(lambda x: jnp.expand_dims(x, range(1, leaf.ndim)), (is_finite, factor))
         wide = leaf.astype(dtypes.wide(leaf.dtype))
-        rows = jnp.where(
-            jnp.expand_dims(finite, range(1, leaf.ndim)), scaling.rescale(wide, by_row), jnp.zeros_like(wide)
-        )
-        return arithmetic.narrowed(columns.sum_of(lambda x: x, rows, (0,)), leaf.dtype)
+        return jnp.where(is_finite, scaling.rescale(wide, factor), jnp.zeros_like(wide))
 
-    return [total(leaf) for leaf in flat], clipped
+    totals = [rows.sum_of(terms, leaf, finite, factor) for leaf in flat]
+    return [arithmetic.narrowed(total, leaf.dtype) for total, leaf in zip(totals, flat, strict=True)], clipped
