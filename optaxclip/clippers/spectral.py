@@ -1,5 +1,6 @@
 """Clippers of the singular values of matrices."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -184,8 +185,8 @@ def clip_singular_values(
         (cap,), state = bounds.resolve([max_value], state, sizes)
         caps = groups.over_groups(upper_end, sizes, cap)
         clipped = treedef.flatten_up_to(vectors.scale(filled, sizes, groups.over_groups(_map(soft), sizes, caps)))
-        for i, leaf in _capped(matrices, flat, treedef.flatten_up_to(caps), soft).items():
-            clipped[i] = leaf
+        for i, one in _capped(matrices, treedef.flatten_up_to(caps), soft).items():
+            clipped[i] = _as_leaf(one, jnp.asarray(flat[i]), layers[i], units)
         return drop_missing(updates, treedef.unflatten(clipped)), state
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -204,17 +205,17 @@ def _map(soft: bool) -> Callable[[jax.Array, jax.Array], jax.Array]:
     return capped
 
 
-def _capped(matrices: dict[int, jax.Array], flat: list[Any], caps: list[Any], soft: bool) -> dict[int, jax.Array]:
-    """The leaves that `matrices` were made of, with capped singular values, by their place."""
+def _capped(matrices: dict[int, jax.Array], caps: list[Any], soft: bool) -> dict[int, capping.Capped]:
+    """The stacks with capped singular values, by their place."""
     columns = {i: layouts.whole(caps[i]).reshape(-1) for i in matrices}
-    capped = stacks.together(lambda stack, cap: capping.capped(stack, cap, soft), matrices, columns)
-    return {i: _as_leaf(one, jnp.asarray(flat[i])) for i, one in capped.items()}
+    return stacks.together(lambda stack, cap: capping.capped(stack, cap, soft), matrices, columns)
 
 
 # At module level and jitted, so that eager calls do not compile anew.
-@jax.jit
-def _as_leaf(capped: capping.Capped, leaf: jax.Array) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _as_leaf(capped: capping.Capped, leaf: jax.Array, layers: int, units: str) -> jax.Array:
     # The leaf itself where it is kept: in float32 and back, subnormal numbers may become 0.
-    kept = jnp.broadcast_to(capped.kept[:, None, None], capped.matrices.shape).reshape(leaf.shape)
-    matrices = scaling.narrowed(capped.matrices.reshape(leaf.shape), leaf.dtype)
-    return jnp.where(layouts.like(kept, leaf), leaf, layouts.like(matrices, leaf))
+    kept = capped.kept.reshape(leaf.shape[:layers] + (1,) * (leaf.ndim - layers))
+    kept = layouts.like(jnp.broadcast_to(kept, leaf.shape), leaf)
+    matrices = scaling.narrowed(stacks.as_leaf(capped.matrices, leaf.shape, layers, units), leaf.dtype)
+    return jnp.where(kept, leaf, layouts.like(matrices, leaf))

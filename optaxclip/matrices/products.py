@@ -14,11 +14,6 @@ def turned(x: jax.Array) -> jax.Array:
     return jnp.conj(jnp.swapaxes(x, -1, -2))
 
 
-def tall(x: jax.Array) -> jax.Array:
-    """The matrices, turned if they have more columns than rows: singular values stay."""
-    return turned(x) if x.shape[-2] < x.shape[-1] else x
-
-
 def gram(x: jax.Array) -> jax.Array:
     """The products of the columns: its eigenvalues are the squares of the singular values."""
     return product(turned(x), x)
@@ -27,11 +22,6 @@ def gram(x: jax.Array) -> jax.Array:
 def times_columns(x: jax.Array, numbers: jax.Array) -> jax.Array:
     """Each column times a real number of its own."""
     return x * jnp.expand_dims(numbers, -2).astype(x.dtype)
-
-
-def times_rows(x: jax.Array, numbers: jax.Array) -> jax.Array:
-    """Each row times a real number of its own."""
-    return x * jnp.expand_dims(numbers, -1).astype(x.dtype)
 
 
 def length(x: jax.Array) -> jax.Array:
