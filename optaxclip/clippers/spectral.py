@@ -41,7 +41,8 @@ def clip_by_spectral_norm(
     Guarantees:
       The direction of each matrix is kept, and its rank and condition with it. The spectral norm afterwards is at most
       `max_norm (1 + 1e-5)` in float32, for norms up to the largest float. A matrix within is returned bit for bit, if
-      by more than the norm is off: by rounding on CPUs, by 1e-5 elsewhere.
+      by more than the norm is off: by rounding on CPUs, by 1e-5 elsewhere (by calculation, with the matrix units of
+      TPUs and GPUs emulated on a CPU; not measured on a device).
 
     Edge cases:
       Vectors and numbers (biases, gains) are clipped by their 2-norm, which is their only singular value. A matrix of
@@ -110,7 +111,8 @@ def clip_singular_values(
       for caps down to a thousandth of that; further down it stays finite, and its norm at most the cap and this. A
       matrix whose singular values are within the hard cap, by more than they are off, is returned bit for bit. First
       derivatives are finite everywhere, also where singular values are the same or 0; second ones where they are
-      neither.
+      neither. On TPUs and GPUs the accuracy is by calculation, with their matrix units emulated on a CPU; it is not
+      measured on a device.
 
     Edge cases:
       Vectors and numbers (biases, gains) have one singular value, their 2-norm, and are scaled by the same map of it. A
@@ -120,7 +122,9 @@ def clip_singular_values(
     Placement:
       Before the optimizer, against spikes that live in a few singular directions, where a norm clip would shrink all of
       them; or after it and before the learning rate. It costs a decomposition of each matrix that is outside: on two
-      CPU cores 0.15 to 0.3 s at 1024 x 1024. On accelerators it takes some 130 products of matrices.
+      CPU cores 0.15 to 0.3 s at 1024 x 1024. On accelerators it takes 92 products of matrices in full precision
+      (hard) or 54 (soft). For a TPU v5e a 512 x 512 matrix compiles in 11 s of processor time (jax 0.10.2). Matrices
+      of one shape, or its transpose, share one program.
 
     Raises:
       ValueError: if `max_value` is negative or NaN, `units` unknown, `stacked` exceeds a leaf's rank; at update, in
