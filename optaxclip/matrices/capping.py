@@ -9,7 +9,7 @@ import numpy as np
 
 from optaxclip import arithmetic, dtypes
 from optaxclip.matrices import decompositions, iterations
-from optaxclip.matrices.products import product, tall, times_columns, times_rows, turned
+from optaxclip.matrices.products import product, times_columns, turned
 
 
 class Capped(NamedTuple):
@@ -31,7 +31,7 @@ class Capped(NamedTuple):
 def _largest_singular_values(stack: jax.Array) -> jax.Array:
     size, x = _unit(stack)
     share = jax.lax.platform_dependent(
-        tall(x), cpu=decompositions.largest_singular_values, default=iterations.largest_singular_values
+        x, cpu=decompositions.largest_singular_values, default=iterations.largest_singular_values
     )
     return jnp.where(jnp.isfinite(size), jnp.minimum(share * size, jnp.finfo(size.dtype).max), size)
 
@@ -49,7 +49,7 @@ def _largest_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
 # At module level and jitted, so that eager calls do not compile anew, as is the next.
 @jax.jit
 def largest_singular_values(stack: jax.Array) -> jax.Array:
-    """The largest singular value of each matrix of a stack.
+    """The largest singular value of each matrix of a stack, [number, rows, columns] with no more columns than rows.
 
     It is inf where an entry is not finite, and otherwise at most the largest float. Its derivative is u v^T; at 0 that
     is 0, and where several singular values are the largest it is that of one of them.
@@ -69,15 +69,14 @@ def _capped(stack: jax.Array, cap: jax.Array, soft: bool) -> Capped:
     # Of much smaller singular values the soft cap changes nothing that can be seen.
     reach = relative * (float(jnp.finfo(cap.dtype).eps) ** 0.5 / 4 if soft else 1)
     shares, largest = jax.lax.platform_dependent(
-        tall(x),
+        x,
         relative,
         reach,
         cpu=functools.partial(decompositions.capped, soft=soft),
         default=functools.partial(iterations.capped, soft=soft),
     )
     kept = largest <= reach
-    matrices = (shares if shares.shape == x.shape else turned(shares)) * cap[:, None, None].astype(x.dtype)
-    return Capped(jnp.where(kept[:, None, None], stack, matrices), kept)
+    return Capped(jnp.where(kept[:, None, None], stack, shares * cap[:, None, None].astype(x.dtype)), kept)
 
 
 @_capped.defjvp
@@ -95,13 +94,9 @@ def _capped_jvp(soft: bool, primals: Any, tangents: Any) -> tuple[Capped, Capped
     inner = product(product(turned(u), change), turned(vh))
     twice = differences.astype(u.dtype) * (inner + turned(inner)) + means.astype(u.dtype) * (inner - turned(inner))
     total = product(product(u, twice / 2), vh) + product(times_columns(u, by_cap * cap_change[:, None]), vh)
-    rows, columns = stack.shape[-2:]
-    if rows > columns:
+    if stack.shape[-2] > stack.shape[-1]:
         outside = product(change, turned(vh)) - product(u, inner)
         total += product(times_columns(outside, share), vh)
-    if rows < columns:
-        outside = product(turned(u), change) - product(inner, vh)
-        total += product(u, times_rows(outside, share))
     no_change: Any = np.zeros(out.kept.shape, jax.dtypes.float0)  # of what is no number
     return out, Capped(total, no_change)
 
@@ -114,7 +109,7 @@ def capped(stack: jax.Array, cap: jax.Array, soft: bool) -> Capped:
     everywhere, second ones where the singular values differ from one another and from 0.
 
     Args:
-      stack: matrices, [number, rows, columns], in float32 or wider.
+      stack: matrices, [number, rows, columns], with at least as many rows as columns, in float32 or wider.
       cap: for each, at least 0, of the accumulator's dtype; inf caps nothing.
       soft: which of the two.
     """

@@ -8,16 +8,25 @@ c the cap and s a singular value of A, the polar factor of A on top of c I has o
 
     m = s / sqrt(s^2 + c^2),    below    k = c / sqrt(s^2 + c^2).
 
-c m is the soft cap. The hard one is c m / max(m, k), for which the larger of the two is found by the sign of
-m^2 - k^2, and that, of a symmetric matrix, is again its polar factor. So whatever is calculated after the first polar
-factor is in units of the cap, and can't exceed it by more than rounding.
+c m is the soft cap. The hard one is c m / max(m, k). As m^2 + k^2 = 1,
+
+    max(m, k)^2 = (1 + |t|) / 2,    t = m^2 - k^2 = 1 - 2 k^2,
+
+where |t| is t times its sign, again a polar factor, and the inverse root is a polynomial. Everything after the first
+polar factor is in units of the cap, so the result exceeds the cap by rounding at most.
+
+Compile time: a TPU's compiler (libtpu of jax 0.10.2) takes 1 to 8 s for each product in full precision that it has not
+met before. So each iteration is a loop, and all products have one of three forms: X^T X and X P of the tall matrix, and
+P Q of square ones. Barriers keep XLA from fusing anything with them. Products that look the same are compiled once.
 """
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from optaxclip.matrices.products import gram, length, product, turned
 
@@ -37,7 +46,7 @@ def largest_singular_values(x: jax.Array) -> jax.Array:
 
     def square(i: jax.Array, at: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         power, log = at
-        power = product(power, power)
+        power = _product(power, power)
         trace = _or_one(_trace(power))
         return power / trace[:, None, None].astype(power.dtype), log + jnp.ldexp(jnp.log(trace), -(i + 1))
 
@@ -48,62 +57,74 @@ def largest_singular_values(x: jax.Array) -> jax.Array:
 
 def capped(x: jax.Array, cap: jax.Array, reach: jax.Array, soft: bool) -> tuple[jax.Array, jax.Array]:
     """What `decompositions.capped` does, with the same arguments."""
-    # All together, as accelerators like it, so that one matrix outside takes the others along.
-    largest = jax.lax.cond(jnp.all(length(x) <= reach), length, largest_singular_values, x)
+    # All together, as accelerators like it, so that one matrix outside takes the others along. Both conditions pay: the
+    # first saves about 20 products of square matrices, the second all others.
+    largest = jax.lax.cond(jnp.all(length(x) <= reach), length, _largest_of_padded, x)
 
     def cap_all(x: jax.Array) -> jax.Array:
         whole = _or_one(largest * (1 + 1e-5))
-        part = x / whole[:, None, None].astype(x.dtype)
-        return _soft(part, cap / whole) if soft else _hard(part, cap / whole)
+        both = _angles(x / whole[:, None, None].astype(x.dtype), cap / whole)
+        return (both if soft else _hard(both))[:, : x.shape[-2]]
 
     return jax.lax.cond(jnp.all(largest <= reach), lambda x: x, cap_all, x), largest
 
 
-def _soft(x: jax.Array, cap: jax.Array) -> jax.Array:
-    """The soft cap, in units of it, of tall matrices with singular values up to 1."""
-    return _angles(x, cap)[0]
+def _largest_of_padded(x: jax.Array) -> jax.Array:
+    """The largest singular values, from matrices of the shape that `_angles` makes: one product less to compile."""
+    return largest_singular_values(jnp.concatenate([x, jnp.zeros_like(x[:, : x.shape[-1]])], axis=-2))
 
 
-def _hard(x: jax.Array, cap: jax.Array) -> jax.Array:
-    """The hard cap, likewise."""
-    top, bottom = _angles(x, cap)
+def _angles(x: jax.Array, cap: jax.Array) -> jax.Array:
+    """U m V^T on top of V k V^T, of tall matrices with singular values up to 1."""
     eps = float(jnp.finfo(x.dtype).eps)
-    apart = gram(top) - gram(bottom)  # m^2 - k^2
-    # A sign that is not resolved costs no more than its argument, here the root of eps.
-    size = _symmetric(product(apart, _polar(apart, eps**-0.5)))
-    return _over_root(top, (jnp.eye(x.shape[-1], dtype=x.dtype)[None] + size) / 2)
-
-
-def _angles(x: jax.Array, cap: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """U m V^T and V k V^T."""
-    n, eps = x.shape[-1], float(jnp.finfo(x.dtype).eps)
     cap = cap.astype(x.dtype)[:, None, None]
     norm = jnp.sqrt(1 + jnp.square(cap))
-    both = jnp.concatenate([x / norm, cap / norm * jnp.eye(n, dtype=x.dtype)[None]], axis=-2)
+    both = jnp.concatenate([x / norm, cap / norm * _identity(x)], axis=-2)
     # A cap of 1e-5 of the largest singular value is told from 0, or of 1e-11 in float64. Rounding is larger below it.
-    both = _polar(both, eps**-0.7)
-    return both[:, :-n], both[:, -n:]
+    return _polar(both, eps**-0.7, gram)
 
 
-def _polar(x: jax.Array, condition: float) -> jax.Array:
+def _hard(both: jax.Array) -> jax.Array:
+    """U m / max(m, k) V^T on top, of what `_angles` returns."""
+    bottom = both[:, -both.shape[-1] :]
+    identity, eps = _identity(bottom), float(jnp.finfo(bottom.dtype).eps)
+    bottom = (bottom + turned(bottom)) / 2
+    t = identity - 2 * _product(bottom, bottom)
+    # Where t is below the root of eps, its sign is not resolved: it costs that root at most. t is symmetric, so its
+    # square is its Gram matrix.
+    size = _product(t, _polar(t, eps**-0.5, lambda t: _product(t, t)))
+    return _product(both, _inverse_root(2 * size - identity))
+
+
+def _polar(x: jax.Array, condition: float, square: Callable[[jax.Array], jax.Array]) -> jax.Array:
     """The polar factor of matrices with singular values up to 1. Those below `1 / condition` end between 0 and 1."""
 
     def step(x: jax.Array, coefficients: jax.Array) -> tuple[jax.Array, None]:
         a, b = coefficients
-        return a * x - b * product(x, gram(x)), None
+        return _product(x, a * _identity(x) - b * square(x)), None
 
     steps = _cubics(1 / condition, float(jnp.finfo(x.dtype).eps))
     return jax.lax.scan(step, x, jnp.asarray(steps, x.dtype))[0]
 
 
-def _over_root(x: jax.Array, square: jax.Array) -> jax.Array:
-    """x times the inverse root of symmetric matrices with eigenvalues from 1/2 to 1."""
-    identity = jnp.eye(square.shape[-1], dtype=square.dtype)[None]
-    for a, b in _cubics(0.5**0.5, float(jnp.finfo(x.dtype).eps)):
-        factor = a * identity - b * square
-        x = product(x, factor)
-        square = _symmetric(product(factor, product(square, factor)))
-    return x
+def _inverse_root(y: jax.Array) -> jax.Array:
+    """The inverse root of (3 + y) / 4, of symmetric matrices with eigenvalues from -1 to 1."""
+    identity = _identity(y)
+
+    def step(total: jax.Array, coefficient: jax.Array) -> tuple[jax.Array, None]:
+        return _product(total, y) + coefficient * identity, None
+
+    first, second, *others = _inverse_root_coefficients(float(jnp.finfo(y.dtype).eps))
+    return jax.lax.scan(step, first * y + second * identity, jnp.asarray(others, y.dtype))[0]
+
+
+@functools.cache
+def _inverse_root_coefficients(eps: float) -> list[float]:
+    """Those of a polynomial that is 2 / sqrt(3 + y) on [-1, 1] to eps, the highest power first."""
+    # Errors of interpolation shrink by 3 + sqrt(8) with each degree, as the function's singularity is at -3.
+    degree = math.ceil(-math.log(eps) / math.log(3 + math.sqrt(8)))
+    fit = np.polynomial.Chebyshev.interpolate(lambda y: 2 * (3 + y) ** -0.5, degree)
+    return fit.convert(kind=np.polynomial.Polynomial).coef[::-1].tolist()
 
 
 @functools.cache
@@ -126,8 +147,16 @@ def _cubics(lowest: float, eps: float) -> list[tuple[float, float]]:
     return steps
 
 
-def _symmetric(x: jax.Array) -> jax.Array:
-    return (x + turned(x)) / 2
+def _product(x: jax.Array, y: jax.Array) -> jax.Array:
+    # Barriers on both sides keep XLA from fusing anything with it: so it is the same program wherever it is used. At
+    # 3072 x 768 the cap compiles for a TPU in 29 s with both, in 76 or 86 s with either (jax 0.10.2). They can go when
+    # such products compile in less than a second.
+    return jax.lax.optimization_barrier(product(*jax.lax.optimization_barrier((x, y))))
+
+
+def _identity(x: jax.Array) -> jax.Array:
+    """A stack of one, of the size of the columns."""
+    return jnp.eye(x.shape[-1], dtype=x.dtype)[None]
 
 
 def _trace(x: jax.Array) -> jax.Array:

@@ -1,4 +1,10 @@
-"""Products of stacked matrices, in full precision: on accelerators float32 may otherwise mean three digits."""
+"""Products of stacked matrices, in full precision.
+
+By default a TPU multiplies float32 in bfloat16, and a GPU in TF32. With either, capped singular values are off by 50 to
+300 times what is promised. With HIGHEST, six passes of bfloat16 or float32 proper, they are off by a twentieth of it at
+most. HIGH is not enough: on a TPU, three passes, it uses 0.8 of the promise, and on a GPU it is TF32. This is by
+calculation, with the units emulated (tests/test_matrix_units.py), not measured on a device.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +20,6 @@ def turned(x: jax.Array) -> jax.Array:
     return jnp.conj(jnp.swapaxes(x, -1, -2))
 
 
-def tall(x: jax.Array) -> jax.Array:
-    """The matrices, turned if they have more columns than rows: singular values stay."""
-    return turned(x) if x.shape[-2] < x.shape[-1] else x
-
-
 def gram(x: jax.Array) -> jax.Array:
     """The products of the columns: its eigenvalues are the squares of the singular values."""
     return product(turned(x), x)
@@ -27,11 +28,6 @@ def gram(x: jax.Array) -> jax.Array:
 def times_columns(x: jax.Array, numbers: jax.Array) -> jax.Array:
     """Each column times a real number of its own."""
     return x * jnp.expand_dims(numbers, -2).astype(x.dtype)
-
-
-def times_rows(x: jax.Array, numbers: jax.Array) -> jax.Array:
-    """Each row times a real number of its own."""
-    return x * jnp.expand_dims(numbers, -1).astype(x.dtype)
 
 
 def length(x: jax.Array) -> jax.Array:

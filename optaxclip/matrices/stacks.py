@@ -1,4 +1,8 @@
-"""Leaves as stacks of matrices, and back."""
+"""Leaves as stacks of matrices, and back.
+
+Matrices with more columns than rows are transposed, so that W and W^T, as a transformer has them in its two MLP
+kernels, have one shape and go into one stack. Singular values are the same.
+"""
 
 import math
 from collections.abc import Callable, Container, Sequence
@@ -9,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optaxclip import checks, dtypes, layouts, leaves, mesh
+from optaxclip.matrices.products import turned
 
 UNITS = ("io", "oi")
 
@@ -41,7 +46,8 @@ def of_leaves(
     """The leaves that are matrices, by their place: those of floats with two dimensions or more behind `layers`.
 
     Returns:
-      Of each a stack of shape [number of layers, rows, columns], in float32 or wider, whole on every device.
+      Of each a stack of shape [number of layers, rows, columns], with at least as many rows as columns, in float32 or
+      wider, whole on every device.
 
     Raises:
       ValueError: if a matrix is split over the devices of a `shard_map`.
@@ -60,9 +66,21 @@ def _as_stack(leaf: jax.Array, layers: int, split: mesh.Split, units: str) -> ja
             "under jit, outside of shard_map, where jax gathers it, or gather it before and take this device's piece "
             "after"
         )
-    rows = math.prod(leaf.shape[layers:-1]) if units == "io" else leaf.shape[layers]
-    columns = leaf.shape[-1] if units == "io" else math.prod(leaf.shape[layers + 1 :])
-    return layouts.whole(leaf).astype(dtypes.wide(leaf.dtype)).reshape(math.prod(leaf.shape[:layers]), rows, columns)
+    number, rows, columns = _sizes(leaf.shape, layers, units)
+    stack = layouts.whole(leaf).astype(dtypes.wide(leaf.dtype)).reshape(number, rows, columns)
+    return turned(stack) if rows < columns else stack
+
+
+def as_leaf(stack: jax.Array, shape: tuple[int, ...], layers: int, units: str) -> jax.Array:
+    """A stack that `of_leaves` made of a leaf, in the shape of that leaf."""
+    _, rows, columns = _sizes(shape, layers, units)
+    return (turned(stack) if rows < columns else stack).reshape(shape)
+
+
+def _sizes(shape: tuple[int, ...], layers: int, units: str) -> tuple[int, int, int]:
+    """The number of a leaf's matrices, and of their rows and columns."""
+    last = len(shape) - 1 if units == "io" else layers + 1  # where the columns begin
+    return math.prod(shape[:layers]), math.prod(shape[layers:last]), math.prod(shape[last:])
 
 
 def others(flat: Sequence[Any], matrices: Container[int]) -> list[Any]:

@@ -1,7 +1,7 @@
 """What a cap on singular values, and the largest of them, cost beside the plain ways to get them.
 
 Claim: at 1024 x 1024 in float32 faster than the SVD form on a CPU for caps down to a thirtieth of the largest singular
-value, and a sixth slower at most below that; five times as fast on a GPU; and right, where the plain forms are not.
+value, and a sixth slower at most below that; and right, where the plain forms are not. No GPU or TPU was measured.
 
     python -m tests.benchmarks.spectral
     python -m tests.benchmarks.spectral --shapes 2048x512 --caps 0.3 0.001 --json spectral.json
