@@ -43,7 +43,8 @@ def capped(way, soft):
     def run(stack, caps):
         with by(way):
             out, kept = capping._capped(tall(stack), caps, soft)
-        return capping.Capped(out if out.shape == stack.shape else turned(out), kept)
+        out = out if out.shape == stack.shape else turned(out)
+        return capping.Capped(jnp.where(kept[:, None, None], stack, out), kept)
 
     return jax.jit(run)
 

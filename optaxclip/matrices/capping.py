@@ -16,8 +16,8 @@ class Capped(NamedTuple):
     """Matrices with capped singular values.
 
     Attributes:
-      matrices: the stack.
-      kept: of each, whether it is what it was.
+      matrices: the stack; zeros in place of those that are kept.
+      kept: of each, whether the cap leaves it as it is.
     """
 
     matrices: jax.Array
@@ -76,7 +76,9 @@ def _capped(stack: jax.Array, cap: jax.Array, soft: bool) -> Capped:
         default=functools.partial(iterations.capped, soft=soft),
     )
     kept = largest <= reach
-    return Capped(jnp.where(kept[:, None, None], stack, shares * cap[:, None, None].astype(x.dtype)), kept)
+    # Whoever has the leaf puts it there where it is kept. To do so here would take a copy of each transposed leaf.
+    factor = jnp.where(kept, jnp.zeros_like(cap), cap)[:, None, None]
+    return Capped(shares * factor.astype(x.dtype), kept)
 
 
 @_capped.defjvp
@@ -98,15 +100,15 @@ def _capped_jvp(soft: bool, primals: Any, tangents: Any) -> tuple[Capped, Capped
         outside = product(change, turned(vh)) - product(u, inner)
         total += product(times_columns(outside, share), vh)
     no_change: Any = np.zeros(out.kept.shape, jax.dtypes.float0)  # of what is no number
-    return out, Capped(total, no_change)
+    return out, Capped(jnp.where(out.kept[:, None, None], jnp.zeros_like(total), total), no_change)
 
 
 @functools.partial(jax.jit, static_argnums=2)
 def capped(stack: jax.Array, cap: jax.Array, soft: bool) -> Capped:
     """Matrices with their singular values capped, U g(S) V^T: hard min(s, c), soft s / sqrt(1 + (s/c)^2).
 
-    A matrix inside its cap, or with an entry that is not finite, is returned as it came. First derivatives are finite
-    everywhere, second ones where the singular values differ from one another and from 0.
+    A matrix inside its cap, or with an entry that is not finite, is kept. First derivatives are finite everywhere,
+    second ones where the singular values differ from one another and from 0.
 
     Args:
       stack: matrices, [number, rows, columns], with at least as many rows as columns, in float32 or wider.
@@ -114,7 +116,7 @@ def capped(stack: jax.Array, cap: jax.Array, soft: bool) -> Capped:
       soft: which of the two.
     """
     if stack.size == 0:
-        return Capped(stack, jnp.ones(stack.shape[0], jnp.bool_))
+        return Capped(jnp.zeros_like(stack), jnp.ones(stack.shape[0], jnp.bool_))
     return _capped(stack, cap, soft)
 
 
