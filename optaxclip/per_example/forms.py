@@ -5,8 +5,8 @@ takes the memory of as many gradients as there are examples.
 
 `two_pass` calculates their norms first, and then one gradient, that of the loss with each example weighted by its
 factor. It is valid where the transformation multiplies a gradient by one number that depends on its norm, and gives
-the same sum. Where weights are matrices that an example meets once it takes hardly longer than the ordinary gradient
-(see `outer`), and nowhere as much memory as one pass.
+the same sum. Where weights are matrices that an example meets once it takes at most twice as long as the ordinary
+gradient (see `outer`), and nowhere as much memory as one pass.
 """
 
 import functools
@@ -170,6 +170,7 @@ def _norm_of_one(problem: Problem, example: Any) -> tuple[jax.Array, Any, jax.Ar
 
 def _weighted(problem: Problem, batch: Batch, weight: jax.Array, counted: jax.Array) -> Grads:
     """The gradient of the sum of the values, each times its weight."""
+    # In a branch, since it gathers a batch that is spread over devices.
     rows = jax.lax.cond(jnp.all(counted), lambda rows: rows, functools.partial(_replace, counted), batch)
 
     def values(params: Any) -> jax.Array:
