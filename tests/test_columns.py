@@ -21,7 +21,7 @@ def test_on_a_mesh(rng, mesh, spec):
     with jax.set_mesh(mesh):
         split = jax.device_put(x, NamedSharding(mesh, spec))
         found, _ = jax.jit(tx.update)(split, tx.init(split), split + 1)
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
     assert found.sharding.is_equivalent_to(split.sharding, 2)
 
 
@@ -33,4 +33,4 @@ def test_in_shard_map(rng):
         jax.shard_map(lambda x: tx.update(x, tx.init(x), x + 1)[0], mesh=AUTO, in_specs=spec, out_specs=spec)
     )(x)
     whole = oc.adaptive_grad_clip(0.01)
-    np.testing.assert_allclose(found, whole.update(x, whole.init(x), x + 1)[0], rtol=1e-5)
+    np.testing.assert_allclose(found, whole.update(x, whole.init(x), x + 1)[0], rtol=1e-6)

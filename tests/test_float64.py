@@ -145,3 +145,13 @@ def test_no_float64_in_updates_and_states(row, x64):
         new_updates, new_state = jax.eval_shape(tx.update, updates, state, weights)
     kinds = {x.dtype for x in jax.tree.leaves((state, new_updates, new_state))}
     assert not kinds & {np.dtype(name) for name in ("float64", "complex128", "int64")}
+
+
+@pytest.mark.parametrize("ord", [1, 2, 3])
+def test_a_tpu_is_given_none(ord):
+    """There float64 is a pair of float32, and reaches no further."""
+    trees = ({"a": jnp.ones(3), "b": jnp.ones((2, 2), jnp.bfloat16)}, jnp.ones((40, 1000)), jnp.ones(3, jnp.complex64))
+    for updates in trees:
+        traced = jax.jit(lambda updates: oc.global_norm(updates, ord=ord)).trace(updates)
+        has = {name: "f64" in traced.lower(lowering_platforms=(name,)).as_text() for name in ("tpu", "cuda", "cpu")}
+        assert has == {"tpu": False, "cuda": True, "cpu": True}

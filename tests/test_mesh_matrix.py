@@ -349,7 +349,7 @@ def assert_first_inside(row, updates):
     """The first step, measured in float64, where the first step is clipped at all."""
     first = jax.tree.map(lambda leaf: leaf[0], updates)
     for name, (norm, low, high) in row.measured(first, PARAMS).items():
-        assert low - 1e-5 * abs(low) <= norm <= high + 1e-5 * abs(high), (name, norm, low, high)
+        assert low - 1e-6 * abs(low) <= norm <= high + 1e-6 * abs(high), (name, norm, low, high)
 
 
 # One mixed sharding.

@@ -41,17 +41,17 @@ def size(tree):
 def test_01_a_norm_whose_square_overflows():
     # optax: the norm is inf and the updates are 0, silently.
     big = jnp.full(4, 1e20)
-    assert float(oc.global_norm(big)) == pytest.approx(2e20, rel=1e-5)
-    np.testing.assert_allclose(clip(1.0, big), 0.5, rtol=1e-5)
+    assert float(oc.global_norm(big)) == pytest.approx(2e20, rel=2**-23)
+    np.testing.assert_allclose(clip(1.0, big), 0.5, rtol=1e-6)
     half = jnp.full(10, 300.0, jnp.float16)
-    assert float(oc.global_norm(half)) == pytest.approx(300 * 10**0.5, rel=1e-5)
+    assert float(oc.global_norm(half)) == pytest.approx(300 * 10**0.5, rel=2**-23)
     np.testing.assert_allclose(np.asarray(clip(1.0, half), np.float64), 10**-0.5, rtol=EPS16)
 
 
 def test_02_a_norm_whose_square_underflows():
     # optax and jax_privacy: the norm is 0 and a norm of .0316 is not clipped to .01.
     small = jnp.full(100_000, 1e-4, jnp.float16)
-    assert float(oc.global_norm(small)) == pytest.approx(size(small), rel=1e-5)
+    assert float(oc.global_norm(small)) == pytest.approx(size(small), rel=2**-23)
     rounding_to_subnormals = 2**-25 * 100_000**0.5
     assert size(clip(0.01, small)) == pytest.approx(0.01, rel=4 * EPS16, abs=rounding_to_subnormals)
 
@@ -61,7 +61,7 @@ def test_03_a_sum_over_leaves_in_bfloat16():
     tree = [jnp.ones(32, jnp.bfloat16)] + [jnp.full(10, 0.1, jnp.bfloat16)] * 300
     norm, clipped = jax.jit(lambda updates: (oc.global_norm(updates), clip(1.0, updates)))(tree)
     assert size(tree) == pytest.approx(7.88, abs=5e-3)
-    assert float(norm) == pytest.approx(size(tree), rel=1e-5)
+    assert float(norm) == pytest.approx(size(tree), rel=2**-23)
     assert size(clipped) == pytest.approx(1.0, rel=4 * BEPS)
 
 
@@ -70,7 +70,7 @@ def test_04_float16_leaves_beside_float32_ones():
     tree = {"a": jnp.array([1e5]), "b": jnp.array([1000.0], jnp.float16)}
     clipped = clip(9e4, tree)
     assert {name: leaf.dtype for name, leaf in clipped.items()} == {"a": jnp.float32, "b": jnp.float16}
-    assert size(clipped) == pytest.approx(9e4, rel=1e-5)
+    assert size(clipped) == pytest.approx(9e4, rel=1e-6)
     assert float(clipped["b"][0]) == pytest.approx(900, rel=2 * EPS16)
 
 
@@ -86,7 +86,7 @@ def test_06_adaptive_grad_clip_on_an_explicit_mesh(units, spec):
         placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x in (updates, kernel)]
         clipped = jax.jit(functools.partial(once, tx))(*placed)
     assert clipped.sharding.is_equivalent_to(placed[0].sharding, 2)
-    np.testing.assert_allclose(clipped, expected, rtol=1e-5)
+    np.testing.assert_allclose(clipped, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -465,9 +465,9 @@ def test_31_a_factor_that_float32_cannot_hold(values, low, high):
     for compiled in (False, True):
         tx = oc.clip_by_norm_range(low, high)
         step = jax.jit(functools.partial(once, tx)) if compiled else functools.partial(once, tx)
-        np.testing.assert_allclose(step(updates), expected, rtol=1e-5)
+        np.testing.assert_allclose(step(updates), expected, rtol=1e-6)
         if low == 0:
-            np.testing.assert_allclose(clip(high, updates), expected, rtol=1e-5)
+            np.testing.assert_allclose(clip(high, updates), expected, rtol=1e-6)
 
 
 def processor_seconds(call, *arguments):
@@ -562,7 +562,7 @@ def test_34_unit_norms_of_a_split_kernel(rows):
         sharded(oc.adaptive_grad_clip(0.1), P("x"))
     for spec in (P("x", None), P(None, "x")):
         clipped = sharded(oc.adaptive_grad_clip(0.1, axes=spec), spec)
-        np.testing.assert_allclose(clipped, expected, rtol=1e-5)
+        np.testing.assert_allclose(clipped, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("row", [pytest.param(row, id=row.name) for row in ROWS if not row.stateless and row.any_tree])

@@ -56,7 +56,7 @@ def test_the_numbers_that_failed():
     for tx in (oc.clip_by_norm_range(MOST, np.inf), clip_by(norms.global_norm(), thresholds.exactly(MOST))):
         for size in (1.94783068, *np.random.default_rng(0).uniform(1, 2, 50)):
             out, _ = jax.jit(tx.update)(jnp.asarray([size], jnp.float32), tx.init(None))
-            np.testing.assert_allclose(out, MOST, rtol=1e-5)
+            np.testing.assert_allclose(out, MOST, rtol=1e-5)  # 2^-17 below it, where rounding does not lead beyond
             assert np.all(np.isfinite(out))
 
 
@@ -69,5 +69,5 @@ def test_a_float32_leaf_beside_a_float64_one():
             out, _ = tx.update(tree, tx.init(tree))
             assert out["a"].dtype == jnp.float32
             right = np.clip(np.float64(tree["a"]) * (goal / np.float64(np.float32(3e38))), -MOST, MOST)
-            np.testing.assert_allclose(out["a"], right, rtol=1e-5, atol=1e-37)
-            np.testing.assert_allclose(out["b"], goal / 3e38, rtol=1e-5)
+            np.testing.assert_allclose(out["a"], right, rtol=1e-6, atol=1e-37)
+            np.testing.assert_allclose(out["b"], goal / 3e38, rtol=1e-6)
