@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optaxclip import arithmetic, dtypes, groups, layouts
+from optaxclip import arithmetic, dtypes, groups, layouts, rows
 
 Dims: TypeAlias = tuple[int, ...]
 Sums: TypeAlias = tuple[jax.Array, ...]
@@ -38,7 +38,8 @@ def norms(arrays: Sequence[Any], dims: Sequence[Dims], ord: float) -> list[jax.A
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def _norms_of(arrays: list[jax.Array], dims: tuple[Dims, ...], ord: float) -> list[jax.Array]:
-    platforms = ("cpu", "tpu", "default")
+    has_columns = any(x.ndim - 1 not in over for x, over in zip(arrays, dims, strict=True))
+    platforms = ("cpu", "tpu", "default") if has_columns else ("tpu", "default")  # each is traced
     return jax.lax.platform_dependent(
         arrays, **{name: functools.partial(_norms_on, name, dims=dims, ord=ord) for name in platforms}
     )
@@ -120,10 +121,11 @@ def _form(platform: str, x: jax.Array, dims: Dims, ord: float) -> _Form:
     fits = (jnp.finfo(jnp.float32).maxexp + 10) * ord < jnp.finfo(jnp.float64).maxexp
     if platform == "tpu" or not fits or dtypes.accumulator(x.dtype) != jnp.float32:
         return _AT_THREE_SCALES if ord == 2 else _BY_SHARES
-    if ord == 2 and x.size > _SMALL and x.ndim - 1 not in dims:  # columns
+    if ord == 2 and x.size > _SMALL and x.ndim - 1 not in dims:
         if platform == "cpu":
             return _COLUMNS_ON_CPU
-        if x.dtype.itemsize == 2 and math.prod(x.shape[len(dims) :]) <= _SMALL and layouts.is_whole(x):
+        columns = x.size // math.prod(x.shape[dim] for dim in dims)
+        if x.dtype.itemsize == 2 and columns <= _SMALL and layouts.is_whole(x):
             return _NARROW_COLUMNS
     return _IN_FLOAT64
 
@@ -171,7 +173,11 @@ def _sums_of_narrow_columns(x: jax.Array, dims: Dims, ord: float) -> Sums:
 
 def _sums_of_columns_on_cpu(x: jax.Array, dims: Dims, ord: float) -> Sums:
     """In float32, which XLA for CPUs (jax 0.10, 0.12) sums twice as fast, where nothing overflows or underflows."""
-    narrow = jnp.sum(_powers(x.astype(dtypes.wide(x.dtype)), ord), axis=dims)
+
+    def powers(x: jax.Array) -> jax.Array:
+        return _powers(x.astype(dtypes.wide(x.dtype)), ord)
+
+    narrow = rows.sum_of(powers, x) if dims == (0,) else jnp.sum(powers(x), axis=dims)
     info = jnp.finfo(narrow.dtype)
     lowest = math.prod(x.shape[dim] for dim in dims) * float(info.tiny) / float(info.eps)
     return jax.lax.cond(
@@ -190,6 +196,7 @@ _COLUMNS_ON_CPU = _Form(_sums_of_columns_on_cpu, _root_in_float64)
 # At three scales.
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))  # traced once for all leaves of a kind
 def _sums_at_three_scales(x: jax.Array, dims: Dims, ord: float) -> Sums:
     del ord
     x, real = x.astype(dtypes.wide(x.dtype)), dtypes.accumulator(x.dtype)

@@ -39,17 +39,12 @@ def factors(norms: Any, permitted: Any) -> Any:
     A group is kept where the two are the same number, where its norm is 0 or not finite, and where what is permitted is
     not a number.
     """
-    return groups.over_groups(_apart, norms, permitted)
+    return groups.over_groups(factor, norms, permitted)
 
 
 def is_kept(norm: jax.Array, permitted: jax.Array) -> jax.Array:
     """Whether a group is left as it is."""
     return (permitted == norm) | ~(norm > 0) | ~jnp.isfinite(norm) | ~jnp.isfinite(permitted)
-
-
-def _apart(norm: jax.Array, permitted: jax.Array) -> Factor:
-    # Without it XLA fuses this calculation into the loop over the coordinates of every leaf.
-    return factor(norm, permitted)
 
 
 @jax.jit  # traced once for all leaves of a kind

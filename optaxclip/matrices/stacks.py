@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optaxclip import checks, dtypes, layouts, leaves, mesh
+from optaxclip import checks, dtypes, groups, layouts, leaves, mesh
 from optaxclip.matrices.products import turned
 
 UNITS = ("io", "oi")
@@ -95,13 +95,16 @@ def together(fn: Callable[..., Any], *columns: dict[int, jax.Array]) -> dict[int
       fn: takes arrays with a leading axis of matrices, the first a stack; returns a pytree of arrays with such an axis.
       *columns: the arguments at every place.
     """
-    alike: dict[Any, list[int]] = {}
-    for i, stack in columns[0].items():
+
+    def kind(i: int) -> Any:
+        stack = columns[0][i]
         # On an Auto mesh XLA decides how arrays are laid out, and would lay out alike what is put together.
-        kind = (stack.shape[1:], stack.dtype, layouts.varying(stack), None if layouts.is_known(stack) else i)
-        alike.setdefault(kind, []).append(i)
+        return stack.shape[1:], stack.dtype, layouts.varying(stack), None if layouts.is_known(stack) else i
+
+    keys = list(columns[0])
     results: dict[int, Any] = {}
-    for places in alike.values():
+    for at in groups.alike(map(kind, keys)).values():
+        places = [keys[k] for k in at]
         out = fn(*(jnp.concatenate([column[i] for i in places]) for column in columns))
         ends = [0]
         for i in places:

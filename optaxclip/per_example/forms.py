@@ -16,8 +16,8 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from optaxclip import arithmetic, core, dtypes, layouts, mesh, norms, scaling, sums
-from optaxclip.per_example import batches, outer, rows
+from optaxclip import arithmetic, core, dtypes, layouts, mesh, norms, rows, scaling, sums
+from optaxclip.per_example import batches, outer
 from optaxclip.per_example.problems import Batch, Form, Grads, Problem, Seen
 from optaxclip.wrappers.functions import empty_state
 

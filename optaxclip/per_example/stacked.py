@@ -7,8 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optaxclip import arithmetic, checks, core, dtypes, leaves, scaling, sums
-from optaxclip.per_example import rows
+from optaxclip import arithmetic, checks, core, dtypes, leaves, rows, scaling, sums
 from optaxclip.per_example.problems import Grads
 
 
