@@ -33,8 +33,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip import bounds, checks, groups, mesh, recorder, states
-from optaxclip.parameters import drop_missing, fill_missing, parameters, require_params
+from optaxclip._arguments import bounds, checks
+from optaxclip._arrays import groups, mesh, states
+from optaxclip._arrays.parameters import drop_missing, fill_missing, parameters, require_params
+from optaxclip.records import recorder
 
 Updates: TypeAlias = Any  # a pytree of arrays
 Norms: TypeAlias = Any  # a pytree with one real array, float32 or wider, per group

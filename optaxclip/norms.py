@@ -24,10 +24,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optaxclip import arithmetic, checks, dtypes, groups, leaves, mesh, ratios, scaling, sums
+from optaxclip._arguments import checks
+from optaxclip._arrays import dtypes, groups, mesh, trees
+from optaxclip._arrays.parameters import require_params
+from optaxclip._numerics import arithmetic, ratios, scaling, tree_norms
+from optaxclip._numerics.matrices import capping, stacks
 from optaxclip.core import Norm, Norms, Updates
-from optaxclip.matrices import capping, stacks
-from optaxclip.parameters import require_params
 
 Axis: TypeAlias = int | tuple[int, ...] | None
 DimsOf: TypeAlias = Callable[[tuple[int, ...], str], tuple[int, ...]]  # (shape, path) -> dimensions
@@ -66,7 +68,7 @@ def global_norm(ord: float = 2, *, include: Any = None) -> Norm:
     if include is not None:
         none = "chooses no leaf, so nothing would be clipped: pass True for at least one leaf"
         checks.per_leaf("include", include, lambda value: isinstance(value, bool | np.bool_), "True or False", none)
-        if not (checks.is_function(include) or any(jax.tree.leaves(include))):
+        if not (trees.is_function(include) or any(jax.tree.leaves(include))):
             raise ValueError(f"include={include!r} {none}")
     return _norm_of_all(p) if include is None else _norm_of_some(p, include)
 
@@ -79,17 +81,17 @@ def _norm_of_all(p: float) -> Norm:
 def _norm_of_some(p: float, include: Any) -> Norm:
     def chosen(tree: Updates) -> list[bool]:
         flat = jax.tree.leaves(tree)
-        wanted = [True] * len(flat) if include is None else leaves.values("include", include, tree)
+        wanted = [True] * len(flat) if include is None else trees.values("include", include, tree)
         counted = [dtypes.is_inexact(leaf) and bool(want) for leaf, want in zip(flat, wanted, strict=True)]
         # A misspelt path would turn clipping off, unnoticed.
-        if checks.is_function(include) and flat and not any(wanted):
-            raise ValueError(f"include chooses no leaf of {leaves.listed(leaves.paths(tree))}")
+        if trees.is_function(include) and flat and not any(wanted):
+            raise ValueError(f"include chooses no leaf of {trees.listed(trees.paths(tree))}")
         return counted
 
     def measure(updates: Updates, params: Any, split: list[mesh.Split]) -> Norms:
         del params
         counted = [each for each, is_in in zip(_with_split(updates, split), chosen(updates), strict=True) if is_in]
-        return sums.total_norm([leaf for leaf, _ in counted], [at.axes for _, at in counted], p)
+        return tree_norms.total_norm([leaf for leaf, _ in counted], [at.axes for _, at in counted], p)
 
     def scale(updates: Updates, norms: Norms, permitted: Norms) -> Updates:
         factor = scaling.factors(norms, permitted)
@@ -132,13 +134,13 @@ def group_norm(labels: Any, ord: float = 2) -> Norm:
     checks.per_leaf("labels", labels, lambda value: isinstance(value, str), "strings or None", none)
 
     def label_of(tree: Updates) -> list[Any]:
-        found = leaves.values("labels", labels, tree)
-        for path, label in zip(leaves.paths(tree), found, strict=bool(found)):
+        found = trees.values("labels", labels, tree)
+        for path, label in zip(trees.paths(tree), found, strict=bool(found)):
             if not (label is None or isinstance(label, str)):
                 raise ValueError(f"labels must be strings or None, got {label!r} for {path!r}")
         # Where no leaf has a label nothing is clipped, unnoticed.
-        if checks.is_function(labels) and found and all(label is None for label in found):
-            raise ValueError(f"labels gives no label to any of {leaves.listed(leaves.paths(tree))}")
+        if trees.is_function(labels) and found and all(label is None for label in found):
+            raise ValueError(f"labels gives no label to any of {trees.listed(trees.paths(tree))}")
         return [
             label if dtypes.is_inexact(leaf) else None for leaf, label in zip(jax.tree.leaves(tree), found, strict=True)
         ]
@@ -150,10 +152,10 @@ def group_norm(labels: Any, ord: float = 2) -> Norm:
             if label is not None:
                 members.setdefault(label, []).append(each)
         # Labels that are known beforehand have a norm of 0 where a mask leaves no leaf, so that bounds and states fit.
-        known = [] if checks.is_function(labels) else jax.tree.leaves(labels)
+        known = [] if trees.is_function(labels) else jax.tree.leaves(labels)
         members.update({label: [] for label in known if label not in members})
         return {
-            label: sums.total_norm([leaf for leaf, _ in group], [at.axes for _, at in group], p)
+            label: tree_norms.total_norm([leaf for leaf, _ in group], [at.axes for _, at in group], p)
             for label, group in members.items()
         }
 
@@ -378,7 +380,7 @@ def relative_change(relative: Any, absolute: Any) -> Norm:
         weights = treedef.flatten_up_to(params)
         counted = [i for i, update in enumerate(flat) if dtypes.is_inexact(update)]
         worst = [ratios.worst_ratio(flat[i], weights[i], relative, absolute) for i in counted]
-        across = sums.across(worst, [split[i].axes for i in counted], math.inf)
+        across = tree_norms.across(worst, [split[i].axes for i in counted], math.inf)
         norms = dict(zip(counted, across, strict=True))
         return treedef.unflatten([norms.get(i) for i in range(len(flat))])
 
@@ -414,7 +416,7 @@ def _by_leaf(dims_of: DimsOf, ord: float, stacked: Any, *, keepdims: bool = Fals
         checks.per_leaf("stacked", stacked, stacks.is_axis_count, "a number of axes, at least 0", none)
 
     def dims_in(tree: Updates, shape_of: Callable[[Any, int], tuple[int, ...]]) -> list[tuple[int, ...] | None]:
-        flat = zip(jax.tree.leaves(tree), leaves.paths(tree), stacks.layers(stacked, tree), strict=True)
+        flat = zip(jax.tree.leaves(tree), trees.paths(tree), stacks.layers(stacked, tree), strict=True)
         return [
             _behind_stacked(dims_of, shape_of(leaf, i), path, layers) if dtypes.is_inexact(leaf) else None
             for i, (leaf, path, layers) in enumerate(flat)
@@ -427,7 +429,7 @@ def _by_leaf(dims_of: DimsOf, ord: float, stacked: Any, *, keepdims: bool = Fals
         counted = [
             (i, dims, split[i].over(dims, jnp.ndim(flat[i]))) for i, dims in enumerate(dims_of_leaf) if dims is not None
         ]
-        measured = sums.separate_norms(
+        measured = tree_norms.separate_norms(
             [flat[i] for i, _, _ in counted], [dims for _, dims, _ in counted], [axes for _, _, axes in counted], ord
         )
         norms: list[Any] = [None] * len(flat)

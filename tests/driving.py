@@ -9,6 +9,7 @@ import numpy as np
 import optax
 
 import optaxclip as oc
+from optaxclip import contrib
 from tests.reference import adaptive
 
 
@@ -34,16 +35,16 @@ def one_tensor(norms, **options):
 METHODS = {
     "autoclip": Method(oc.autoclip, adaptive.autoclip),
     "autoclip, window 100": Method(lambda: oc.autoclip(window=100), lambda norms: adaptive.autoclip(norms, window=100)),
-    "percentile_clip": Method(oc.percentile_clip, adaptive.percentile_clip),
+    "percentile_clip": Method(contrib.percentile_clip, adaptive.percentile_clip),
     "zclip": Method(lambda: oc.zclip(max_norm=None), lambda norms: adaptive.zclip(norms, max_norm=None)),
     "adagc": Method(oc.adagc, one_tensor),
     "aggc": Method(
-        lambda: oc.aggc("all", 1.5, low=0.8),
+        lambda: contrib.aggc("all", 1.5, low=0.8),
         lambda norms: adaptive.aggc(norms, 1.5, 0.8, initial=0.0, max_down=0.9, max_up=1.1),
     ),
     "clip_by_history": Method(oc.clip_by_history, lambda norms: adaptive.clip_by_history(norms, take_in="raw")),
-    "clip_by_tracked_quantile": Method(oc.clip_by_tracked_quantile, adaptive.tracked_quantile),
-    "clip_norm_growth": Method(oc.clip_norm_growth, adaptive.clip_norm_growth),
+    "clip_by_tracked_quantile": Method(contrib.clip_by_tracked_quantile, adaptive.tracked_quantile),
+    "clip_norm_growth": Method(contrib.clip_norm_growth, adaptive.clip_norm_growth),
 }
 
 

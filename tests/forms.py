@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from optaxclip import reductions
+from optaxclip._numerics import array_norms
 
 TINY = float(jnp.finfo(jnp.float32).tiny)
 
@@ -36,7 +36,7 @@ def places(form, ord=2, columns=False):
 def norms(arrays, ord=2, dims=None):
     """What the library finds, over all dimensions unless `dims` says which."""
     arrays = list(map(jnp.asarray, arrays))
-    return reductions.norms(arrays, [tuple(range(x.ndim)) if dims is None else dims for x in arrays], ord)
+    return array_norms.norms(arrays, [tuple(range(x.ndim)) if dims is None else dims for x in arrays], ord)
 
 
 def right_norm(x, ord=2, dims=None):

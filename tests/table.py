@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import optaxclip as oc
+from optaxclip import contrib
 from tests.reference import fixed
 
 DTYPES = ("float32", "bfloat16", "float16", "complex64")
@@ -427,7 +428,7 @@ ROWS = (
     Row(
         name="clippy",
         public="clippy",
-        factory=oc.clippy,
+        factory=contrib.clippy,
         args=(0.1, 1e-7),
         groups=per_leaf,
         measure=change(0.1, 1e-7),
@@ -465,7 +466,7 @@ ROWS = (
         name="percentile_clip",
         dtypes=TWO,
         public="percentile_clip",
-        factory=oc.percentile_clip,
+        factory=contrib.percentile_clip,
         args=(5.0,),
         kwargs={"window": 4},
         static_args=("window", "record"),
@@ -479,7 +480,7 @@ ROWS = (
         name="clip_by_tracked_quantile",
         dtypes=TWO,
         public="clip_by_tracked_quantile",
-        factory=oc.clip_by_tracked_quantile,
+        factory=contrib.clip_by_tracked_quantile,
         args=(0.5,),
         kwargs={"initial": 0.5},
         static_args=(),
@@ -530,7 +531,7 @@ ROWS = (
         name="aggc",
         dtypes=TWO,
         public="aggc",
-        factory=oc.aggc,
+        factory=contrib.aggc,
         args=(top, 2.0),
         kwargs={"low": 0.5},
         static_args=("labels",),
@@ -558,7 +559,7 @@ ROWS = (
         name="clip_norm_growth",
         dtypes=TWO,
         public="clip_norm_growth",
-        factory=oc.clip_norm_growth,
+        factory=contrib.clip_norm_growth,
         args=(1.01,),
         kwargs={},
         static_args=(),
@@ -648,7 +649,7 @@ ROWS = (
         name="spam_clip",
         dtypes=("float32", "float16", "complex64"),  # XLA on the newest jax flushes subnormals in bfloat16
         public="spam_clip",
-        factory=oc.spam_clip,
+        factory=contrib.spam_clip,
         param_state=("spam_rms",),
         args=(4.0,),
         kwargs={"decay": 0.5, "idle_steps": 1, "period": 5},
@@ -664,7 +665,7 @@ ROWS = (
     Row(
         name="adaptive_spike_clip",
         public="adaptive_spike_clip",
-        factory=oc.adaptive_spike_clip,
+        factory=contrib.adaptive_spike_clip,
         args=(0.9,),
         kwargs={},
         static_args=(),
@@ -678,7 +679,7 @@ ROWS = (
     Row(
         name="scale_by_adaptive_norm",
         public="scale_by_adaptive_norm",
-        factory=oc.scale_by_adaptive_norm,
+        factory=contrib.scale_by_adaptive_norm,
         takes_zero=True,
         args=(),
         kwargs={"eps": 0.0},
@@ -692,7 +693,7 @@ ROWS = (
     Row(
         name="scale_by_acclip",
         public="scale_by_acclip",
-        factory=oc.scale_by_acclip,
+        factory=contrib.scale_by_acclip,
         param_state=("acclip_momentum", "acclip_size"),
         args=(0.9, 0.99),
         kwargs={"alpha": 2.0},
@@ -709,7 +710,7 @@ ROWS = (
     Row(
         name="scale_by_stable_adam",
         public="scale_by_stable_adam",
-        factory=oc.scale_by_stable_adam,
+        factory=contrib.scale_by_stable_adam,
         takes_zero=True,
         param_state=("adam_mean", "adam_rms"),
         args=(),
@@ -741,7 +742,7 @@ ROWS = (
         name="mixed_clip",
         dtypes=TWO,
         public="mixed_clip",
-        factory=oc.mixed_clip,
+        factory=contrib.mixed_clip,
         param_state=("mixed_average",),
         args=(1.0,),
         kwargs={"smooth": True},
@@ -755,7 +756,7 @@ ROWS = (
         name="reset_state_every",
         dtypes=TWO,
         public="reset_state_every",
-        factory=lambda c: oc.reset_state_every(oc.clipped_momentum(c, 0.5), 2, warmup_steps=1),
+        factory=lambda c: contrib.reset_state_every(oc.clipped_momentum(c, 0.5), 2, warmup_steps=1),
         args=(1.0,),
         kwargs={},
         static_args=(),

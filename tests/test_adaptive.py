@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import optaxclip as oc
-from optaxclip import clip_by, norms, thresholds
+from optaxclip import clip_by, contrib, norms, thresholds
 from tests.driving import METHODS, drive, driver, share_left, steps_to_follow
 from tests.reference import adaptive, sequences, trees
 
@@ -18,16 +18,16 @@ BAD = [np.nan, np.inf, 0.0]
 SHORT = {
     "autoclip": lambda: oc.autoclip(50),
     "autoclip, window": lambda: oc.autoclip(50, window=8),
-    "percentile_clip": lambda: oc.percentile_clip(25, window=8),
+    "percentile_clip": lambda: contrib.percentile_clip(25, window=8),
     "zclip": lambda: oc.zclip(warmup_steps=8, patience=3),
     "zclip, percentile": lambda: oc.zclip(warmup_steps=8, max_norm=None, patience=None, option="percentile"),
     "adagc": lambda: oc.adagc(warmup_steps=8),
-    "aggc": lambda: oc.aggc("all", 1.5, low=0.8),
-    "aggc, published": lambda: oc.aggc("all", 1.5, low=0.8, initial=0.0, max_down=0.9, max_up=1.1),
+    "aggc": lambda: contrib.aggc("all", 1.5, low=0.8),
+    "aggc, published": lambda: contrib.aggc("all", 1.5, low=0.8, initial=0.0, max_down=0.9, max_up=1.1),
     "clip_by_history": lambda: oc.clip_by_history(window=16, min_count=8, patience=3),
     "clip_by_history, raw": lambda: oc.clip_by_history(window=16, min_count=8, take_in="raw"),
-    "clip_by_tracked_quantile": oc.clip_by_tracked_quantile,
-    "clip_norm_growth": oc.clip_norm_growth,
+    "clip_by_tracked_quantile": contrib.clip_by_tracked_quantile,
+    "clip_norm_growth": contrib.clip_norm_growth,
 }
 # Step 1, warm-up, the last of eight, the first after them, steady.
 PHASES = [0, 3, 7, 8, 30]
@@ -77,12 +77,12 @@ def test_bad_norms_change_no_state_from_init_on(name):
 PER_LEAF = {
     "autoclip": lambda: oc.autoclip(50, norm=norms.leaf_norm()),
     "autoclip, window": lambda: oc.autoclip(50, window=8, norm=norms.leaf_norm()),
-    "percentile_clip": lambda: oc.percentile_clip(25, window=8),
+    "percentile_clip": lambda: contrib.percentile_clip(25, window=8),
     "zclip": lambda: oc.zclip(warmup_steps=8, patience=3, norm=norms.leaf_norm()),
-    "aggc": lambda: oc.aggc(lambda path: path, 1.5, low=0.8),
+    "aggc": lambda: contrib.aggc(lambda path: path, 1.5, low=0.8),
     "clip_by_history": lambda: oc.clip_by_history(window=16, min_count=8, norm=norms.leaf_norm()),
-    "clip_by_tracked_quantile": lambda: oc.clip_by_tracked_quantile(norm=norms.leaf_norm()),
-    "clip_norm_growth": oc.clip_norm_growth,
+    "clip_by_tracked_quantile": lambda: contrib.clip_by_tracked_quantile(norm=norms.leaf_norm()),
+    "clip_norm_growth": contrib.clip_norm_growth,
 }
 
 
@@ -175,18 +175,18 @@ def test_one_large_norm_is_no_new_level(name):
 RANGE = {
     "autoclip, window": (lambda: oc.autoclip(50, window=8), lambda given: adaptive.autoclip(given, 50, window=8)),
     "percentile_clip": (
-        lambda: oc.percentile_clip(25, window=8),
+        lambda: contrib.percentile_clip(25, window=8),
         lambda given: adaptive.percentile_clip(given, 25, window=8),
     ),
     "zclip": (lambda: oc.zclip(max_norm=None), lambda given: adaptive.zclip(given, max_norm=None, patience=33)),
     "adagc": (oc.adagc, METHODS["adagc"].published),
-    "aggc": (lambda: oc.aggc("all", 1.5, low=0.8), lambda given: adaptive.aggc(given, 1.5, 0.8)),
+    "aggc": (lambda: contrib.aggc("all", 1.5, low=0.8), lambda given: adaptive.aggc(given, 1.5, 0.8)),
     "clip_by_history": (oc.clip_by_history, adaptive.clip_by_history),
     "clip_by_tracked_quantile": (
-        lambda: oc.clip_by_tracked_quantile(learning_rate=10.0),
+        lambda: contrib.clip_by_tracked_quantile(learning_rate=10.0),
         lambda given: adaptive.tracked_quantile(given, learning_rate=10.0),
     ),
-    "clip_norm_growth": (oc.clip_norm_growth, adaptive.clip_norm_growth),
+    "clip_norm_growth": (contrib.clip_norm_growth, adaptive.clip_norm_growth),
 }
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import optaxclip as oc
-from optaxclip import clip_by, norms, thresholds
+from optaxclip import clip_by, contrib, norms, thresholds
 from tests.driving import drive, fields
 from tests.reference import adaptive, sequences
 
@@ -107,7 +107,7 @@ def test_autoclip_of_the_whole_history(rng, percentile):
 @pytest.mark.parametrize(("percentile", "window"), [(5, 100), (25, 4), (29, 100), (99, 100), (60, 1)])
 def test_percentile_clip(rng, percentile, window):
     given = sequences.training(rng)
-    after, _ = drive(oc.percentile_clip(percentile, window=window), given)
+    after, _ = drive(contrib.percentile_clip(percentile, window=window), given)
     close(after, adaptive.percentile_clip(given, percentile, window).after)
 
 
@@ -117,7 +117,7 @@ def test_clip_by_tracked_quantile(rng, options):
     # A norm at the bound itself would be decided by rounding, and the ways part there.
     bound = adaptive.tracked_quantile(given, **options).bound
     given = np.where(np.abs(given / bound - 1) < 1e-3, given * np.where(given > bound, 1.001, 0.999), given)
-    after, seen = drive(oc.clip_by_tracked_quantile(**options), given, fields("tracked_log_norm"))
+    after, seen = drive(contrib.clip_by_tracked_quantile(**options), given, fields("tracked_log_norm"))
     run = adaptive.tracked_quantile(given, **options)
     np.testing.assert_array_equal(run.bound, bound)
     # Two thousand steps of one size, each off in the last place of the logarithm and to the same side.
@@ -164,7 +164,7 @@ BANDS = [
 @pytest.mark.parametrize("options", BANDS)
 def test_aggc(rng, options):
     given = sequences.training(rng)
-    after, seen = drive(oc.aggc("all", **options), given, fields("norm_average"))
+    after, seen = drive(contrib.aggc("all", **options), given, fields("norm_average"))
     run = adaptive.aggc(given, **options)
     close(after, run.after)
     close(seen["norm_average"][:, 0], run.stats["ema"])
@@ -175,7 +175,7 @@ def test_aggc(rng, options):
 def test_aggc_of_labelled_groups(rng, options):
     """Leaves 0 and 1 together, leaf 2 alone."""
     given = sequences.tensors(rng)
-    after, _ = drive(oc.aggc({"0": "both", "1": "both", "2": "one"}, **options), given)
+    after, _ = drive(contrib.aggc({"0": "both", "1": "both", "2": "one"}, **options), given)
     for columns in ([0, 1], [2]):
         norm = np.linalg.norm(given[:, columns], axis=1)
         scale = adaptive.aggc(norm, **options).after / norm
@@ -185,7 +185,7 @@ def test_aggc_of_labelled_groups(rng, options):
 @pytest.mark.parametrize("max_growth", [1.01, 2.0])
 def test_clip_norm_growth(rng, max_growth):
     given = sequences.training(rng)
-    after, seen = drive(oc.clip_norm_growth(max_growth), given, fields("last_norm"))
+    after, seen = drive(contrib.clip_norm_growth(max_growth), given, fields("last_norm"))
     run = adaptive.clip_norm_growth(given, max_growth)
     close(after, run.after)
     close(seen["last_norm"][:, 0], run.stats["before"])

@@ -12,7 +12,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import optaxclip as oc
-from optaxclip import clip_by, norms, thresholds
+from optaxclip import clip_by, contrib, norms, thresholds
 from tests.reference import adaptive, sequences, trees
 
 pytestmark = pytest.mark.slow
@@ -24,14 +24,14 @@ LABELS = {"both": "kernel", "rows": "vector", "whole": "vector"}
 METHODS = {
     "autoclip": lambda axes: oc.autoclip(50, axes=axes),
     "autoclip per leaf": lambda axes: oc.autoclip(50, window=5, norm=norms.leaf_norm(), axes=axes),
-    "percentile_clip": lambda axes: oc.percentile_clip(25, window=4, axes=axes),
+    "percentile_clip": lambda axes: contrib.percentile_clip(25, window=4, axes=axes),
     "zclip": lambda axes: oc.zclip(warmup_steps=3, max_norm=lambda step: 9.0 / (1 + step), axes=axes),
     "zclip per group": lambda axes: oc.zclip(warmup_steps=3, norm=norms.group_norm(LABELS), axes=axes),
     "adagc": lambda axes: oc.adagc(warmup_steps=3, axes=axes),
-    "aggc": lambda axes: oc.aggc(LABELS, 1.1, low=0.9, axes=axes),
+    "aggc": lambda axes: contrib.aggc(LABELS, 1.1, low=0.9, axes=axes),
     "clip_by_history": lambda axes: oc.clip_by_history(1.0, window=4, min_count=2, axes=axes),
-    "clip_by_tracked_quantile": lambda axes: oc.clip_by_tracked_quantile(axes=axes),
-    "clip_norm_growth": lambda axes: oc.clip_norm_growth(axes=axes),
+    "clip_by_tracked_quantile": lambda axes: contrib.clip_by_tracked_quantile(axes=axes),
+    "clip_norm_growth": lambda axes: contrib.clip_norm_growth(axes=axes),
     "a record of units": lambda axes: clip_by(
         norms.unit_norm("io"), thresholds.growth(1.1), axes=None if axes is None else "auto", record=2
     ),
@@ -213,7 +213,7 @@ def test_injected_arguments_change_from_step_to_step(rng):
 
 def test_a_rate_that_decays_brings_a_tracked_quantile_to_rest(rng):
     given = sequences.lognormal(rng, 2000, drift=1.0)
-    tx = optax.inject_hyperparams(oc.clip_by_tracked_quantile)(
+    tx = optax.inject_hyperparams(contrib.clip_by_tracked_quantile)(
         quantile=0.8, learning_rate=lambda step: 0.2 / (1 + step / 50)
     )
 
@@ -307,7 +307,7 @@ def test_units_that_lie_on_different_devices_are_refused(rng):
 
 
 def test_another_tree_than_at_init_is_refused():
-    tx = oc.percentile_clip()
+    tx = contrib.percentile_clip()
     state = tx.init({"a": jnp.zeros(2)})
     with pytest.raises(ValueError, match=r"\(2, 100\), .*, got one with .*\(1, 100\), .*of the tree"):
         tx.update({"a": jnp.zeros(2), "b": jnp.zeros(2)}, state)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import optaxclip as oc
-from optaxclip import clip_by, norms, thresholds
+from optaxclip import clip_by, contrib, norms, thresholds
 from tests.driving import drive, fields
 
 
@@ -77,7 +77,7 @@ PERCENTILE_CLIP = [2, 1, 4, 1, 1, 1, 1, 1, 3, 0.5]
     [(5, 100, [2] * 7 + [1] * 3), (25, 4, [2] * 3 + [1] * 7), (100, 100, [np.inf] * 10)],
 )
 def test_percentile_clip(percentile, window, bounds):
-    after, _ = drive(oc.percentile_clip(percentile, window=window), PERCENTILE_CLIP)
+    after, _ = drive(contrib.percentile_clip(percentile, window=window), PERCENTILE_CLIP)
     close(after, np.minimum(PERCENTILE_CLIP, bounds))
 
 
@@ -103,7 +103,7 @@ def test_adagc_of_two_tensors():
     ],
 )
 def test_aggc(scales, after, average):
-    tx = oc.aggc("all", 1.5, low=0.8, decay=0.5, min_norm=0.01, initial=0.0, **scales)
+    tx = contrib.aggc("all", 1.5, low=0.8, decay=0.5, min_norm=0.01, initial=0.0, **scales)
     ours, seen = drive(tx, [1, 1, 1, 4, 0.1], fields("norm_average"))
     close(ours, after)
     close(seen["norm_average"][:, 0], average)
@@ -130,11 +130,11 @@ def test_mean_std_is_the_test_of_skip_step():
 
 def test_clip_by_tracked_quantile():
     given = [2, 2, 1, 0.5, 1, 3, 1.1]
-    after, seen = drive(oc.clip_by_tracked_quantile(), given, fields("tracked_log_norm"))
+    after, seen = drive(contrib.clip_by_tracked_quantile(), given, fields("tracked_log_norm"))
     close(after, np.minimum(given, [1, 1.105171, 1.221403, 1.105171, 1, 0.904837, 1]))
     close(np.exp(seen["tracked_log_norm"][:, 0]), [1.105171, 1.221403, 1.105171, 1, 0.904837, 1, 1.105171])
 
 
 def test_clip_norm_growth():
-    after, _ = drive(oc.clip_norm_growth(), [1, 1.005, 2, 2, 0.5, 0.6])
+    after, _ = drive(contrib.clip_norm_growth(), [1, 1.005, 2, 2, 0.5, 0.6])
     np.testing.assert_allclose(after, [1, 1.005, 1.01505001, 1.02520052, 0.5, 0.50500001], rtol=3e-7)

@@ -15,7 +15,9 @@ import optax
 import pytest
 
 import optaxclip as oc
-from optaxclip import checks, diagnostics, norms, per_example, thresholds
+from optaxclip import contrib, diagnostics, norms, per_example, thresholds
+from optaxclip._arrays import trees
+from tests.public import NAMES, public
 from tests.table import ROWS, tree
 
 
@@ -40,8 +42,8 @@ STEPS = np.linspace(1.0, 2.0, 100)
 PUBLIC = {
     "adagc": (oc.adagc, {}),
     "adaptive_grad_clip": (oc.adaptive_grad_clip, {"clipping": 0.1}),
-    "adaptive_spike_clip": (oc.adaptive_spike_clip, {}),
-    "aggc": (oc.aggc, {"labels": "all", "high": 2.0}),
+    "adaptive_spike_clip": (contrib.adaptive_spike_clip, {}),
+    "aggc": (contrib.aggc, {"labels": "all", "high": 2.0}),
     "as_function": (oc.as_function, {"tx": IDENTITY}),
     "autoclip": (oc.autoclip, {}),
     "clip": (oc.clip, {"max_delta": 1.0}),
@@ -52,26 +54,26 @@ PUBLIC = {
     "clip_by_leaf_norm": (oc.clip_by_leaf_norm, {"max_norm": 1.0}),
     "clip_by_norm_range": (oc.clip_by_norm_range, {"min_norm": 0.1, "max_norm": 1.0}),
     "clip_by_spectral_norm": (oc.clip_by_spectral_norm, {"max_norm": 1.0}),
-    "clip_by_tracked_quantile": (oc.clip_by_tracked_quantile, {}),
+    "clip_by_tracked_quantile": (contrib.clip_by_tracked_quantile, {}),
     "clip_by_value": (oc.clip_by_value, {"max_value": 1.0}),
     "clip_cotangents": (oc.clip_cotangents, {"x": jnp.ones(2), "tx": IDENTITY}),
-    "clip_norm_growth": (oc.clip_norm_growth, {}),
+    "clip_norm_growth": (contrib.clip_norm_growth, {}),
     "clip_singular_values": (oc.clip_singular_values, {"max_value": 1.0}),
     "clipped_momentum": (oc.clipped_momentum, {"max_norm": 1.0}),
-    "clippy": (oc.clippy, {}),
+    "clippy": (contrib.clippy, {}),
     "global_norm": (oc.global_norm, {"tree": {}}),
-    "mixed_clip": (oc.mixed_clip, {"max_norm": 1.0}),
+    "mixed_clip": (contrib.mixed_clip, {"max_norm": 1.0}),
     "per_example_global_norm_clip": (oc.per_example_global_norm_clip, {"grads": {}, "l2_norm_clip": 1.0}),
     "per_example_layer_norm_clip": (oc.per_example_layer_norm_clip, {"grads": {}, "global_l2_norm_clip": 1.0}),
-    "percentile_clip": (oc.percentile_clip, {}),
-    "reset_state_every": (oc.reset_state_every, {"inner": IDENTITY}),
-    "scale_by_acclip": (oc.scale_by_acclip, {}),
-    "scale_by_adaptive_norm": (oc.scale_by_adaptive_norm, {}),
-    "scale_by_stable_adam": (oc.scale_by_stable_adam, {}),
+    "percentile_clip": (contrib.percentile_clip, {}),
+    "reset_state_every": (contrib.reset_state_every, {"inner": IDENTITY}),
+    "scale_by_acclip": (contrib.scale_by_acclip, {}),
+    "scale_by_adaptive_norm": (contrib.scale_by_adaptive_norm, {}),
+    "scale_by_stable_adam": (contrib.scale_by_stable_adam, {}),
     "skip_nonfinite": (oc.skip_nonfinite, {"inner": IDENTITY}),
     "skip_spikes": (oc.skip_spikes, {"inner": IDENTITY, "threshold": thresholds.constant(1.0)}),
     "smooth_clip_by_global_norm": (oc.smooth_clip_by_global_norm, {"max_norm": 1.0}),
-    "spam_clip": (oc.spam_clip, {}),
+    "spam_clip": (contrib.spam_clip, {}),
     "with_carry": (oc.with_carry, {"inner": IDENTITY}),
     "zclip": (oc.zclip, {}),
     "norms.global_norm": (norms.global_norm, {}),
@@ -120,7 +122,7 @@ PARAMETERS = [
 
 
 def test_every_public_function_is_there():
-    top = {name for name in oc.__all__ if inspect.isfunction(getattr(oc, name))}
+    top = {name for name in NAMES if inspect.isfunction(public(name))}
     below = {
         f"{module.__name__.rpartition('.')[2]}.{name}"
         for module in (norms, thresholds, per_example, diagnostics)
@@ -199,12 +201,12 @@ def test_a_state_has_a_real_float_dtype(name):
 
 def test_64_bits_of_state_need_them_enabled():
     with pytest.raises(ValueError, match=r"at most 32 bits.*got 'float64': set jax_enable_x64, or pass jnp.float32"):
-        oc.spam_clip(state_dtype="float64")
+        contrib.spam_clip(state_dtype="float64")
     with jax.enable_x64(True):
-        state = oc.spam_clip(state_dtype="float64").init({"a": jnp.ones(2, jnp.float32)})
+        state = contrib.spam_clip(state_dtype="float64").init({"a": jnp.ones(2, jnp.float32)})
         assert state.spam_rms["a"].dtype == jnp.float64
         with pytest.raises(ValueError, match="at most 64 bits"):
-            oc.spam_clip(state_dtype=np.longdouble)
+            contrib.spam_clip(state_dtype=np.longdouble)
 
 
 @jax.tree_util.register_pytree_node_class
@@ -233,8 +235,8 @@ def test_a_function_is_what_is_callable_and_no_pytree():
         jax.tree_util.Partial(pow, 2),
         optax.constant_schedule(1),
     )
-    assert all(map(checks.is_function, functions))
-    assert not any(map(checks.is_function, (None, 1.0, "x", Module(1.0), Module(None), jnp.float32, norms.leaf_norm())))
+    assert all(map(trees.is_function, functions))
+    assert not any(map(trees.is_function, (None, 1.0, "x", Module(1.0), Module(None), jnp.float32, norms.leaf_norm())))
 
 
 def test_a_callable_pytree_is_checked_leaf_by_leaf():
@@ -351,10 +353,15 @@ def test_what_a_function_of_a_path_says_is_checked_where_it_is_called(norm, mess
 
 
 def test_numbers_of_numpy_and_beyond_32_bits_do_what_plain_ones_do():
-    period = oc.reset_state_every(IDENTITY, np.int8(100), warmup_steps=np.int8(127))
+    period = contrib.reset_state_every(IDENTITY, np.int8(100), warmup_steps=np.int8(127))
     period.update(updates(), period.init(updates()), updates())
-    for build in (oc.clippy, oc.scale_by_acclip, oc.scale_by_stable_adam, oc.scale_by_adaptive_norm):
-        name = "absolute" if build is oc.clippy else "eps"
+    for build in (
+        contrib.clippy,
+        contrib.scale_by_acclip,
+        contrib.scale_by_stable_adam,
+        contrib.scale_by_adaptive_norm,
+    ):
+        name = "absolute" if build is contrib.clippy else "eps"
         for number in (2**40, np.longdouble(2.0**40)):
             shapes_of_two_steps(build(**{name: number}))
     for refused in (2**31, 2**63):
@@ -364,7 +371,7 @@ def test_numbers_of_numpy_and_beyond_32_bits_do_what_plain_ones_do():
 
 # A percentile that is meant as a fraction.
 
-PERCENTILES = [oc.autoclip, oc.percentile_clip, thresholds.order_statistic]
+PERCENTILES = [oc.autoclip, contrib.percentile_clip, thresholds.order_statistic]
 
 
 @pytest.mark.parametrize("build", PERCENTILES)
@@ -420,7 +427,7 @@ def test_those_that_are_static_already_are_named_too():
         injected.init(updates())
     # To optax a dtype is callable, so a schedule.
     with pytest.raises(ValueError, match=r"static_args=\('idle_steps', 'state_dtype'\)$"):
-        optax.inject_hyperparams(oc.spam_clip)(state_dtype=jnp.float32).init(updates())
+        optax.inject_hyperparams(contrib.spam_clip)(state_dtype=jnp.float32).init(updates())
 
 
 # Beside those that are annotated as Python's numbers, which are static.

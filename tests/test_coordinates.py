@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import optaxclip as oc
+from optaxclip import contrib
 
 PAIRS = [(3, 4), (3, -4), (30, 40), (0, 0.5)]
 SPIKY = [(3, 4), (3, 4), (30, 4), (30, 20), (3, -4)]
@@ -33,17 +34,17 @@ def run(tx, sequence):
 # name -> (transformation, gradients, what comes out), to the digits that the traces have
 TRACES = {
     "spam_clip": (
-        oc.spam_clip(4.0, decay=0.9, idle_steps=2),
+        contrib.spam_clip(4.0, decay=0.9, idle_steps=2),
         [1, 1, 3, 1, 10, 0.5, 1],
         [[1], [1], [0.871780], [0.993982], [1.133314], [0.5], [1]],
     ),
     "adaptive_spike_clip": (
-        oc.adaptive_spike_clip(),
+        contrib.adaptive_spike_clip(),
         SPIKY,
         [(3, 4), (3, 4), (12.675339, 4), (17.013006, 11.342004), (3, -4)],
     ),
     "scale_by_adaptive_norm": (
-        oc.scale_by_adaptive_norm(),
+        contrib.scale_by_adaptive_norm(),
         [*SPIKY, (0, 0), (3, 4)],
         [
             (0.6, 0.8),
@@ -56,22 +57,22 @@ TRACES = {
         ],
     ),
     "both of Stable-SPAM": (
-        optax.chain(oc.adaptive_spike_clip(), oc.scale_by_adaptive_norm()),
+        optax.chain(contrib.adaptive_spike_clip(), contrib.scale_by_adaptive_norm()),
         [(3, 4), (3, 4), (30, 4), (3, -4)],
         [(0.6, 0.8), (0.6, 0.8), (0.931178, 0.293855), (0.543924, -0.725232)],
     ),
     "scale_by_acclip": (
-        oc.scale_by_acclip(),
+        contrib.scale_by_acclip(),
         ACCLIP,
         [(0.009999, -0.009999), (0.019899, 0.01), (0.029697, 0.019), (0.129403, 0.0071), (0.138109, 0.00639)],
     ),
     "scale_by_acclip, alpha 2": (
-        oc.scale_by_acclip(alpha=2.0),
+        contrib.scale_by_acclip(alpha=2.0),
         ACCLIP,
         [(0.09999, -0.09999), (0.14106, 0.01), (0.071, 0.019), (1.014586, 0.0071), (1.014441, 0.00639)],
     ),
     "scale_by_stable_adam": (
-        oc.scale_by_stable_adam(),
+        contrib.scale_by_stable_adam(),
         ADAM,
         [
             (0.999999, -0.999999),
@@ -83,12 +84,12 @@ TRACES = {
         ],
     ),
     "mixed_clip": (
-        oc.mixed_clip(1.0, decay=0.9),
+        contrib.mixed_clip(1.0, decay=0.9),
         PAIRS,
         [(0.39, 0.52), (0.579, -0.268), (0.644275, 0.763879), (0.460648, 0.677071)],
     ),
     "mixed_clip, smooth": (
-        oc.mixed_clip(1.0, decay=0.9, smooth=True),
+        contrib.mixed_clip(1.0, decay=0.9, smooth=True),
         PAIRS,
         [(0.29, 0.386667), (0.403913, -0.217818), (0.567012, 0.675973), (0.381288, 0.536267)],
     ),
@@ -98,7 +99,7 @@ TRACES = {
         [(0.3, 0.4), (0.57, -0.04), (0.66325, 0.748398), (0.596925, 0.723558)],
     ),
     "reset_state_every": (
-        oc.reset_state_every(optax.ema(0.9, debias=False), 4, warmup_steps=2),
+        contrib.reset_state_every(optax.ema(0.9, debias=False), 4, warmup_steps=2),
         [1] * 9,
         [[0.1], [0.19], [0.271], [0.001], [0.048925], [0.271], [0.3439], [0.001], [0.048925]],
     ),
@@ -115,7 +116,7 @@ def test_the_averages_behind_the_traces():
     _, states = run(TRACES["spam_clip"][0], TRACES["spam_clip"][1])
     v = [0.1, 0.19, 0.247, 0.3211, 0.41743, 0.400687, 0.460618]
     np.testing.assert_allclose([float(state.spam_rms[0]) ** 2 for state in states], v, rtol=1e-5)
-    _, states = run(oc.adaptive_spike_clip(), SPIKY)
+    _, states = run(contrib.adaptive_spike_clip(), SPIKY)
     hat = [float(state.moving_norm[0]) for state in states]
     np.testing.assert_allclose(hat, [4, 4, 12.675339, 17.013006, 14.405195], rtol=1e-4)
 
@@ -131,12 +132,12 @@ def test_clipping_what_comes_out_and_keeping_the_average_is_another_method():
 def test_a_coordinate_that_was_silent_is_not_clipped():
     """Peer defect 29."""
     sequence = [(1.0, 0.0)] * 25 + [(1.0, 1.0)] * 3
-    outs, _ = run(oc.spam_clip(), sequence)
+    outs, _ = run(contrib.spam_clip(), sequence)
     np.testing.assert_array_equal(outs[-3:], [(1.0, 1.0)] * 3)
 
 
 def test_the_idle_steps_come_again_with_every_period():
-    tx = oc.spam_clip(4.0, decay=0.9, idle_steps=2, period=6)
+    tx = contrib.spam_clip(4.0, decay=0.9, idle_steps=2, period=6)
     spikes = [1e3 if step % 3 == 2 else 1.0 for step in range(1, 15)]  # 2, 5, 8, 11, 14
     outs, states = run(tx, spikes)
     clipped = [step for step, (out, spike) in enumerate(zip(outs[:, 0], spikes, strict=True), 1) if out < spike]
@@ -157,13 +158,13 @@ def test_squares_outside_the_float_range(name, scale):
         factor = 1.0 if name == "scale_by_adaptive_norm" else scale
     outs, _ = run(tx, np.asarray(gradients) * scale)
     if name == "scale_by_adaptive_norm" and scale < 1:  # eps is not small there
-        tx = oc.scale_by_adaptive_norm(eps=0.0)
+        tx = contrib.scale_by_adaptive_norm(eps=0.0)
         outs, _ = run(tx, np.asarray(gradients) * scale)
     np.testing.assert_allclose(outs / factor, expected, rtol=3e-5, atol=1e-6)
 
 
 def test_the_second_moment_of_stable_adam_does_not_overflow():
-    outs, _ = run(oc.scale_by_stable_adam(), np.asarray(ADAM) * 1e30)
+    outs, _ = run(contrib.scale_by_stable_adam(), np.asarray(ADAM) * 1e30)
     np.testing.assert_allclose(outs, TRACES["scale_by_stable_adam"][2], rtol=3e-5, atol=3e-6)
 
 
@@ -202,7 +203,12 @@ def dtypes(tree):
 
 def test_the_state_has_the_dtype_that_is_asked_for():
     params = {"a": jnp.ones(3, jnp.bfloat16), "b": jnp.ones(3)}
-    factories = [oc.spam_clip, oc.scale_by_acclip, oc.scale_by_stable_adam, functools.partial(oc.clipped_momentum, 1.0)]
+    factories = [
+        contrib.spam_clip,
+        contrib.scale_by_acclip,
+        contrib.scale_by_stable_adam,
+        functools.partial(oc.clipped_momentum, 1.0),
+    ]
     for factory in factories:
         shaped = [leaf for leaf in jax.tree.leaves(factory().init(params)) if leaf.shape == (3,)]
         assert {leaf.dtype for leaf in shaped} == {jnp.dtype("bfloat16"), jnp.dtype("float32")}
@@ -219,7 +225,7 @@ def test_the_state_has_the_dtype_that_is_asked_for():
 
 def test_a_reset_puts_back_moments_and_not_counts():
     params = {"a": jnp.ones(2)}
-    tx = oc.reset_state_every(optax.adam(optax.linear_schedule(1.0, 0.0, 100)), 4, warmup_steps=1)
+    tx = contrib.reset_state_every(optax.adam(optax.linear_schedule(1.0, 0.0, 100)), 4, warmup_steps=1)
     state = tx.init(params)
     for _ in range(4):
         updates, state = jax.jit(tx.update)({"a": jnp.full(2, 2.0)}, state, params)
@@ -232,14 +238,14 @@ def test_a_reset_puts_back_moments_and_not_counts():
 
 
 def test_a_reset_needs_parameters_and_says_so():
-    tx = oc.reset_state_every(optax.adam(0.1), 4)
+    tx = contrib.reset_state_every(optax.adam(0.1), 4)
     with pytest.raises(ValueError, match="requires the current value of parameters"):
         tx.update(jnp.ones(2), tx.init(jnp.ones(2)))
 
 
 def test_spam_is_a_composition():
     params = {"w": jnp.array([1.0, -2.0])}
-    tx = optax.chain(oc.spam_clip(period=50), oc.reset_state_every(optax.adam(0.05), 50, warmup_steps=15))
+    tx = optax.chain(contrib.spam_clip(period=50), contrib.reset_state_every(optax.adam(0.05), 50, warmup_steps=15))
 
     @jax.jit
     def step(params, state):

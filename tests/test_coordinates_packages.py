@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-import optaxclip as oc
+from optaxclip import contrib
 from tests import spiky
 
 PERIOD, WARMUP = 300, 15
@@ -64,7 +64,7 @@ GROWS = IS_RESET & (PHASE < WARMUP)
 def test_the_clip_of_spam(rng, threshold):
     grads = spiky.gradients(rng)
     _, clipped = spam(grads, threshold=threshold)
-    ours, _ = spiky.drive(oc.spam_clip(float(threshold), period=PERIOD), grads)
+    ours, _ = spiky.drive(contrib.spam_clip(float(threshold), period=PERIOD), grads)
     assert spiky.worst(ours, clipped) < 7e-6
     assert np.sum(np.abs(clipped) < 0.99 * np.abs(grads)) >= 3
 
@@ -74,7 +74,9 @@ def test_spam(rng):
     grads = spiky.gradients(rng)
     theirs, _ = spam(grads, threshold=50)
     adam = optax.adam(1.0, eps=0.0)
-    tx = optax.chain(oc.spam_clip(50.0, period=PERIOD), oc.reset_state_every(adam, PERIOD, warmup_steps=WARMUP))
+    tx = optax.chain(
+        contrib.spam_clip(50.0, period=PERIOD), contrib.reset_state_every(adam, PERIOD, warmup_steps=WARMUP)
+    )
     ours = -spiky.drive(tx, grads)[0]
     expected = theirs * np.where(GROWS, cosine(PHASE) / cosine(PHASE + 1), 1)
     assert spiky.worst(ours, expected, size(expected)) < 2e-5
@@ -86,7 +88,7 @@ def test_spam_kills_silent_coordinates_and_ours_does_not(rng):
     grads = spiky.gradients(rng)
     grads[:60, 2] = 0
     _, clipped = spam(grads)
-    ours, _ = spiky.drive(oc.spam_clip(period=PERIOD), grads)
+    ours, _ = spiky.drive(contrib.spam_clip(period=PERIOD), grads)
     reset = PERIOD - 1
     assert not np.any(clipped[:reset, 2])
     assert np.all(ours[60:, 2] != 0)
@@ -98,7 +100,7 @@ def test_the_clips_of_stable_spam(rng):
     """Both, one after the other. A coordinate just at the bound may lie on either side of it by rounding: none does."""
     grads = spiky.gradients(rng)
     _, clipped = stable_spam(grads)
-    ours, _ = spiky.drive(optax.chain(oc.adaptive_spike_clip(), oc.scale_by_adaptive_norm()), grads)
+    ours, _ = spiky.drive(optax.chain(contrib.adaptive_spike_clip(), contrib.scale_by_adaptive_norm()), grads)
     assert spiky.worst(ours, clipped) < 1e-5
 
 
@@ -107,9 +109,9 @@ def test_stable_spam_and_its_resets(rng):
     grads = spiky.gradients(rng)
     theirs, _ = stable_spam(grads, eps=0.0)
     tx = optax.chain(
-        oc.adaptive_spike_clip(),
-        oc.scale_by_adaptive_norm(eps=0.0),
-        oc.reset_state_every(optax.adam(1.0, eps=0.0), PERIOD, warmup_steps=WARMUP),
+        contrib.adaptive_spike_clip(),
+        contrib.scale_by_adaptive_norm(eps=0.0),
+        contrib.reset_state_every(optax.adam(1.0, eps=0.0), PERIOD, warmup_steps=WARMUP),
     )
     ours = -spiky.drive(tx, grads)[0]
     counted = np.where(IS_RESET, PHASE + 1, STEP)  # by theirs
@@ -123,7 +125,7 @@ def test_stable_spam_skips_zeros_and_ours_takes_them_in(rng):
     grads = spiky.gradients(rng)
     grads[400:410] = 0
     _, clipped = stable_spam(grads)
-    ours, _ = spiky.drive(optax.chain(oc.adaptive_spike_clip(), oc.scale_by_adaptive_norm()), grads)
+    ours, _ = spiky.drive(optax.chain(contrib.adaptive_spike_clip(), contrib.scale_by_adaptive_norm()), grads)
     assert spiky.worst(ours[:400], clipped[:400]) < 1e-5
     assert not np.any(ours[400:410])
     assert np.all(np.abs(ours[410]) < 0.9 * np.abs(clipped[410]))  # its average of norms fell
@@ -144,5 +146,5 @@ def test_stable_adam(rng, name, eps, options):
     optimizer = package(name).StableAdamW
     theirs, _ = run(lambda params: optimizer(params, lr=1.0, weight_decay=0.0, eps=eps, **options), grads)
     b1, b2 = options.get("betas", (0.9, 0.99))
-    ours, _ = spiky.drive(oc.scale_by_stable_adam(b1, b2, eps=eps), grads)
+    ours, _ = spiky.drive(contrib.scale_by_stable_adam(b1, b2, eps=eps), grads)
     assert spiky.worst(ours, theirs, size(theirs)) < 5e-6

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import optaxclip as oc
+from optaxclip import contrib
 from tests import spiky
 from tests.reference import coordinates
 
@@ -26,33 +27,36 @@ SPAM = {"threshold": 4.0, "decay": 0.9, "idle_steps": 5, "period": 100}
 
 # name -> ((ours, the reference), the tolerance). Relative to each number:
 BY_NUMBER = {
-    "spam_clip": (both(oc.spam_clip, coordinates.spam_clip, {}), 6e-6),
-    "spam_clip, short": (both(oc.spam_clip, coordinates.spam_clip, SPAM), 2e-6),
+    "spam_clip": (both(contrib.spam_clip, coordinates.spam_clip, {}), 6e-6),
+    "spam_clip, short": (both(contrib.spam_clip, coordinates.spam_clip, SPAM), 2e-6),
     # 1 - 0.999 in float32 is off by 1e-5.
-    "adaptive_spike_clip": (both(oc.adaptive_spike_clip, coordinates.adaptive_spike_clip, {}, per_leaf=True), 2e-6),
+    "adaptive_spike_clip": (
+        both(contrib.adaptive_spike_clip, coordinates.adaptive_spike_clip, {}, per_leaf=True),
+        2e-6,
+    ),
     "adaptive_spike_clip, short": (
-        both(oc.adaptive_spike_clip, coordinates.adaptive_spike_clip, {"decay": 0.5}, per_leaf=True),
+        both(contrib.adaptive_spike_clip, coordinates.adaptive_spike_clip, {"decay": 0.5}, per_leaf=True),
         5e-7,
     ),
     "scale_by_adaptive_norm": (
-        both(oc.scale_by_adaptive_norm, coordinates.scale_by_adaptive_norm, {}, per_leaf=True),
+        both(contrib.scale_by_adaptive_norm, coordinates.scale_by_adaptive_norm, {}, per_leaf=True),
         2e-5,
     ),
 }
 
 # Relative to the largest number of the step:
 BY_STEP = {
-    "scale_by_acclip": (both(oc.scale_by_acclip, coordinates.acclip, {}), 4e-6),
-    "scale_by_acclip, alpha 2": (both(oc.scale_by_acclip, coordinates.acclip, {"alpha": 2.0}), 4e-6),
-    "scale_by_stable_adam": (both(oc.scale_by_stable_adam, coordinates.stable_adam, {}, per_leaf=True), 1e-5),
+    "scale_by_acclip": (both(contrib.scale_by_acclip, coordinates.acclip, {}), 4e-6),
+    "scale_by_acclip, alpha 2": (both(contrib.scale_by_acclip, coordinates.acclip, {"alpha": 2.0}), 4e-6),
+    "scale_by_stable_adam": (both(contrib.scale_by_stable_adam, coordinates.stable_adam, {}, per_leaf=True), 1e-5),
     "scale_by_stable_adam, long": (
-        both(oc.scale_by_stable_adam, coordinates.stable_adam, {"b2": 0.999}, per_leaf=True),
+        both(contrib.scale_by_stable_adam, coordinates.stable_adam, {"b2": 0.999}, per_leaf=True),
         3e-5,
     ),
     "clipped_momentum": (both(oc.clipped_momentum, coordinates.clipped_momentum, {"max_norm": 1.0}), 3e-6),
-    "mixed_clip": (both(oc.mixed_clip, coordinates.mixed_clip, {"max_norm": 1.0}), 6e-6),
+    "mixed_clip": (both(contrib.mixed_clip, coordinates.mixed_clip, {"max_norm": 1.0}), 6e-6),
     "mixed_clip, smooth": (
-        both(oc.mixed_clip, coordinates.mixed_clip, {"max_norm": 1.0, "smooth": True}),
+        both(contrib.mixed_clip, coordinates.mixed_clip, {"max_norm": 1.0, "smooth": True}),
         6e-6,
     ),
 }
@@ -83,7 +87,7 @@ def test_the_published_clip_of_silent_coordinates_and_ours(rng):
     """Peer defect 29: as published, a coordinate that was silent in the idle steps is dead until the next ones."""
     grads = spiky.gradients(rng)
     grads[:60, 2] = grads[499:560, 2] = 0
-    ours, _ = spiky.drive(oc.spam_clip(period=500), grads)
+    ours, _ = spiky.drive(contrib.spam_clip(period=500), grads)
     np.testing.assert_allclose(ours, coordinates.spam_clip(grads, period=500), rtol=1e-5)
     published = coordinates.spam_clip(grads, period=500, clips_silent=True)
     assert not np.any(published[:999, 2])
@@ -95,6 +99,6 @@ def test_the_published_clip_of_silent_coordinates_and_ours(rng):
 def test_norms_of_zero_are_taken_in_by_scale_by_adaptive_norm(rng):
     grads = spiky.gradients(rng)
     grads[rng.random(len(grads)) < 0.2] = 0
-    outs, _ = spiky.drive(oc.scale_by_adaptive_norm(), grads)
+    outs, _ = spiky.drive(contrib.scale_by_adaptive_norm(), grads)
     expected = spiky.by_leaf(coordinates.scale_by_adaptive_norm, grads)
     assert spiky.worst(outs, expected) < 2e-5

@@ -11,7 +11,8 @@ import pytest
 from optax._src.base import NO_PARAMS_MSG
 
 import optaxclip as oc
-from optaxclip import norms, thresholds
+from optaxclip import contrib, norms, thresholds
+from tests.public import public
 from tests.table import ROWS, kernels, params, tree
 
 NAN = math.nan
@@ -53,9 +54,9 @@ BAD = [
     (oc.adaptive_grad_clip, {"clipping": 0.1, "stacked": -1}, "stacked"),
     (oc.clip_by_global_norm, {"max_norm": 1.0, "record": -1}, "record"),
     (oc.adaptive_grad_clip, {"clipping": 0.1, "record": 2.5}, "record"),
-    (oc.clippy, {"relative": -0.5}, "relative"),
-    (oc.clippy, {"relative": NAN}, "relative"),
-    (oc.clippy, {"absolute": -1e-7}, "absolute"),
+    (contrib.clippy, {"relative": -0.5}, "relative"),
+    (contrib.clippy, {"relative": NAN}, "relative"),
+    (contrib.clippy, {"absolute": -1e-7}, "absolute"),
     (oc.global_norm, {"tree": {}, "ord": -2}, "ord"),
     (norms.global_norm, {"ord": -2}, "ord"),
     (norms.group_norm, {"labels": "all", "ord": NAN}, "ord"),
@@ -71,12 +72,12 @@ BAD = [
     (oc.autoclip, {"percentile": -1.0}, "percentile"),
     (oc.autoclip, {"window": 0}, "window"),
     (oc.autoclip, {"window": 2.5}, "window"),
-    (oc.percentile_clip, {"percentile": NAN}, "percentile"),
-    (oc.percentile_clip, {"window": 0}, "window"),
-    (oc.percentile_clip, {"window": None}, "window"),
-    (oc.clip_by_tracked_quantile, {"quantile": 1.5}, "quantile"),
-    (oc.clip_by_tracked_quantile, {"learning_rate": -0.5}, "learning_rate"),
-    (oc.clip_by_tracked_quantile, {"initial": -1.0}, "initial"),
+    (contrib.percentile_clip, {"percentile": NAN}, "percentile"),
+    (contrib.percentile_clip, {"window": 0}, "window"),
+    (contrib.percentile_clip, {"window": None}, "window"),
+    (contrib.clip_by_tracked_quantile, {"quantile": 1.5}, "quantile"),
+    (contrib.clip_by_tracked_quantile, {"learning_rate": -0.5}, "learning_rate"),
+    (contrib.clip_by_tracked_quantile, {"initial": -1.0}, "initial"),
     (oc.zclip, {"z_threshold": -2.5}, "z_threshold"),
     (oc.zclip, {"decay": 1.0}, "decay"),
     (oc.zclip, {"decay": -0.5}, "decay"),
@@ -89,44 +90,44 @@ BAD = [
     (oc.adagc, {"decay": 1.0}, "decay"),
     (oc.adagc, {"warmup_steps": -1}, "warmup_steps"),
     (oc.adagc, {"warmup_max_norm": -1.0}, "warmup_max_norm"),
-    (oc.aggc, {"labels": "a", "high": -1.0}, "high"),
-    (oc.aggc, {"labels": "a", "high": 2.0, "low": -1.0}, "low"),
-    (oc.aggc, {"labels": "a", "high": 2.0, "max_down": 1.5}, "max_down"),
-    (oc.aggc, {"labels": "a", "high": 2.0, "max_up": -1.0}, "max_up"),
-    (oc.aggc, {"labels": "a", "high": 2.0, "min_norm": -1.0}, "min_norm"),
-    (oc.aggc, {"labels": "a", "high": 2.0, "initial": -1.0}, "initial"),
+    (contrib.aggc, {"labels": "a", "high": -1.0}, "high"),
+    (contrib.aggc, {"labels": "a", "high": 2.0, "low": -1.0}, "low"),
+    (contrib.aggc, {"labels": "a", "high": 2.0, "max_down": 1.5}, "max_down"),
+    (contrib.aggc, {"labels": "a", "high": 2.0, "max_up": -1.0}, "max_up"),
+    (contrib.aggc, {"labels": "a", "high": 2.0, "min_norm": -1.0}, "min_norm"),
+    (contrib.aggc, {"labels": "a", "high": 2.0, "initial": -1.0}, "initial"),
     (oc.clip_by_history, {"num_std": -3.0}, "num_std"),
     (oc.clip_by_history, {"window": 0}, "window"),
     (oc.clip_by_history, {"min_count": 0}, "min_count"),
     (oc.clip_by_history, {"window": 5, "min_count": 6}, "min_count"),
     (oc.clip_by_history, {"take_in": "all"}, "take_in"),
     (oc.clip_by_history, {"patience": 0}, "patience"),
-    (oc.clip_norm_growth, {"max_growth": -1.5}, "max_growth"),
+    (contrib.clip_norm_growth, {"max_growth": -1.5}, "max_growth"),
     (oc.zclip, {"z_threshold": 0.0}, "z_threshold"),
     (oc.zclip, {"decay": "slow"}, "decay"),
-    (oc.aggc, {"labels": "a", "high": 2.0, "low": 3.0}, "low"),
-    (oc.aggc, {"labels": "a", "high": 2.0, "max_up": 0.5}, "max_up"),
-    (oc.aggc, {"labels": "a", "high": 2.0, "initial": math.inf}, "initial"),
-    (oc.clip_by_tracked_quantile, {"initial": 0.0}, "initial"),
-    (oc.clip_norm_growth, {"max_growth": 0.0}, "max_growth"),
+    (contrib.aggc, {"labels": "a", "high": 2.0, "low": 3.0}, "low"),
+    (contrib.aggc, {"labels": "a", "high": 2.0, "max_up": 0.5}, "max_up"),
+    (contrib.aggc, {"labels": "a", "high": 2.0, "initial": math.inf}, "initial"),
+    (contrib.clip_by_tracked_quantile, {"initial": 0.0}, "initial"),
+    (contrib.clip_norm_growth, {"max_growth": 0.0}, "max_growth"),
     (oc.clip_by_global_norm, {"max_norm": 1.0, "record": [2]}, "record"),
-    (oc.spam_clip, {"threshold": -1.0}, "threshold"),
-    (oc.spam_clip, {"decay": 1.0}, "decay"),
-    (oc.spam_clip, {"idle_steps": -1}, "idle_steps"),
-    (oc.spam_clip, {"period": 0}, "period"),
-    (oc.adaptive_spike_clip, {"decay": 1.5}, "decay"),
-    (oc.scale_by_adaptive_norm, {"b1": 1.0}, "b1"),
-    (oc.scale_by_adaptive_norm, {"eps": -1.0}, "eps"),
-    (oc.scale_by_acclip, {"b2": 1.0}, "b2"),
-    (oc.scale_by_acclip, {"alpha": 0.5}, "alpha"),
-    (oc.scale_by_stable_adam, {"eps": -1.0}, "eps"),
+    (contrib.spam_clip, {"threshold": -1.0}, "threshold"),
+    (contrib.spam_clip, {"decay": 1.0}, "decay"),
+    (contrib.spam_clip, {"idle_steps": -1}, "idle_steps"),
+    (contrib.spam_clip, {"period": 0}, "period"),
+    (contrib.adaptive_spike_clip, {"decay": 1.5}, "decay"),
+    (contrib.scale_by_adaptive_norm, {"b1": 1.0}, "b1"),
+    (contrib.scale_by_adaptive_norm, {"eps": -1.0}, "eps"),
+    (contrib.scale_by_acclip, {"b2": 1.0}, "b2"),
+    (contrib.scale_by_acclip, {"alpha": 0.5}, "alpha"),
+    (contrib.scale_by_stable_adam, {"eps": -1.0}, "eps"),
     (oc.clipped_momentum, {"max_norm": -1.0}, "max_norm"),
     (oc.clipped_momentum, {"max_norm": 1.0, "decay": 1.0}, "decay"),
-    (oc.mixed_clip, {"max_norm": NAN}, "max_norm"),
-    (oc.mixed_clip, {"max_norm": 1.0, "mix": 1.5}, "mix"),
-    (oc.mixed_clip, {"max_norm": 1.0, "smooth": 2}, "smooth"),
-    (oc.reset_state_every, {"inner": optax.identity(), "period": 0}, "period"),
-    (oc.reset_state_every, {"inner": optax.identity(), "warmup_steps": -1}, "warmup_steps"),
+    (contrib.mixed_clip, {"max_norm": NAN}, "max_norm"),
+    (contrib.mixed_clip, {"max_norm": 1.0, "mix": 1.5}, "mix"),
+    (contrib.mixed_clip, {"max_norm": 1.0, "smooth": 2}, "smooth"),
+    (contrib.reset_state_every, {"inner": optax.identity(), "period": 0}, "period"),
+    (contrib.reset_state_every, {"inner": optax.identity(), "warmup_steps": -1}, "warmup_steps"),
     (thresholds.quantile, {"q": 1.5}, "q"),
     (thresholds.mean_std, {"ddof": 2}, "ddof"),
     (thresholds.constant, {"c": -1.5}, "c"),
@@ -181,8 +182,8 @@ WRONG = {
     "gradients, as in torch": (lambda: oc.clip_by_global_norm(updates()), "max_norm must be one number"),
     "an array for the one norm": (lambda: oc.clip_by_global_norm(jnp.ones(3)), "max_norm must be one number"),
     "a tree for the smooth clip": (lambda: oc.smooth_clip_by_global_norm([1.0]), "max_norm must be one number"),
-    "a schedule in a norm": (lambda: oc.clippy(lambda count: 0.1), "relative.*inject_hyperparams"),
-    "a tree in a norm": (lambda: oc.clippy(0.1, {"a": 1.0}), "absolute must be one number"),
+    "a schedule in a norm": (lambda: contrib.clippy(lambda count: 0.1), "relative.*inject_hyperparams"),
+    "a tree in a norm": (lambda: contrib.clippy(0.1, {"a": 1.0}), "absolute must be one number"),
     "an array in a norm": (lambda: norms.relative_change(jnp.ones(2), 0.1), "relative must be one number"),
     "a label that is no string": (
         lambda: norms.group_norm({"a": 1, "b": "x"}),
@@ -430,7 +431,7 @@ WITH_A_NORM = {
 @pytest.mark.parametrize("name", WITH_A_NORM)
 def test_the_norm_is_a_keyword(name):
     shown = []
-    for parameter in inspect.signature(getattr(oc, name)).parameters.values():
+    for parameter in inspect.signature(public(name)).parameters.values():
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY and "*" not in shown:
             shown.append("*")
         has_literal = parameter.name != "norm" and parameter.default is not inspect.Parameter.empty
@@ -440,7 +441,7 @@ def test_the_norm_is_a_keyword(name):
 
 @pytest.mark.parametrize("name", ["clip", "clip_by_global_norm", "clip_by_block_rms", "adaptive_grad_clip"])
 def test_optax_names_take_optax_positional_arguments(name):
-    ours = list(inspect.signature(getattr(oc, name)).parameters.values())
+    ours = list(inspect.signature(public(name)).parameters.values())
     theirs = list(inspect.signature(getattr(optax, name)).parameters.values())
     assert [(p.name, p.kind, p.default) for p in ours[: len(theirs)]] == [(p.name, p.kind, p.default) for p in theirs]
     assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in ours[len(theirs) :])
@@ -527,7 +528,7 @@ def test_floors_and_offsets_are_bounds_like_any_other():
         oc.skip_nonfinite,
         lambda inner: oc.skip_spikes(inner, oc.thresholds.constant(1.0)),
         oc.with_carry,
-        oc.reset_state_every,
+        contrib.reset_state_every,
         oc.as_function,
     ],
     ids=["skip_nonfinite", "skip_spikes", "with_carry", "reset_state_every", "as_function"],

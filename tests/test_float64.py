@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import optaxclip as oc
-from optaxclip import reductions
+from optaxclip._numerics import array_norms
 from tests.forms import assert_right
 from tests.table import ROWS, params, tree
 
@@ -33,7 +33,7 @@ def is_x64():
 def test_it_stands_in_one_place():
     sources = pathlib.Path(oc.__file__).parent.rglob("*.py")
     found = {path.name: path.read_text().count("enable_x64(") for path in sources}
-    assert {name: count for name, count in found.items() if count} == {"reductions.py": 1}
+    assert {name: count for name, count in found.items() if count} == {"array_norms.py": 1}
 
 
 CONTEXTS = {
@@ -127,7 +127,7 @@ def test_an_error_while_tracing_leaves_the_config_as_it_was(monkeypatch):
 
     before = is_x64()
     with monkeypatch.context() as patched:
-        patched.setattr(reductions, "_powers", broken)
+        patched.setattr(array_norms, "_powers", broken)
         for norm in (oc.global_norm, jax.jit(oc.global_norm), jax.vmap(oc.global_norm), jax.grad(oc.global_norm)):
             with pytest.raises(ZeroDivisionError):
                 norm(jnp.ones((1, 77)) if norm is not jax.vmap else jnp.ones((2, 77)))

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from optaxclip import groups, layouts, reductions
+from optaxclip._arrays import groups, layouts
+from optaxclip._numerics import array_norms
 from tests.meshes import AUTO
 
 
@@ -100,7 +101,7 @@ def test_norms_of_leaves_that_lie_on_different_devices_keep_their_types():
     """The same through the norm, whose arrays of one kind are stacked."""
 
     def step(a, b, c):
-        found = reductions.norms([a, b, c, c], [(0,)] * 4, 2)
+        found = array_norms.norms([a, b, c, c], [(0,)] * 4, 2)
         assert [layouts.varying(x) for x in found] == [{"data"}, {"model"}, set(), set()]
         return tuple(x[None] for x in found[:3])
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from optaxclip.matrices import capping, iterations
+from optaxclip._numerics.matrices import capping, iterations
 from tests.reference import spectral
 from tests.test_spectral import allowed, by, spectra, tall
 

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import optaxclip
-from optaxclip import norms, thresholds
+from optaxclip import contrib, norms, thresholds
 from tests.collectives import collectives, collectives_under_branches, written_collectives
 from tests.meshes import AUTO, EXPLICIT, P, put
 
@@ -68,7 +68,7 @@ CLIPPERS = {
     "group 3": clip_by(norms.group_norm(by_initial, 3), thresholds.constant(1.0)),
     "group inf": clip_by(norms.group_norm(by_initial, np.inf), thresholds.constant(1.0)),
     "rms": functools.partial(optaxclip.clip_by_block_rms, 0.5),
-    "relative change": functools.partial(optaxclip.clippy, 0.1, 1e-3),
+    "relative change": functools.partial(contrib.clippy, 0.1, 1e-3),
     "whole leaves as units": functools.partial(optaxclip.adaptive_grad_clip, 0.1, units="leaf"),
     "relative to the parameters": clip_by(
         norms.global_norm(), thresholds.chain(thresholds.relative_to_params(0.1), thresholds.constant(5.0))

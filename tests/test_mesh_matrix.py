@@ -16,8 +16,10 @@ import pytest
 from jax.sharding import NamedSharding
 
 import optaxclip as oc
+from optaxclip import contrib
 from tests.collectives import collectives, collectives_under_branches
 from tests.meshes import AUTO, EXPLICIT, P, is_spec, over_steps, pieces, put, with_specs
+from tests.public import NAMES, public
 from tests.table import ROWS, numbers, spectral
 
 each_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
@@ -146,14 +148,15 @@ def refused(row, layout, bound):
 def with_axes(row, axes):
     """The row's transformation with `axes` wherever something takes them."""
 
-    def given(public):
-        function = getattr(oc, public)
+    def given(name):
+        function = public(name)
         takes = inspect.isfunction(function) and "axes" in inspect.signature(function).parameters
         return functools.partial(function, axes=axes) if takes else function
 
-    replaced = {public: given(public) for public in oc.__all__}
-    factory = next((replaced[public] for public in oc.__all__ if getattr(oc, public) is row.factory), row.factory)
-    with mock.patch.multiple(oc, **replaced):
+    replaced = {name: given(name) for name in NAMES}
+    factory = next((replaced[name] for name in NAMES if public(name) is row.factory), row.factory)
+    in_contrib = {name: replaced.pop(name) for name in oc.contrib.__all__}
+    with mock.patch.multiple(oc, **replaced), mock.patch.multiple(oc.contrib, **in_contrib):
         return factory(*row.args, **row.kwargs)
 
 
@@ -459,15 +462,17 @@ NO_AXES = {"clip", "clip_by_value", "reset_state_every", "scale_by_acclip", "spa
 
 
 def test_whatever_measures_takes_axes():
-    public = {row.public: getattr(oc, row.public) for row in ROWS}
-    assert {name for name, make in public.items() if "axes" not in inspect.signature(make).parameters} == NO_AXES
+    makers = {row.public: public(row.public) for row in ROWS}
+    assert {name for name, make in makers.items() if "axes" not in inspect.signature(make).parameters} == NO_AXES
 
 
 def carried_by_leaf(max_norm):
     return oc.with_carry(oc.clip_by_leaf_norm(max_norm))
 
 
-@pytest.mark.parametrize("make", [oc.clipped_momentum, oc.mixed_clip, carried_by_leaf], ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    "make", [oc.clipped_momentum, contrib.mixed_clip, carried_by_leaf], ids=lambda make: make.__name__
+)
 def test_a_whole_leaf_beside_a_split_one_of_its_shape_stays_whole(make):
     """On an Auto mesh, where it was calculated here: as what comes in is laid out is what the user said."""
     specs = {"split": P("model"), "whole": P()}

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import optaxclip as oc
-from optaxclip import norms, thresholds
+from optaxclip import contrib, norms, thresholds
 from tests.table import ROWS
 
 
@@ -215,7 +215,7 @@ def test_flax_boxes_are_on_no_path_and_plain_dicts_fit_them(grads, seen_by_init)
     updates, state = bounds.update(grads(), bounds.init(seen))
     np.testing.assert_allclose([jnp.linalg.norm(leaf) for leaf in jax.tree.leaves(updates)], [0.5, 1.0], rtol=1e-6)
     assert oc.clip_stats(state, per_group=True)["clip_limit/kernel"] == 1.0
-    by_label = oc.aggc({"kernel": "a", "bias": "b"}, 2.0)
+    by_label = contrib.aggc({"kernel": "a", "bias": "b"}, 2.0)
     by_label.update(grads(), by_label.init(seen))
 
 

@@ -7,6 +7,8 @@ import optax
 import pytest
 
 import optaxclip as oc
+from optaxclip import contrib
+from tests.public import public
 from tests.reference.trees import assert_same_bits, update
 from tests.table import NARROW, REFUSED
 
@@ -95,11 +97,11 @@ def test_zero_nonfinite_leaves_the_finite_numbers():
 # What has a state per coordinate.
 
 WITH_STATE = {
-    "scale_by_stable_adam": lambda dtype: oc.scale_by_stable_adam(0.9, 0.999, state_dtype=dtype),
-    "scale_by_acclip": lambda dtype: oc.scale_by_acclip(state_dtype=dtype),
+    "scale_by_stable_adam": lambda dtype: contrib.scale_by_stable_adam(0.9, 0.999, state_dtype=dtype),
+    "scale_by_acclip": lambda dtype: contrib.scale_by_acclip(state_dtype=dtype),
     "clipped_momentum": lambda dtype: oc.clipped_momentum(1e3, state_dtype=dtype),
-    "mixed_clip": lambda dtype: oc.mixed_clip(1e3, state_dtype=dtype),
-    "spam_clip": lambda dtype: oc.spam_clip(4.0, decay=0.5, idle_steps=1, state_dtype=dtype),
+    "mixed_clip": lambda dtype: contrib.mixed_clip(1e3, state_dtype=dtype),
+    "spam_clip": lambda dtype: contrib.spam_clip(4.0, decay=0.5, idle_steps=1, state_dtype=dtype),
     "with_carry": lambda dtype: oc.with_carry(oc.clip(1.0), state_dtype=dtype),
 }
 
@@ -193,7 +195,7 @@ FACTORIES = {
 
 @pytest.mark.parametrize("name", FACTORIES)
 def test_hyperparameters_of_narrow_models_are_widened(name):
-    tx = optax.inject_hyperparams(getattr(oc, name), static_args=FACTORIES[name])()
+    tx = optax.inject_hyperparams(public(name), static_args=FACTORIES[name])()
     for dtype in (jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.bfloat16):
         params = {"a": jnp.ones((2, 3), dtype)}
         updates, _ = jax.eval_shape(lambda g, tx=tx: tx.update(g, tx.init(g), g), params)
@@ -207,7 +209,7 @@ def test_a_percentile_of_a_narrow_dtype_is_that_percentile(dtype):
 
     @jax.jit
     def last(percentile):
-        tx = oc.percentile_clip(percentile, window=1000)
+        tx = contrib.percentile_clip(percentile, window=1000)
         step = lambda state, norm: tx.update(norm[None], state)[::-1]  # noqa: E731
         return jax.lax.scan(step, tx.init(norms[:1]), norms)[1][-1, 0]
 
@@ -216,7 +218,7 @@ def test_a_percentile_of_a_narrow_dtype_is_that_percentile(dtype):
 
 def test_a_decay_that_rounds_to_1_still_lets_the_average_move():
     """0.999 is 1 in bfloat16."""
-    tx = oc.adaptive_spike_clip(jnp.asarray(0.999, jnp.bfloat16))
+    tx = contrib.adaptive_spike_clip(jnp.asarray(0.999, jnp.bfloat16))
     state = tx.init(jnp.zeros(1))
     for grad in (1.0, 2.0, 3.0, 100.0):
         updates, state = tx.update(jnp.array([grad]), state)

@@ -16,7 +16,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optaxclip as oc
-from optaxclip import norms, thresholds
+from optaxclip import contrib, norms, thresholds
 from tests.reference import fixed, spectral
 from tests.reference.trees import assert_same_bits
 from tests.table import ROWS, halving
@@ -219,14 +219,14 @@ def test_12_recording_a_norm_in_a_scan():
 ADAPTIVE = {
     "autoclip": lambda: oc.autoclip(50.0),
     "autoclip, window": lambda: oc.autoclip(50.0, window=8),
-    "percentile_clip": lambda: oc.percentile_clip(50.0, window=8),
+    "percentile_clip": lambda: contrib.percentile_clip(50.0, window=8),
     "zclip": lambda: oc.zclip(warmup_steps=5, max_norm=None),
     "adagc": lambda: oc.adagc(warmup_steps=5),
-    "aggc": lambda: oc.aggc("all", 2.0),
+    "aggc": lambda: contrib.aggc("all", 2.0),
     "clip_by_history": lambda: oc.clip_by_history(window=8, min_count=4),
-    "clip_by_tracked_quantile": oc.clip_by_tracked_quantile,
-    "clip_norm_growth": oc.clip_norm_growth,
-    "adaptive_spike_clip": lambda: oc.adaptive_spike_clip(0.9),
+    "clip_by_tracked_quantile": contrib.clip_by_tracked_quantile,
+    "clip_norm_growth": contrib.clip_norm_growth,
+    "adaptive_spike_clip": lambda: contrib.adaptive_spike_clip(0.9),
 }
 
 

@@ -9,7 +9,8 @@ import optax
 import pytest
 
 import optaxclip as oc
-from optaxclip import layouts, per_example
+from optaxclip import per_example
+from optaxclip._arrays import layouts
 from tests.marks import slow_but
 from tests.meshes import AUTO, EXPLICIT, P, put
 

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import optaxclip as oc
-from optaxclip import norms, thresholds
+from optaxclip import contrib, norms, thresholds
 from tests.reference import fixed
 
 LABELS = {"body": "a", "head": "b"}
@@ -67,7 +67,7 @@ def test_adaptive_grad_clip_leaves_the_final_layer_out_when_masked():
 
 def test_clippy_after_the_learning_rate_bounds_the_step_itself():
     weights = jax.tree.map(jnp.ones_like, gradients())
-    tx = optax.chain(optax.adam(10.0), oc.clippy(0.1, 1e-7))
+    tx = optax.chain(optax.adam(10.0), contrib.clippy(0.1, 1e-7))
     moved = optax.apply_updates(weights, once(tx, gradients(), weights))
     for leaf in jax.tree.leaves(moved):
         np.testing.assert_allclose(leaf, 0.9, rtol=1e-6)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-import optaxclip as oc
-from optaxclip import ratios
+from optaxclip import contrib
+from optaxclip._numerics import ratios
 from tests.meshes import AUTO, EXPLICIT
 
 SHAPE = (8, 10_000)  # two blocks and a half
@@ -61,8 +61,8 @@ def test_on_a_mesh(rng, mesh, spec):
 def test_in_shard_map(rng, spec):
     update, param = (jnp.tile(x, (8, 1)) for x in leaves(rng))
     update = update.at[40, 7].set(9.0)
-    tx = oc.clippy(0.1, 0.01, axes=spec)
-    expected, _ = oc.clippy(0.1, 0.01).update(update, tx.init(update), param)
+    tx = contrib.clippy(0.1, 0.01, axes=spec)
+    expected, _ = contrib.clippy(0.1, 0.01).update(update, tx.init(update), param)
     mapped = jax.shard_map(
         lambda u, w: tx.update(u, tx.init(u), w)[0], mesh=AUTO, in_specs=(spec, spec), out_specs=spec
     )

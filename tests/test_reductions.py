@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optaxclip as oc
-from optaxclip import reductions, sums
+from optaxclip._numerics import array_norms, tree_norms
 from tests.forms import TINY, assert_right, form_of, norms, places, right_norm, signed, without_subnormal
 from tests.meshes import AUTO, EXPLICIT
 from tests.table import NARROW
@@ -105,7 +105,7 @@ def test_the_ends_of_the_range(form, ord):
 def test_a_norm_that_is_subnormal_is_zero():
     """Asked of the function itself: where this machine calculates it flushes them anyway."""
     numbers = np.float32([1e-45, 1e-39, TINY, 1])
-    np.testing.assert_array_equal(reductions._normal(numbers), np.float32([0, 0, TINY, 1]))
+    np.testing.assert_array_equal(array_norms._normal(numbers), np.float32([0, 0, TINY, 1]))
 
 
 def test_numbers_that_are_subnormal_in_a_narrow_dtype_count(form):
@@ -159,7 +159,7 @@ def test_norms_over_some_dimensions(rng, form, dims):
 
 
 def one_norm(ord):
-    return lambda x: reductions.norms([x], [(0,)], ord)[0]
+    return lambda x: array_norms.norms([x], [(0,)], ord)[0]
 
 
 def right_slope(x, ord):
@@ -198,7 +198,7 @@ def test_the_hessian_over_the_range(ord):
 def test_the_gradient_of_16_bit_and_complex_arrays():
     for kind in (jnp.bfloat16, jnp.complex64):
         x = jnp.asarray(np.float32([3, -4]).astype(kind))
-        slope = jax.grad(lambda x: reductions.norms([x], [(0,)], 2)[0])(x)
+        slope = jax.grad(lambda x: array_norms.norms([x], [(0,)], 2)[0])(x)
         assert slope.dtype == kind
         np.testing.assert_array_equal(slope, jnp.asarray([0.6, -0.8]).astype(kind))
 
@@ -235,7 +235,7 @@ def norms_of_tree(tree, axes):
     flat, dims = list(tree.values()), [tuple(range(x.ndim)) for x in tree.values()]
     split = [tuple(name for name in spec if name) if axes else () for spec in specs]
     return [
-        (oc.global_norm(tree, ord=ord, axes=axes), jnp.stack(sums.separate_norms(flat, dims, split, ord)))
+        (oc.global_norm(tree, ord=ord, axes=axes), jnp.stack(tree_norms.separate_norms(flat, dims, split, ord)))
         for ord in ON_MESHES
     ]
 

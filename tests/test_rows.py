@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import optaxclip as oc
-from optaxclip import rows
+from optaxclip._numerics import rows
 from tests.meshes import AUTO, EXPLICIT
 
 MANY = 20_000  # entries of a row, beyond the number from which on rows are taken one by one

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from optaxclip import scaling
+from optaxclip._numerics import scaling
 from tests.forms import TINY, signed
 
 MOST, EPS = float(np.finfo(np.float32).max), float(np.finfo(np.float32).eps)

@@ -11,8 +11,8 @@ import pytest
 from jax.sharding import NamedSharding
 
 import optaxclip as oc
-from optaxclip.matrices import capping
-from optaxclip.matrices.products import turned
+from optaxclip._numerics.matrices import capping
+from optaxclip._numerics.matrices.products import turned
 from tests.marks import slow_but
 from tests.meshes import AUTO, EXPLICIT, P, put
 from tests.reference import spectral

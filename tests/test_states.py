@@ -11,6 +11,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import optaxclip as oc
+from optaxclip import contrib
 from tests.table import ROWS, params, tree
 
 PARAMS, GRADS = params("float32"), tree(0, "float32")
@@ -51,8 +52,8 @@ STRAY = {
         "thresholds.chain must be a tuple of 2 states, got ZScoreState",
     ),
     "of another tree": (
-        oc.percentile_clip(),
-        lambda: oc.percentile_clip().init({"a": jnp.ones(2)}),
+        contrib.percentile_clip(),
+        lambda: contrib.percentile_clip().init({"a": jnp.ones(2)}),
         r"\(2, 100\).*\(1, 100\).*of the tree",
     ),
     "of another window": (
@@ -108,7 +109,7 @@ def test_states_of_plain_numbers_make_the_same_types(row, bring):
         oc.clip_by_leaf_norm(0.5, record=3),
         oc.zclip(warmup_steps=1, record=2),
         oc.skip_spikes(oc.clip_by_global_norm(0.5, record=2), oc.thresholds.mean_std(6.0)),
-        oc.reset_state_every(optax.adam(0.1), 3, warmup_steps=0),
+        contrib.reset_state_every(optax.adam(0.1), 3, warmup_steps=0),
     ],
     ids=["leaf_norm", "zclip", "skip_spikes", "reset_state_every"],
 )
@@ -172,10 +173,10 @@ def test_a_ring_of_another_length_keeps_the_numbers_of_its_steps(before, after, 
 
 PER_PARAMETER = {
     "clipped_momentum": oc.clipped_momentum(1.0),
-    "mixed_clip": oc.mixed_clip(1.0),
-    "spam_clip": oc.spam_clip(),
-    "scale_by_acclip": oc.scale_by_acclip(),
-    "scale_by_stable_adam": oc.scale_by_stable_adam(),
+    "mixed_clip": contrib.mixed_clip(1.0),
+    "spam_clip": contrib.spam_clip(),
+    "scale_by_acclip": contrib.scale_by_acclip(),
+    "scale_by_stable_adam": contrib.scale_by_stable_adam(),
     "with_carry": oc.with_carry(oc.clip(1.0)),
 }
 OTHER_TREES = {

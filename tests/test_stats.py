@@ -12,7 +12,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import optaxclip
-from optaxclip import ClipStats, clip_by, clip_stats, norms, thresholds
+from optaxclip import ClipStats, clip_by, clip_stats, contrib, norms, thresholds
 from tests.table import halving
 
 PARAMS = {"a": jnp.ones((2, 3)), "b": {"c": jnp.ones(3), "d": jnp.ones(())}}
@@ -171,7 +171,7 @@ def planted(tree, path, value):
         optaxclip.clip_by_global_norm(1.0, record=True),
         optaxclip.clip_by_leaf_norm(1.0, record=2),
         optaxclip.adaptive_grad_clip(0.1, record=True),
-        optaxclip.clippy(record=True),
+        contrib.clippy(record=True),
     ],
     ids=["global", "leaf", "units", "relative"],
 )
@@ -321,7 +321,7 @@ def test_the_state_has_one_shape_and_holds_nothing_of_the_size_of_the_parameters
 
 
 def test_the_updates_are_those_without_a_record(rng):
-    for factory in (optaxclip.clip_by_leaf_norm, optaxclip.adaptive_grad_clip, optaxclip.clippy):
+    for factory in (optaxclip.clip_by_leaf_norm, optaxclip.adaptive_grad_clip, contrib.clippy):
         with_record, without = factory(0.3, record=2), factory(0.3)
         given = grads(rng, 5.0)
         ours, _ = with_record.update(given, with_record.init(PARAMS), PARAMS)

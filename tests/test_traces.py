@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import optaxclip as oc
+from optaxclip import contrib
 from tests.reference import fixed, spectral, trees
 
 WEIGHTS = [[3.0, 4.0], [0.0, 0.0], [1.0, 2.0]]
@@ -42,7 +43,7 @@ def test_agc(units):
 def test_clippy(updates, params, relative, absolute, factor):
     expected = np.array(updates) * factor
     reference = fixed.clippy([np.array(updates)], [np.array(params)], relative, absolute)[0]
-    ours = trees.update(oc.clippy(relative, absolute), jnp.array(updates), jnp.array(params))
+    ours = trees.update(contrib.clippy(relative, absolute), jnp.array(updates), jnp.array(params))
     # The traces give six digits: the first factor is (0.1 * 2 + 1e-7) / 0.4 = 0.50000025.
     np.testing.assert_allclose(reference, expected, rtol=1e-6)
     np.testing.assert_allclose(np.asarray(ours, np.float64), expected, rtol=1e-6)
@@ -51,9 +52,9 @@ def test_clippy(updates, params, relative, absolute, factor):
 def test_clippy_defaults_are_those_of_tensorflow_recommenders():
     updates, params = jnp.array([0.02, -0.4, 0.0]), jnp.array([1.0, -2.0, 0.0])
     trees.assert_same_bits(
-        trees.update(oc.clippy(), updates, params), trees.update(oc.clippy(0.1, 1e-7), updates, params)
+        trees.update(contrib.clippy(), updates, params), trees.update(contrib.clippy(0.1, 1e-7), updates, params)
     )
-    np.testing.assert_allclose(trees.update(oc.clippy(), updates, params), [0.01, -0.2, 0.0], rtol=1e-6)
+    np.testing.assert_allclose(trees.update(contrib.clippy(), updates, params), [0.01, -0.2, 0.0], rtol=1e-6)
 
 
 SINGULAR_VALUES = {

@@ -43,8 +43,8 @@ napoleon_custom_sections = [
 default_role = "py:obj"
 nitpicky = True
 nitpick_ignore_regex = [
-    ("py:obj", r"(?s)(?!(optaxclip|norms|thresholds|diagnostics|per_example)\.).*"),
-    ("py:class", r"(collections|jax|numpy|optax|optaxclip\.mesh|pathlib|typing)\b.*"),
+    ("py:obj", r"(?s)(?!(optaxclip|norms|thresholds|diagnostics|per_example|contrib)\.).*"),
+    ("py:class", r"(collections|jax|numpy|optax|optaxclip\._arrays\.mesh|pathlib|typing)\b.*"),
 ]
 
 

@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip import arithmetic, bounds, checks, dtypes, groups, mesh, scaling
-from optaxclip.bounds import Bound
+from optaxclip._arguments import bounds, checks
+from optaxclip._arguments.bounds import Bound
+from optaxclip._arrays import dtypes, groups, mesh
+from optaxclip._arrays.beside import each_leaf
+from optaxclip._numerics import arithmetic, scaling
 from optaxclip.core import State, Updates
-from optaxclip.each_leaf import each_leaf
 
 
 def clip(max_delta: Bound) -> optax.GradientTransformationExtraArgs:

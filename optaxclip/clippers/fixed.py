@@ -4,10 +4,11 @@ from typing import Any
 
 import optax
 
-from optaxclip import checks, norms, thresholds
-from optaxclip.bounds import Bound
+from optaxclip import norms, thresholds
+from optaxclip._arguments import checks
+from optaxclip._arguments.bounds import Bound
+from optaxclip._arrays.mesh import Axes
 from optaxclip.core import Norm, clip_by
-from optaxclip.mesh import Axes
 
 
 def clip_by_global_norm(

@@ -6,11 +6,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip import arithmetic, averages, bounds, checks, dtypes, mesh, norms, states, thresholds
-from optaxclip.bounds import Bound
+from optaxclip import norms, thresholds
+from optaxclip._arguments import bounds, checks
+from optaxclip._arguments.bounds import Bound
+from optaxclip._arrays import dtypes, mesh, states
+from optaxclip._arrays.beside import each_leaf, zeros_like
+from optaxclip._arrays.parameters import drop_missing, fill_missing, parameters
+from optaxclip._numerics import arithmetic, averages
 from optaxclip.core import Judged, Threshold, Updates, judge
-from optaxclip.each_leaf import each_leaf, zeros_like
-from optaxclip.parameters import drop_missing, fill_missing, parameters
 
 
 class ClippedMomentumState(NamedTuple):
@@ -97,135 +100,26 @@ def clipped_momentum(
         params = parameters(params, updates)
         filled = fill_missing(updates, state.clipped_average)
         mesh.require_reduced(filled)
-        average = _average(filled, state.clipped_average, decay)
-        clipped, judged = _clip_together(threshold, average, state.bound_state, params, axes)
+        average = averaged(filled, state.clipped_average, decay)
+        clipped, judged = clip_together(threshold, average, state.bound_state, params, axes)
         finite = jnp.isfinite(judged.norms)
-        kept = _where(finite, clipped, state.clipped_average)
-        out = _where(finite, _in_dtypes_of(filled, clipped), filled)
+        kept = where(finite, clipped, state.clipped_average)
+        out = where(finite, in_dtypes_of(filled, clipped), filled)
         return drop_missing(updates, out), ClippedMomentumState(kept, judged.state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-class MixedClipState(NamedTuple):
-    """State of `mixed_clip`.
-
-    Attributes:
-      mixed_average: like the parameters, the average of the gradients.
-      bound_state: `bounds.ScheduleState` if the bound follows a schedule, else `optax.EmptyState()`.
-    """
-
-    mixed_average: Updates
-    bound_state: Any
-
-
-def mixed_clip(
-    max_norm: Bound,
-    *,
-    decay: Any = 0.999,
-    mix: Any = 0.7,
-    smooth: bool = False,
-    state_dtype: Any = None,
-    axes: mesh.Axes = "auto",
-) -> optax.GradientTransformationExtraArgs:
-    r"""Mixes the clipped average of the gradients with the clipped gradient.
-
-    .. math:: u \leftarrow \nu \operatorname{clip}(m, c) + (1 - \nu) \operatorname{clip}(g, c), \qquad
-        m \leftarrow \beta m + (1 - \beta) g
-
-    Args:
-      max_norm: the bound c on both, at least 0: a number, an array, or an optax schedule. In the paper's terms
-        :math:`\gamma / \eta`, with :math:`\eta` the learning rate.
-      decay: :math:`\beta`, in [0, 1); 0.999 in the paper.
-      mix: :math:`\nu`, the share of the average, in [0, 1]; 0.7 in the paper. 1 is momentum clipping, 0 clipped
-        descent.
-      smooth: whether clip(x, c) is x c / (c + n), as in the published code, and not x min(1, c / n).
-      state_dtype: of the average, a real float dtype of at least 16 bits. None: the parameter's dtype, or
-        float32 if that is below 16 bits.
-      axes: over which mesh axes the leaves are split; see `clip_by`.
-
-    Returns:
-      An optax transformation. Its state is one number per coordinate, and with a schedule a step count.
-
-    Guarantees:
-      The norm of what comes out is at most `max_norm (1 + 1e-5)` in float32.
-
-    Edge cases:
-      The average starts at 0, is not debiased, and is kept as it is: only what comes out is clipped. A gradient that is
-      not finite comes out as it came and is not taken in.
-
-    Placement:
-      In place of an optimizer's momentum: `chain(mixed_clip(1.0), scale_by_learning_rate(0.1))`.
-
-    Raises:
-      ValueError: if an argument is out of range.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> import optaxclip
-      >>> tx = optaxclip.mixed_clip(1.0, decay=0.9)
-      >>> params = jnp.zeros(2)
-      >>> updates, _ = tx.update(jnp.array([3.0, 4.0]), tx.init(params), params)
-      >>> print(updates.round(3))  # 0.7 of (0.3, 0.4) and 0.3 of (0.6, 0.8)
-      [0.39 0.52]
-
-    Differs from the paper:
-      The bound is that of the paper divided by the learning rate, so that the learning rate can follow in the chain.
-
-    References:
-      Zhang B., Jin, Fang, Wang, Improved analysis of clipping algorithms for non-convex optimization, NeurIPS 2020,
-      arXiv:2010.02519.
-
-    See also:
-      `clipped_momentum`, which keeps the clipped average.
-
-      Notebook: `notebooks/which_clipper.ipynb`, all methods compared.
-    """
-    checks.static_together(smooth=smooth, state_dtype=state_dtype)
-    checks.bound("max_norm", max_norm, single=True)
-    decay = checks.number("decay", decay, below=1.0)
-    mix = checks.number("mix", mix, at_most=1.0)
-    checks.flag("smooth", smooth)
-    dtype = checks.state_dtype(state_dtype)
-    checks.axes(axes)
-    threshold = thresholds.smooth(max_norm) if smooth else thresholds.constant(max_norm)
-
-    def init(params: Any) -> MixedClipState:
-        return MixedClipState(zeros_like(parameters(params), dtype), bounds.init(max_norm))
-
-    def update(updates: Updates, state: Any, params: Any = None, **extra: Any) -> tuple[Updates, MixedClipState]:
-        del extra
-        state = states.of_kind(MixedClipState, state, "mixed_clip")
-        params = parameters(params, updates)
-        filled = fill_missing(updates, state.mixed_average)
-        mesh.require_reduced(filled)
-        average = _average(filled, state.mixed_average, decay)
-        clipped_average, judged = _clip_together(threshold, average, state.bound_state, params, axes)
-        clipped, _ = _clip_together(threshold, filled, state.bound_state, params, axes)
-        finite = jnp.isfinite(judged.norms)
-        kept = _where(finite, average, state.mixed_average)
-
-        def one(grad: Any, old: jax.Array) -> tuple[jax.Array, jax.Array]:
-            wide = dtypes.wide(jnp.result_type(grad))
-            by = averages.shares(mix, dtypes.accumulator(wide))
-            mixed = averages.moved(old.astype(wide), jnp.asarray(grad).astype(wide), by)
-            return arithmetic.narrowed(mixed, jnp.result_type(grad)), old
-
-        mixed, _ = each_leaf(one, clipped, clipped_average)
-        return drop_missing(updates, _where(finite, mixed, filled)), MixedClipState(kept, judged.state)
-
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _clip_together(
+def clip_together(
     threshold: Threshold, updates: Updates, state: Any, params: Any, axes: mesh.Axes
 ) -> tuple[Updates, Judged]:
+    """The updates clipped by their global norm, and what was measured."""
     norm = norms.global_norm()
     judged = judge(norm, threshold, updates, state, params, axes)
     return norm.scale(updates, judged.norms, judged.permitted), judged
 
 
-def _average(updates: Updates, average: Updates, decay: Any) -> Updates:
+def averaged(updates: Updates, average: Updates, decay: Any) -> Updates:
     """The moving average one step on, in its own dtypes."""
 
     def one(leaf: Any, old: jax.Array) -> tuple[Any, jax.Array]:
@@ -237,10 +131,11 @@ def _average(updates: Updates, average: Updates, decay: Any) -> Updates:
     return each_leaf(one, updates, average)[1]
 
 
-def _where(flag: jax.Array, new: Updates, old: Updates) -> Updates:
+def where(flag: jax.Array, new: Updates, old: Updates) -> Updates:
+    """`new` where a flag is set, else `old`; leaves that hold no floats are those of `new`."""
     return each_leaf(lambda new, old: (jnp.where(flag, new, old), old), new, old)[0]
 
 
-def _in_dtypes_of(updates: Updates, values: Updates) -> Updates:
+def in_dtypes_of(updates: Updates, values: Updates) -> Updates:
     """`values` beside floats, in their dtypes; other leaves of `updates` as they are."""
     return each_leaf(lambda leaf, value: (arithmetic.narrowed(value, jnp.result_type(leaf)), value), updates, values)[0]

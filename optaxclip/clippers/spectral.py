@@ -8,12 +8,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip import arithmetic, bounds, checks, dtypes, groups, layouts, mesh, norms, thresholds
-from optaxclip.bounds import Bound
+from optaxclip import norms, thresholds
+from optaxclip._arguments import bounds, checks
+from optaxclip._arguments.bounds import Bound
+from optaxclip._arrays import dtypes, groups, layouts, mesh
+from optaxclip._arrays.mesh import Axes
+from optaxclip._arrays.parameters import drop_missing, fill_missing, parameters
+from optaxclip._numerics import arithmetic
+from optaxclip._numerics.matrices import capping, stacks
 from optaxclip.core import State, Updates, clip_by, upper_end
-from optaxclip.matrices import capping, stacks
-from optaxclip.mesh import Axes
-from optaxclip.parameters import drop_missing, fill_missing, parameters
 
 
 def clip_by_spectral_norm(

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, TypeAlias
 import optax
 
 import optaxclip
+from optaxclip import contrib
 from optaxclip.demo.watching import watch
 
 Clipper: TypeAlias = Callable[..., optax.GradientTransformation]
@@ -72,15 +73,15 @@ _ALL = [
     _clip_gradients(optaxclip.clip_by_block_rms, 0.01),
     _clip_gradients(optaxclip.clip_by_value, -0.1, 0.1),
     _clip_gradients(optaxclip.adaptive_grad_clip, 0.01),
-    _clip_changes(optaxclip.clippy, 0.1, 0.01),
+    _clip_changes(contrib.clippy, 0.1, 0.01),
     _clip_gradients(optaxclip.autoclip, 10.0),
-    _clip_gradients(optaxclip.percentile_clip, 5.0),
-    _clip_gradients(optaxclip.clip_by_tracked_quantile, 0.5),
+    _clip_gradients(contrib.percentile_clip, 5.0),
+    _clip_gradients(contrib.clip_by_tracked_quantile, 0.5),
     _clip_gradients(optaxclip.zclip, 2.5),
     _clip_gradients(optaxclip.adagc, 1.05),
-    _clip_gradients(optaxclip.aggc, layer, 2.0),
+    _clip_gradients(contrib.aggc, layer, 2.0),
     _clip_gradients(optaxclip.clip_by_history, 3.0),
-    _clip_gradients(optaxclip.clip_norm_growth, 1.01),
+    _clip_gradients(contrib.clip_norm_growth, 1.01),
 ]
 
 ROWS = {row.name: row for row in _ALL}

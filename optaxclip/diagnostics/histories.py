@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from optaxclip import checks
-from optaxclip.stats import clip_stats
+from optaxclip._arguments import checks
+from optaxclip.records.reader import clip_stats
 
 COLUMNS = ("norm", "clip_norm", "grad_norm", "global_norm")
 ROW, STEP = "row", "step"  # columns of the main job's steps.csv: which clipper a line belongs to, and which step it is

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from optaxclip import checks
+from optaxclip._arguments import checks
 from optaxclip.diagnostics.histories import ordinary, ordinary_norms
 from optaxclip.diagnostics.summaries import Summary, summary
 

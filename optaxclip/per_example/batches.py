@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from optaxclip import dtypes, layouts
+from optaxclip._arrays import dtypes, layouts
 from optaxclip.per_example.problems import Batch, Form, Grads, Problem, Seen
 
 

@@ -16,10 +16,12 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from optaxclip import arithmetic, core, dtypes, layouts, mesh, norms, rows, scaling, sums
+from optaxclip import core, norms
+from optaxclip._arrays import dtypes, layouts, mesh
+from optaxclip._numerics import arithmetic, rows, scaling, tree_norms
+from optaxclip.functions import empty_state
 from optaxclip.per_example import batches, outer
 from optaxclip.per_example.problems import Batch, Form, Grads, Problem, Seen
-from optaxclip.wrappers.functions import empty_state
 
 
 def choose(problem: Problem, batch: Batch) -> Form:
@@ -48,7 +50,7 @@ def one_pass(problem: Problem, batch: Batch) -> tuple[Grads, Seen]:
     with mesh.apart(problem.apart):
         state = _no_state(problem)
         updates = jax.vmap(lambda grad: problem.tx.update(grad, state, problem.params)[0])(grads)
-        norm = jax.vmap(sums.global_norm)(grads) if problem.want_norms else None
+        norm = jax.vmap(tree_norms.global_norm)(grads) if problem.want_norms else None
         counted = _everywhere(problem, jax.vmap(_is_finite)(updates))
     return jax.tree.map(functools.partial(_sum, counted), updates), Seen(value, aux, norm, counted)
 
@@ -164,8 +166,8 @@ def _norm_of_one(problem: Problem, example: Any) -> tuple[jax.Array, Any, jax.Ar
     (value, aux), grads = outer.evaluate(problem.grad, example)
     products = [leaf for leaf in jax.tree.leaves(grads) if isinstance(leaf, outer.Outer)]
     rest = [leaf for leaf in jax.tree.leaves(grads) if not isinstance(leaf, outer.Outer)]
-    parts = [*(product.norm() for product in products), sums.total_norm(rest, [()] * len(rest), 2)]
-    return outer.as_array(value), jax.tree.map(outer.as_array, aux), sums.norm_of_parts(parts, 2)
+    parts = [*(product.norm() for product in products), tree_norms.total_norm(rest, [()] * len(rest), 2)]
+    return outer.as_array(value), jax.tree.map(outer.as_array, aux), tree_norms.norm_of_parts(parts, 2)
 
 
 def _weighted(problem: Problem, batch: Batch, weight: jax.Array, counted: jax.Array) -> Grads:

@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip import arithmetic, checks, dtypes, layouts
+from optaxclip._arguments import checks
+from optaxclip._arrays import dtypes, layouts
+from optaxclip._numerics import arithmetic
 from optaxclip.per_example import batches, forms, problems
 from optaxclip.per_example.problems import Grads, Problem, Seen
 

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optaxclip import arithmetic, sums
+from optaxclip._numerics import arithmetic, tree_norms
 
 # They change how the numbers are laid out, or round them, and not their norm: see `_keeps_norm`.
 _SAME_NORM = ("convert_element_type", "reshape", "transpose")
@@ -38,11 +38,11 @@ class Outer:
     def norm(self) -> jax.Array:
         """Its 2-norm. It is finite where all entries of the product are."""
         dims = [tuple(range(self.leading, factor.ndim)) for factor in self.factors]
-        left, right = sums.separate_norms(self.factors, dims, [(), ()], 2)
+        left, right = tree_norms.separate_norms(self.factors, dims, [(), ()], 2)
         highest = arithmetic.largest(self.factors[0], dims[0]) * arithmetic.largest(self.factors[1], dims[1])
         whole = left * right
         whole = jnp.where(jnp.isfinite(highest), jnp.minimum(whole, jnp.finfo(whole.dtype).max), highest)
-        return sums.norm_of_norms(whole.reshape(-1), (), 2)
+        return tree_norms.norm_of_norms(whole.reshape(-1), (), 2)
 
 
 def as_array(value: Any) -> Any:

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip import checks, layouts, leaves
+from optaxclip._arguments import checks
+from optaxclip._arrays import layouts, trees
 
 Batch: TypeAlias = Any  # a pytree of arrays whose first axis indexes examples
 Grads: TypeAlias = Any  # of the structure of the parameters
@@ -143,7 +144,7 @@ def size(where: Places, batch: Batch) -> int:
     """
     lengths: dict[str, int] = {}
     for number, rows in zip(where.batch_argnums, batch, strict=True):
-        for path, leaf in zip(leaves.paths(rows), jax.tree.leaves(rows), strict=True):
+        for path, leaf in zip(trees.paths(rows), jax.tree.leaves(rows), strict=True):
             name = f"argument {number}" + (f" at {path!r}" if path else "")
             if not jnp.shape(leaf):
                 raise ValueError(f"batch_argnums={where.batch_argnums}: {name} is a scalar and has no axis of examples")

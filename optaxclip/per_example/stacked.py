@@ -7,7 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optaxclip import arithmetic, checks, core, dtypes, leaves, rows, scaling, sums
+from optaxclip import core
+from optaxclip._arguments import checks
+from optaxclip._arrays import dtypes, trees
+from optaxclip._numerics import arithmetic, rows, scaling, tree_norms
 from optaxclip.per_example.problems import Grads
 
 
@@ -134,7 +137,7 @@ def _examples(grads: Grads) -> tuple[list[jax.Array], Any]:
     """
     dtypes.require_usable(grads)
     flat, treedef = jax.tree.flatten(grads)
-    shapes = dict(zip(leaves.paths(grads), map(jnp.shape, flat), strict=True))
+    shapes = dict(zip(trees.paths(grads), map(jnp.shape, flat), strict=True))
     for path, shape in shapes.items():
         first = next(iter(shapes.values()))
         if not shape or shape[0] != first[0]:
@@ -156,8 +159,8 @@ def _as_floats(leaf: Any) -> jax.Array:
 
 def _norms(flat: Sequence[jax.Array]) -> jax.Array:
     """The norm of each example."""
-    return sums.norm_of_parts(
-        sums.separate_norms(flat, [tuple(range(1, leaf.ndim)) for leaf in flat], [()] * len(flat), 2), 2
+    return tree_norms.norm_of_parts(
+        tree_norms.separate_norms(flat, [tuple(range(1, leaf.ndim)) for leaf in flat], [()] * len(flat), 2), 2
     )
 
 

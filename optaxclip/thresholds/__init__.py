@@ -25,10 +25,11 @@ own. A norm that is 0, infinite or NaN is not taken in and counts for no warm-up
 they are. Inside `optax.MultiSteps` a history advances once per real step; before it in a chain, once per micro-step.
 """
 
-from optaxclip.thresholds.averages import average, ema_band, ema_ratio, growth, tracked_quantile
-from optaxclip.thresholds.deviations import normalised, zscore
-from optaxclip.thresholds.fixed import between, chain, constant, exactly, relative_to_params, smooth
-from optaxclip.thresholds.windows import mean_std, order_statistic, quantile
+from optaxclip.thresholds.averages import average, ema_band, ema_ratio, growth
+from optaxclip.thresholds.deviations import mean_std, normalised, zscore
+from optaxclip.thresholds.fixed import between, chain, constant, exactly, smooth
+from optaxclip.thresholds.quantiles import order_statistic, quantile, tracked_quantile
+from optaxclip.thresholds.relative import relative_to_params
 
 __all__ = [
     "average",

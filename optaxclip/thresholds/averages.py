@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optaxclip import arithmetic, averages, bounds, checks, sums
+from optaxclip._arguments import bounds, checks
+from optaxclip._numerics import arithmetic, averages, tree_norms
 from optaxclip.core import Threshold
 from optaxclip.thresholds.rules import Rule, no_steps, per_group
 
@@ -95,7 +96,7 @@ def ema_ratio(
         kept = jax.tree.map(lambda new, old: jnp.where(usable, new, old), new, state)
         return (0.0, jnp.where(usable, upper, bounds.highest(norm.dtype))), kept
 
-    return per_group(Rule(_no_average, limit, lambda norms: (sums.norm_of_norms(norms, (), 2),)))
+    return per_group(Rule(_no_average, limit, lambda norms: (tree_norms.norm_of_norms(norms, (), 2),)))
 
 
 def ema_band(
@@ -284,67 +285,6 @@ def growth(max_growth: Any = 1.01) -> Threshold:
         return (0.0, bound), GrowthState(jnp.minimum(norm, bound))
 
     return per_group(Rule(lambda dtype: GrowthState(jnp.zeros((), dtype)), limit))
-
-
-class TrackedQuantileState(NamedTuple):
-    """State of `tracked_quantile`, per group.
-
-    Attributes:
-      tracked_log_norm: logarithm of the estimate. The estimate itself would gather a rounding error at every step.
-    """
-
-    tracked_log_norm: jax.Array
-
-
-def tracked_quantile(q: Any = 0.5, *, learning_rate: Any = 0.2, initial: Any = 1.0) -> Threshold:
-    r"""An estimate of a quantile of the norms, which moves geometrically a step at a time.
-
-    .. math:: c \leftarrow c \cdot \exp(-learning\_rate \cdot (1[n \le c] - q))
-
-    With one norm a step the logarithm of c walks on a lattice: it wanders about the quantile for ever, with a standard
-    deviation of 0.12 to 0.25 at the default rate.
-
-    Args:
-      q: which quantile, in [0, 1].
-      learning_rate: of the logarithm, at least 0. `optax.inject_hyperparams` lets it decay.
-      initial: the first estimate, positive.
-
-    Returns:
-      A Threshold. Its state is 4 bytes per group.
-
-    Edge cases:
-      The first bound is `initial`, whatever the norms. The estimate stays within the normal float range. A norm of 0,
-      an infinite or a NaN norm is not taken in.
-
-    Raises:
-      ValueError: if an argument is out of range.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from optaxclip import clip_by, norms, thresholds
-      >>> tx = clip_by(norms.leaf_norm(), thresholds.tracked_quantile(0.5))
-      >>> state = tx.init(jnp.zeros(1))
-      >>> for norm in (2.0, 2.0):
-      ...     updates, state = tx.update(jnp.array([norm]), state)
-      >>> print(updates.round(3))  # the exponential of 0.1
-      [1.105]
-
-    See also:
-      `clip_by_tracked_quantile`; `quantile`, of the norms themselves, which takes more memory.
-    """
-    q = checks.number("q", q, at_most=1.0)
-    learning_rate = checks.number("learning_rate", learning_rate, below=np.inf)
-    initial = checks.number("initial", initial, positive=True, below=np.inf)
-
-    def limit(norm: jax.Array, state: TrackedQuantileState) -> tuple[Any, TrackedQuantileState]:
-        log_bound = state.tracked_log_norm
-        dtype, info = log_bound.dtype, jnp.finfo(log_bound.dtype)
-        bound = jnp.minimum(jnp.exp(log_bound), info.max)  # rounded, the largest logarithm may be that of inf
-        away = (norm <= bound).astype(dtype) - jnp.asarray(q, dtype)
-        moved_on = log_bound - jnp.asarray(learning_rate, dtype) * away
-        return (0.0, bound), TrackedQuantileState(jnp.clip(moved_on, jnp.log(info.tiny), jnp.log(info.max)))
-
-    return per_group(Rule(lambda dtype: TrackedQuantileState(jnp.log(jnp.asarray(initial, dtype))), limit))
 
 
 def _no_average(dtype: Any) -> AverageState:

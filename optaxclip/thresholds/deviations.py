@@ -1,12 +1,14 @@
-"""Thresholds from the mean of the norms and how they scatter about it, both moving averages."""
+"""Thresholds from the mean of the norms and how they scatter about it: of the last ones, or in moving averages."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip import arithmetic, averages, bounds, checks
+from optaxclip._arguments import bounds, checks
+from optaxclip._numerics import arithmetic, averages
 from optaxclip.core import Threshold
 from optaxclip.thresholds.rules import Rule, no_steps, per_group, taken_in
 
@@ -177,3 +179,131 @@ def _shares_of_all(seen: jax.Array, dtype: Any) -> averages.Shares:
     """The shares of a step after which all values so far weigh the same."""
     whole = seen.astype(dtype)
     return averages.Shares((whole - 1) / whole, 1 / whole)
+
+
+class WindowState(NamedTuple):
+    """State of `mean_std`, per group.
+
+    Attributes:
+      window_norms: ring of the last norms taken in; 0 where there is none yet.
+      window_seen: int32, norms taken in.
+      window_spikes: int32, spikes in a row.
+    """
+
+    window_norms: jax.Array
+    window_seen: jax.Array
+    window_spikes: jax.Array
+
+
+def mean_std(
+    num_std: Any = 3.0,
+    *,
+    window: int = 128,
+    min_count: int = 64,
+    ddof: int = 0,
+    include_current: bool = False,
+    take_in: str = "clipped",
+    patience: int | None = None,
+) -> Threshold:
+    r"""A norm may be at most `num_std` standard deviations above the mean of the last ones.
+
+    .. math:: bound = \mu + k \cdot \max(\sigma, 10^{-6} \max(\mu, 1))
+
+    Args:
+      num_std: the number k of standard deviations, at least 0.
+      window: how many norms are kept.
+      min_count: nothing is bounded before so many norms are there, the current one included if `include_current`.
+      ddof: the variance divides by the number of norms less this; 0 or 1.
+      include_current: whether the norm that is to be bounded counts in mean and deviation.
+      take_in: `"clipped"` takes in a norm as it is after clipping, so that one spike does not make room for the next;
+        `"raw"` as it was, which follows a rise sooner.
+      patience: after so many spikes in a row norms are taken in as they were, so that a lasting rise is followed. None
+        never does.
+
+    Returns:
+      A Threshold. Its state is 4 bytes per norm of the window, and 8 more, per group.
+
+    Edge cases:
+      The first `min_count` norms pass. Where all norms in the window are the same, the deviation is a millionth of
+      their mean, or 1e-6 if that is below 1. A norm of 0, an infinite or a NaN norm is not taken in.
+
+    Raises:
+      ValueError: if an argument is out of range.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from optaxclip import clip_by, norms, thresholds
+      >>> tx = clip_by(norms.leaf_norm(), thresholds.mean_std(2.0, window=4, min_count=2))
+      >>> state = tx.init(jnp.zeros(1))
+      >>> for norm in (1.0, 3.0, 9.0):  # 2, and twice 1
+      ...     updates, state = tx.update(jnp.array([norm]), state)
+      >>> print(updates)
+      [4.]
+
+    See also:
+      `clip_by_history`; `skip_spikes`, for which it is made; `zscore`, without a window.
+    """
+    checks.static_together(
+        window=window, min_count=min_count, ddof=ddof, include_current=include_current, patience=patience
+    )
+    num_std = checks.number("num_std", num_std)
+    window = checks.whole("window", window)
+    min_count = checks.whole("min_count", min_count)
+    if min_count > window:
+        raise ValueError(f"min_count must be at most window, got min_count={min_count} and window={window}")
+    if not (checks.is_whole(ddof) and ddof in (0, 1)):
+        raise ValueError(f"ddof must be 0 or 1, got {ddof!r}")
+    checks.flag("include_current", include_current)
+    checks.one_of("take_in", take_in, ("clipped", "raw"))
+    patience = checks.whole_or_none("patience", patience)
+
+    def limit(norm: jax.Array, state: WindowState) -> tuple[Any, WindowState]:
+        ring, seen, spikes = state
+        place = seen % window
+        values = ring.at[place].set(norm) if include_current else ring
+        number = jnp.sum(values > 0)
+        mean, std = _mean_and_std(values, ddof)
+        bound = mean + jnp.asarray(num_std, norm.dtype) * jnp.maximum(std, 1e-6 * jnp.maximum(mean, 1))
+        is_spike = (number >= min_count) & (norm > bound)
+        value, spikes = taken_in(patience, spikes, is_spike, norm, bound)
+        value = norm if take_in == "raw" else value
+        upper = jnp.where(number >= min_count, bound, bounds.highest(norm.dtype))
+        return (0.0, upper), WindowState(ring.at[place].set(value), jnp.asarray(optax.safe_increment(seen)), spikes)
+
+    def init(dtype: Any) -> WindowState:
+        return WindowState(jnp.zeros(window, dtype), no_steps(), no_steps())
+
+    return per_group(Rule(init, limit))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _mean_and_std_of(ring: jax.Array, ddof: int) -> tuple[jax.Array, jax.Array]:
+    """Mean and standard deviation of the positive values, whose squares may lie outside the float range."""
+    there = ring > 0
+    largest = jnp.max(ring)
+    largest = jnp.where(largest > 0, largest, jnp.ones_like(largest))
+    shares = arithmetic.quotient(ring, largest)
+    mean = jnp.sum(shares) / _number(ring, 0)
+    away = jnp.where(there, shares - mean, jnp.zeros_like(shares))
+    variance = jnp.sum(jnp.square(away)) / _number(ring, ddof)
+    return mean * largest, jnp.sqrt(variance) * largest
+
+
+@_mean_and_std_of.defjvp
+def _mean_and_std_jvp(ddof: int, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    # That of the above would go through the reciprocals of the smallest norms, and add up many of them.
+    (ring,), (change,) = primals, tangents
+    mean, std = _mean_and_std(ring, ddof)
+    away = arithmetic.quotient(ring - mean, jnp.where(std > 0, std, jnp.ones_like(std)))
+    weights = jnp.where((ring > 0) & (std > 0), away, jnp.zeros_like(ring)) / _number(ring, ddof)
+    d_mean = jnp.sum(jnp.where(ring > 0, change, jnp.zeros_like(change)) / _number(ring, 0))
+    return (mean, std), (d_mean, jnp.sum(weights * change))
+
+
+# Jitted, so that eager calls do not compile operation by operation.
+_mean_and_std = jax.jit(_mean_and_std_of, static_argnums=1)
+
+
+def _number(ring: jax.Array, less: int) -> jax.Array:
+    """How many values are positive, less a number; at least 1."""
+    return jnp.maximum(jnp.sum(ring > 0) - less, 1).astype(ring.dtype)

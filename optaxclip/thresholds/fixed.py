@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip import arithmetic, bounds, checks, groups, states
+from optaxclip._arguments import bounds, checks
+from optaxclip._arrays import groups, states
+from optaxclip._numerics import arithmetic
 from optaxclip.core import Norms, State, Threshold
 
 Band: TypeAlias = tuple[Any, Any]  # its lower and its upper end
@@ -47,7 +49,7 @@ def constant(c: bounds.Bound) -> Threshold:
       `clip_by_global_norm`, `clip_by_leaf_norm`, `clip_by_block_rms`; `smooth`, without a kink.
     """
     checks.bound("c", c)
-    return _from_bounds(lambda norms, param_norms, high: (0.0, high), c)
+    return from_bounds(lambda norms, param_norms, high: (0.0, high), c)
 
 
 def between(lo: bounds.Bound, hi: bounds.Bound) -> Threshold:
@@ -81,7 +83,7 @@ def between(lo: bounds.Bound, hi: bounds.Bound) -> Threshold:
     checks.bound("lo", lo, finite=True)
     checks.bound("hi", hi)
     checks.ordered("lo", lo, "hi", hi)
-    return _from_bounds(lambda norms, param_norms, low, high: (low, high), lo, hi)
+    return from_bounds(lambda norms, param_norms, low, high: (low, high), lo, hi)
 
 
 def exactly(c: bounds.Bound) -> Threshold:
@@ -112,7 +114,7 @@ def exactly(c: bounds.Bound) -> Threshold:
       `normalised`, where the norm follows how norms vary; `smooth`.
     """
     checks.bound("c", c, finite=True)
-    return _from_bounds(lambda norms, param_norms, goal: (goal, goal), c)
+    return from_bounds(lambda norms, param_norms, goal: (goal, goal), c)
 
 
 def smooth(c: bounds.Bound) -> Threshold:
@@ -142,55 +144,7 @@ def smooth(c: bounds.Bound) -> Threshold:
       `smooth_clip_by_global_norm`; `constant`.
     """
     checks.bound("c", c)
-    return _from_bounds(lambda norms, param_norms, high: (0.0, groups.over_groups(_harmonic, norms, high)), c)
-
-
-def relative_to_params(ratio: bounds.Bound, *, floor: bounds.Bound = 0.0, offset: bounds.Bound = 0.0) -> Threshold:
-    r"""A norm may be at most :math:`ratio \cdot \max(\|w\|, floor) + offset`, w being the parameters of its group.
-
-    Args:
-      ratio: share of the parameters' norm, at least 0: as for `constant`.
-      floor: parameters with a smaller norm count as this large, so that zero-initialised ones can move; likewise.
-      offset: what is permitted besides, in the units of the norm; likewise.
-
-    Returns:
-      A Threshold without state; with a schedule it counts its steps.
-
-    Edge cases:
-      Parameters of norm 0, without `floor` and `offset`, let nothing through, and stay 0 for ever. Parameters whose
-      norm is infinite or NaN bound nothing.
-
-    Raises:
-      ValueError: if an argument is negative or NaN; at update, without `params`.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from optaxclip import clip_by, norms, thresholds
-      >>> tx = clip_by(norms.leaf_norm(), thresholds.relative_to_params(0.1, floor=1e-3))
-      >>> params = jnp.array([3.0, 4.0])
-      >>> updates, _ = tx.update(jnp.array([30.0, 40.0]), tx.init(params), params)
-      >>> print(updates)
-      [0.3 0.4]
-
-    See also:
-      `adaptive_grad_clip`; `norms.relative_change`, by single coordinates.
-    """
-    checks.bound("ratio", ratio)
-    checks.bound("floor", floor)
-    checks.bound("offset", offset)
-
-    def permitted(norm: jax.Array, share: Any, low: Any, more: Any) -> jax.Array:
-        if share is None:
-            return jnp.full_like(norm, bounds.highest(norm.dtype))
-        share, low, more = (bounds.as_array(value, norm.dtype, none=0) for value in (share, low, more))
-        return jnp.asarray(share * jnp.maximum(norm, low) + more)
-
-    return _from_bounds(
-        lambda norms, param_norms, *given: (0.0, groups.over_groups(permitted, param_norms(), *given)),
-        ratio,
-        floor,
-        offset,
-    )
+    return from_bounds(lambda norms, param_norms, high: (0.0, groups.over_groups(_harmonic, norms, high)), c)
 
 
 def chain(*thresholds: Threshold) -> Threshold:
@@ -246,7 +200,7 @@ def chain(*thresholds: Threshold) -> Threshold:
     return Threshold(init, limit)
 
 
-def _from_bounds(band: Callable[..., Band], *given: bounds.Bound) -> Threshold:
+def from_bounds(band: Callable[..., Band], *given: bounds.Bound) -> Threshold:
     """A threshold whose band is `band(norms, param_norms, *bounds)`."""
 
     def init(norms: Norms) -> State:

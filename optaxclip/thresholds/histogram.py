@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip import bounds
+from optaxclip._arguments import bounds
 from optaxclip.core import Threshold
 from optaxclip.thresholds.ordering import interpolated, with_one_more
 from optaxclip.thresholds.rules import Rule, no_steps, per_group

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optaxclip import averages
+from optaxclip._numerics import averages
 
 
 def interpolated(q: Any, number: jax.Array, value_at: Callable[[jax.Array], jax.Array], dtype: Any) -> jax.Array:

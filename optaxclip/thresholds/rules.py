@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip import bounds, groups, states
+from optaxclip._arguments import bounds
+from optaxclip._arrays import groups, states
 from optaxclip.core import Norms, State, Threshold
 
 RuleState: TypeAlias = Any  # a NamedTuple of arrays

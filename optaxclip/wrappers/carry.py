@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip import arithmetic, bounds, checks, dtypes, leaves, mesh, states
+from optaxclip._arguments import bounds, checks
+from optaxclip._arrays import dtypes, mesh, states, trees
+from optaxclip._arrays.beside import each_leaf, require_beside, zeros_like
+from optaxclip._arrays.parameters import drop_missing, fill_missing, parameters
+from optaxclip._numerics import arithmetic
 from optaxclip.core import Updates
-from optaxclip.each_leaf import each_leaf, require_beside, zeros_like
-from optaxclip.parameters import drop_missing, fill_missing, parameters
 
 
 class CarryState(NamedTuple):
@@ -117,7 +119,7 @@ def _where_missing(updates: Updates, then: Any, otherwise: Any) -> Any:
         updates,
         then,
         otherwise,
-        is_leaf=leaves.is_none,
+        is_leaf=trees.is_none,
     )
 
 

@@ -7,10 +7,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip import checks, core, groups, layouts, mesh, norms, recorder, states, thresholds
+from optaxclip import core, norms, thresholds
+from optaxclip._arguments import checks
+from optaxclip._arrays import groups, layouts, mesh, states
+from optaxclip._arrays.parameters import fill_missing, parameters
 from optaxclip.core import Norm, Threshold, Updates
-from optaxclip.parameters import fill_missing, parameters
+from optaxclip.wrappers import skip_counts
 from optaxclip.wrappers.holding import update_or_hold
+from optaxclip.wrappers.skip_counts import SkipStats
 
 
 class SkipState(NamedTuple):
@@ -24,7 +28,7 @@ class SkipState(NamedTuple):
       inner_state: the state of the wrapped transformation.
     """
 
-    skip_stats: recorder.SkipStats
+    skip_stats: SkipStats
     spikes_in_row: jax.Array
     norm_threshold_state: Any
     loss_threshold_state: Any
@@ -200,7 +204,7 @@ def _skipping(inner: optax.GradientTransformationExtraArgs, gate: _Gate) -> opta
         measured = core.shapes_of(gate.norm, parameters(params), gate.axes)
         no_loss = optax.EmptyState() if gate.loss_threshold is None else gate.loss_threshold.init(_LOSS)
         return SkipState(
-            skip_stats=recorder.no_skips(),
+            skip_stats=skip_counts.none_yet(),
             spikes_in_row=jnp.zeros((), jnp.int32),
             norm_threshold_state=gate.threshold.init(measured),
             loss_threshold_state=no_loss,
@@ -266,7 +270,7 @@ def _outer_state(state: SkipState, seen: _Seen, rejected: jax.Array) -> SkipStat
     )
     in_row = jnp.where(seen.stands_out, jnp.asarray(optax.safe_increment(state.spikes_in_row)), 0)
     return state._replace(
-        skip_stats=recorder.count_skip(state.skip_stats, rejected, ~seen.finite, seen.high_norm),
+        skip_stats=skip_counts.one_more(state.skip_stats, rejected, ~seen.finite, seen.high_norm),
         spikes_in_row=jnp.where(seen.finite, in_row, state.spikes_in_row),
         norm_threshold_state=norm_state,
         loss_threshold_state=loss_state,

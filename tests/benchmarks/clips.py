@@ -6,6 +6,7 @@ from typing import Any
 import optax
 
 import optaxclip as oc
+from optaxclip import contrib
 from tests.benchmarks import trees
 
 Make = Callable[[], optax.GradientTransformation]
@@ -21,23 +22,23 @@ OURS: dict[str, Make] = {
     "clip_by_norm_range": lambda: oc.clip_by_norm_range(0.1, 1.0),
     "smooth_clip_by_global_norm": lambda: oc.smooth_clip_by_global_norm(1.0),
     "adaptive_grad_clip": lambda: oc.adaptive_grad_clip(0.01),
-    "clippy": lambda: oc.clippy(0.1, 1e-7),
+    "clippy": lambda: contrib.clippy(0.1, 1e-7),
     "autoclip": oc.autoclip,
     "autoclip, window=1000": lambda: oc.autoclip(window=1000),
-    "percentile_clip": oc.percentile_clip,
+    "percentile_clip": contrib.percentile_clip,
     "zclip": oc.zclip,
     "adagc": oc.adagc,
-    "aggc": lambda: oc.aggc(lambda path: path.split("/")[0], 2.0),
+    "aggc": lambda: contrib.aggc(lambda path: path.split("/")[0], 2.0),
     "clip_by_history": oc.clip_by_history,
-    "clip_by_tracked_quantile": oc.clip_by_tracked_quantile,
-    "clip_norm_growth": oc.clip_norm_growth,
-    "adaptive_spike_clip": oc.adaptive_spike_clip,
-    "scale_by_adaptive_norm": oc.scale_by_adaptive_norm,
+    "clip_by_tracked_quantile": contrib.clip_by_tracked_quantile,
+    "clip_norm_growth": contrib.clip_norm_growth,
+    "adaptive_spike_clip": contrib.adaptive_spike_clip,
+    "scale_by_adaptive_norm": contrib.scale_by_adaptive_norm,
     "zero_nonfinite": oc.zero_nonfinite,
     # With a state per coordinate, which they read and write besides.
-    "spam_clip": oc.spam_clip,
+    "spam_clip": contrib.spam_clip,
     "clipped_momentum": lambda: oc.clipped_momentum(1.0),
-    "mixed_clip": lambda: oc.mixed_clip(1.0),
+    "mixed_clip": lambda: contrib.mixed_clip(1.0),
     "with_carry": lambda: oc.with_carry(oc.clip_by_global_norm(1.0)),
 }
 # For the tree whose blocks are stacked.
@@ -47,8 +48,8 @@ STACKED: dict[str, Make] = {
 }
 # Instead of Adam.
 OPTIMIZERS: dict[str, Make] = {
-    "scale_by_acclip": lambda: optax.chain(oc.scale_by_acclip(), optax.scale_by_learning_rate(1e-4)),
-    "scale_by_stable_adam": lambda: optax.chain(oc.scale_by_stable_adam(), optax.scale_by_learning_rate(1e-4)),
+    "scale_by_acclip": lambda: optax.chain(contrib.scale_by_acclip(), optax.scale_by_learning_rate(1e-4)),
+    "scale_by_stable_adam": lambda: optax.chain(contrib.scale_by_stable_adam(), optax.scale_by_learning_rate(1e-4)),
 }
 OPTAX: dict[str, Make] = {
     "optax.clip_by_global_norm": lambda: optax.clip_by_global_norm(1.0),

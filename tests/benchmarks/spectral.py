@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import optaxclip
-from optaxclip.matrices import decompositions, iterations
+from optaxclip._numerics.matrices import decompositions, iterations
 from tests.benchmarks import interleaved, show_environment, write_json
 from tests.reference import spectral
 

@@ -354,6 +354,7 @@ class Case(NamedTuple):
 
 def functions() -> dict[str, Callable[..., Any]]:
     modules = {"": (oc, oc.__all__), "thresholds.": (thresholds, thresholds.__all__)}
+    modules["contrib."] = (oc.contrib, oc.contrib.__all__)
     modules["norms."] = (norms, [n for n, f in vars(norms).items() if inspect.isfunction(f) and n[0] != "_"])
     modules["per_example."] = (per_example, ["clipped_value_and_grad"])
     return {

@@ -13,7 +13,7 @@ import optax
 import pytest
 
 import optaxclip as oc
-from optaxclip import norms, thresholds
+from optaxclip import contrib, norms, thresholds
 from tests.fuzz import histories as h
 from tests.fuzz import inputs
 
@@ -146,7 +146,7 @@ def nothing_spikes(o):
 
 def spam(idle, period):
     return Method(
-        lambda o: oc.spam_clip(o["threshold"], decay=o["decay"], idle_steps=idle, period=period),
+        lambda o: contrib.spam_clip(o["threshold"], decay=o["decay"], idle_steps=idle, period=period),
         lambda x, o: h.spam_clip(x, o, idle=idle, period=period),
         {"threshold": [1.0, 4.0, 5000.0], "decay": DECAYS},
         signed=True,
@@ -155,7 +155,7 @@ def spam(idle, period):
 
 def acclip(alpha):
     return Method(
-        lambda o: oc.scale_by_acclip(o["b1"], o["b2"], alpha=alpha, eps=o["eps"]),
+        lambda o: contrib.scale_by_acclip(o["b1"], o["b2"], alpha=alpha, eps=o["eps"]),
         lambda x, o: h.acclip(x, o, alpha=alpha),
         {"b1": DECAYS, "b2": DECAYS, "eps": [0.0, 1e-5]},
         signed=True,
@@ -164,7 +164,7 @@ def acclip(alpha):
 
 def mixed(smooth):
     return Method(
-        lambda o: oc.mixed_clip(o["c"], decay=o["decay"], mix=o["mix"], smooth=smooth),
+        lambda o: contrib.mixed_clip(o["c"], decay=o["decay"], mix=o["mix"], smooth=smooth),
         lambda x, o: h.mixed_clip(x, o, smooth=smooth),
         {"c": inputs.BOUNDS[3:], "decay": DECAYS, "mix": [0.0, 0.3, 0.7, 1.0]},
         signed=True,
@@ -205,7 +205,7 @@ QUICK = {
     "spam_clip": spam(2, None),
     "scale_by_acclip": acclip(1.0),
     "scale_by_stable_adam": Method(
-        lambda o: oc.scale_by_stable_adam(o["b1"], o["b2"], eps=o["eps"]),
+        lambda o: contrib.scale_by_stable_adam(o["b1"], o["b2"], eps=o["eps"]),
         h.stable_adam,
         BOTH | {"eps": [1e-6, 1e-12]},
         signed=True,

@@ -15,7 +15,7 @@ import optax
 import pytest
 
 import optaxclip as oc
-from optaxclip import norms, thresholds
+from optaxclip import contrib, norms, thresholds
 from tests import table
 from tests.fuzz import inputs, plain
 from tests.fuzz.plain import Expected, L
@@ -208,7 +208,7 @@ METHODS = {
     "adaptive_grad_clip, io": agc("io", io_dims),
     "adaptive_grad_clip, oi": agc("oi", oi_dims),
     "adaptive_grad_clip, leaf": agc("leaf", lambda shape: tuple(range(len(shape)))),
-    "clippy": Method(oc.clippy, clippy_expect, lambda flat: 1.0),
+    "clippy": Method(contrib.clippy, clippy_expect, lambda flat: 1.0),
     "clip_by_spectral_norm": leaf_by_leaf(lambda c, d: oc.clip_by_spectral_norm(c), spectral),
     "zero_nonfinite": Method(
         lambda c, d: oc.zero_nonfinite(),

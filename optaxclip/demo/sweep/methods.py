@@ -7,7 +7,7 @@ import jax
 import optax
 
 import optaxclip
-from optaxclip import norms, thresholds
+from optaxclip import contrib, norms, thresholds
 
 Transformation: TypeAlias = optax.GradientTransformation
 Optimizer: TypeAlias = Callable[[Transformation, jax.Array], Transformation]
@@ -83,7 +83,7 @@ def _capped_autoclip() -> Transformation:
 
 def _spam(scaling: Transformation, rate: jax.Array) -> Transformation:
     inner = optax.chain(scaling, _rate(rate))
-    return optax.chain(optaxclip.spam_clip(period=100), optaxclip.reset_state_every(inner, 100, warmup_steps=30))
+    return optax.chain(contrib.spam_clip(period=100), contrib.reset_state_every(inner, 100, warmup_steps=30))
 
 
 UNCLIPPED = Method("none", "no clipping", "nowhere", lambda scaling, rate: optax.chain(scaling, _rate(rate)))
@@ -119,33 +119,35 @@ _ALL = [
     ),
     # Relative to the parameters.
     _before("adaptive_grad_clip", "adaptive_grad_clip(0.01)", lambda: optaxclip.adaptive_grad_clip(0.01)),
-    _last("clippy", "clippy(0.5, 0.01)", lambda: optaxclip.clippy(0.5, 0.01)),
+    _last("clippy", "clippy(0.5, 0.01)", lambda: contrib.clippy(0.5, 0.01)),
     # Bounds that follow the norms.
     _before("autoclip", "autoclip(10.0)", lambda: optaxclip.autoclip(10.0)),
     _before("capped_autoclip", "autoclip(10.0), at most 1.0", _capped_autoclip),
-    _before("percentile_clip", "percentile_clip(5.0)", lambda: optaxclip.percentile_clip(5.0)),
+    _before("percentile_clip", "percentile_clip(5.0)", lambda: contrib.percentile_clip(5.0)),
     _before(
-        "clip_by_tracked_quantile", "clip_by_tracked_quantile(0.5)", lambda: optaxclip.clip_by_tracked_quantile(0.5)
+        "clip_by_tracked_quantile",
+        "clip_by_tracked_quantile(0.5)",
+        lambda: contrib.clip_by_tracked_quantile(0.5),
     ),
     _before("zclip", "zclip(2.5)", lambda: optaxclip.zclip(2.5)),
     _before("clip_by_history", "clip_by_history(3.0)", lambda: optaxclip.clip_by_history(3.0)),
     _before("adagc", "adagc(1.05)", lambda: optaxclip.adagc(1.05)),
-    _before("aggc", "aggc(layer, 2.0)", lambda: optaxclip.aggc(layer, 2.0)),
-    _between("clip_norm_growth", "clip_norm_growth(1.01)", lambda: optaxclip.clip_norm_growth(1.01)),
+    _before("aggc", "aggc(layer, 2.0)", lambda: contrib.aggc(layer, 2.0)),
+    _between("clip_norm_growth", "clip_norm_growth(1.01)", lambda: contrib.clip_norm_growth(1.01)),
     # Coordinates that spike.
-    _before("spam_clip", "spam_clip(5000.0)", lambda: optaxclip.spam_clip(5000.0)),
+    _before("spam_clip", "spam_clip(5000.0)", lambda: contrib.spam_clip(5000.0)),
     Method("spam", "spam_clip + reset_state_every(.., 100)", "both", _spam),
-    _before("adaptive_spike_clip", "adaptive_spike_clip(0.999)", lambda: optaxclip.adaptive_spike_clip(0.999)),
+    _before("adaptive_spike_clip", "adaptive_spike_clip(0.999)", lambda: contrib.adaptive_spike_clip(0.999)),
     _before(
         "stable_spam",
         "adaptive_spike_clip + scale_by_adaptive_norm",
-        lambda: optax.chain(optaxclip.adaptive_spike_clip(), optaxclip.scale_by_adaptive_norm()),
+        lambda: optax.chain(contrib.adaptive_spike_clip(), contrib.scale_by_adaptive_norm()),
     ),
     # Inside momentum.
     _instead("clipped_momentum", "clipped_momentum(1.0)", lambda: optaxclip.clipped_momentum(1.0)),
-    _instead("mixed_clip", "mixed_clip(1.0)", lambda: optaxclip.mixed_clip(1.0)),
-    _instead("scale_by_acclip", "scale_by_acclip()", optaxclip.scale_by_acclip),
-    _instead("scale_by_stable_adam", "scale_by_stable_adam()", optaxclip.scale_by_stable_adam),
+    _instead("mixed_clip", "mixed_clip(1.0)", lambda: contrib.mixed_clip(1.0)),
+    _instead("scale_by_acclip", "scale_by_acclip()", contrib.scale_by_acclip),
+    _instead("scale_by_stable_adam", "scale_by_stable_adam()", contrib.scale_by_stable_adam),
     # Around a clip or an optimizer.
     _before(
         "with_carry",

@@ -1,0 +1,60 @@
+"""What leaves hold: which count, and of which floats a gradient can be made."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optaxclip._arrays import trees
+
+_ADVICE = "cast the gradients to bfloat16 or float32 before the update"
+
+
+def of(leaf: Any) -> Any:
+    """The dtype of a leaf; None for what is neither an array nor a number, as a function in an Equinox model."""
+    if hasattr(leaf, "dtype"):
+        return leaf.dtype
+    return jnp.result_type(leaf) if isinstance(leaf, bool | int | float | complex) else None
+
+
+def is_inexact(leaf: Any) -> bool:
+    """Whether a leaf holds real or complex floats, no integers, booleans, float0 or keys."""
+    dtype = of(leaf)
+    return dtype is not None and bool(jnp.issubdtype(dtype, jnp.inexact))
+
+
+def accumulator(dtype: Any) -> Any:
+    """The real dtype that norms of arrays of `dtype` have."""
+    return jnp.float64 if dtype in (jnp.float64, jnp.complex128) else jnp.float32
+
+
+def wide(dtype: Any) -> Any:
+    """The dtype to calculate in: `accumulator`, but complex for complex."""
+    return dtype if jnp.issubdtype(dtype, jnp.complexfloating) else accumulator(dtype)
+
+
+def require_usable(tree: Any) -> None:
+    """Raises ValueError where a leaf has floats that can't be clipped, with its path, its dtype and what to do."""
+    kinds = [of(leaf) for leaf in jax.tree.leaves(tree)]
+    for i, kind in enumerate(kinds):
+        if problem := what_is_wrong(kind):
+            path = trees.paths(tree)[i]
+            leaf = f"the leaf {path!r}" if path else "the gradient"
+            raise ValueError(f"{leaf} is {kind}, {problem}: {_ADVICE}, or keep this leaf out with optax.masked")
+
+
+def what_is_wrong(dtype: Any) -> str:
+    """Why floats of a dtype can't be clipped; nothing if they can, or if these are no floats."""
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        return ""
+    info = jnp.finfo(dtype)
+    if float(info.min) >= 0:  # float8_e8m0fnu: powers of two
+        return "which holds neither 0 nor negative numbers"
+    if info.bits == 6:  # XLA for CPUs crashes at a conversion (jax 0.12). This can go when it no longer does.
+        return "which XLA can't calculate with"
+    return ""
+
+
+def of_state(dtype: Any) -> Any:
+    """The dtype of an average of floats of `dtype` where nothing else is said: narrower than 16 bits, none moves."""
+    return jnp.float32 if jnp.finfo(dtype).bits < 16 else dtype

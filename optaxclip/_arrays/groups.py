@@ -1,0 +1,122 @@
+"""One function on every group at once.
+
+Norms are a pytree with one entry per group: a scalar per leaf, say. What is done to scalars is done to all of them in
+one vector: a GPU or TPU would start a program for every small operation on every one of them.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optaxclip._arrays import layouts
+
+
+def over_groups(fn: Callable[..., Any], norms: Any, *others: Any) -> Any:
+    """Applies an elementwise function to each group's entries.
+
+    Args:
+      fn: takes an entry of `norms` and one of each of `others`, or many entries in vectors; returns a pytree of arrays
+        of the entry's shape.
+      norms: a pytree with one array per group.
+      *others: each a pytree of the structure of `norms`, or one number or scalar array for all groups.
+
+    Returns:
+      A pytree of the structure of `norms` with what `fn` returned at its leaves.
+    """
+    flat, treedef = jax.tree.flatten(norms)
+    return treedef.unflatten(vectorized(fn, flat, *(entries(other, treedef) for other in others)))
+
+
+def vectorized(fn: Callable[..., Any], first: Sequence[jax.Array], *others: Sequence[Any]) -> list[Any]:
+    """`fn` of every row of these columns: of arrays row by row, of scalars of a kind in one vector.
+
+    Args:
+      fn: acts number by number; returns a pytree of arrays.
+      first: arrays.
+      *others: arrays of the same shapes, or numbers, or None.
+    """
+    rows = list(zip(first, *others, strict=True))
+    results: dict[int, Any] = {}
+    for at in alike(i if row[0].ndim else tuple(map(_kind, row)) for i, row in enumerate(rows)).values():
+        if len(at) == 1:
+            results[at[0]] = fn(*rows[at[0]])
+            continue
+        whole, treedef = jax.tree.flatten(fn(*map(_stacked, zip(*(rows[i] for i in at), strict=True))))
+        pieces = zip(*(unstacked(value) if value.ndim else [value] * len(at) for value in whole), strict=True)
+        results |= zip(at, map(treedef.unflatten, pieces), strict=True)
+    return [results[i] for i in range(len(rows))]
+
+
+def alike(keys: Iterable[Any]) -> dict[Any, list[int]]:
+    """The places of each key."""
+    places: dict[Any, list[int]] = {}
+    for i, key in enumerate(keys):
+        places.setdefault(key, []).append(i)
+    return places
+
+
+def _kind(value: Any) -> Any:
+    """What scalars have in common that fit into one vector. What varies over mesh axes must not make others vary."""
+    return jax.typeof(value) if isinstance(value, jax.Array) else value is None
+
+
+def _stacked(column: tuple[Any, ...]) -> Any:
+    if all(value is column[0] for value in column):
+        return column[0]
+    return jnp.stack(column) if isinstance(column[0], jax.Array) else np.stack(column)
+
+
+def unstacked(array: jax.Array) -> list[jax.Array]:
+    """The entries along the first axis."""
+    return [jax.lax.squeeze(piece, [0]) for piece in jax.lax.split(array, [1] * len(array))]
+
+
+def number(norms: Any) -> int:
+    """How many groups there are."""
+    return sum(math.prod(entry.shape) for entry in jax.tree.leaves(norms))
+
+
+def dtype(norms: Any) -> Any:
+    """The widest dtype of the groups' norms; float32 if there are none."""
+    return jnp.result_type(jnp.float32, *(entry.dtype for entry in jax.tree.leaves(norms)))
+
+
+def as_vector(norms: Any) -> tuple[jax.Array, Callable[[jax.Array], Any]]:
+    """All groups, at least one, as a vector that is whole on every device; and the way back for such a vector.
+
+    Raises:
+      ValueError: if groups lie on different devices of a `shard_map`.
+    """
+    flat, treedef = jax.tree.flatten(norms)
+    widest = dtype(norms)
+    for entry in flat:
+        if entry.ndim and layouts.varying(entry):
+            raise ValueError(
+                f"the groups lie on different devices along mesh axes {tuple(sorted(layouts.varying(entry)))}, and a "
+                "threshold that follows the history of norms needs all of them on each: measure whole leaves, or clip "
+                "outside of shard_map"
+            )
+    vector = jnp.concatenate([layouts.whole(entry).reshape(-1).astype(widest) for entry in flat])
+    ends = list(itertools.accumulate(entry.size for entry in flat))
+
+    def back(values: jax.Array) -> Any:
+        pieces = jnp.split(layouts.whole(values), ends[:-1])  # or XLA may lay out what is kept of them as a leaf
+        return treedef.unflatten(
+            [
+                layouts.like(piece.reshape(entry.shape).astype(entry.dtype), entry)
+                for piece, entry in zip(pieces, flat, strict=True)
+            ]
+        )
+
+    return vector, back
+
+
+def entries(value: Any, treedef: Any) -> list[Any]:
+    """The entries of a pytree of the structure `treedef`, or one number, or None, as often as that has leaves."""
+    is_one = value is None or jnp.isscalar(value)
+    return [value] * treedef.num_leaves if is_one else treedef.flatten_up_to(value)

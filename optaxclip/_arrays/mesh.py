@@ -1,0 +1,262 @@
+"""Over which mesh axes a leaf is split.
+
+Under `jit` with shardings a sum over an array is global already, and nothing here does anything. Inside `shard_map` and
+`pmap` each device sees its own piece of a split leaf, and a norm must be summed over the axes that the leaf is split
+over: all of them, and no other (a replicated leaf must be counted once).
+
+`split_of` decides that for every leaf, once, from `axes`:
+
+- `"auto"`: the axes that the leaf varies over, which `shard_map` tracks in the types when `check_vma=True` (its
+  default). Nothing is known in `pmap` and with `check_vma=False`: there is a warning, and the axes must be named.
+- a name or a tuple of names: the same axes for every leaf. Where the types know nothing, there is a warning if a leaf
+  could be whole: it would be counted once per device.
+- a PartitionSpec or a prefix pytree of them: per leaf, and by dimension, which norms of single units need. A None among
+  them is `P()`, a leaf that is whole.
+- `None`: nothing is split; each device stands for itself.
+
+Names that are not bound where we run (outside `shard_map`) are dropped, as are names over which a leaf is known not to
+vary. A gradient that is a sum not yet taken is refused: its norm on each device would be that of a summand.
+
+No type tells a piece of one model from a model of its own (seeds, populations): `"auto"` takes what varies for a piece,
+and one norm then couples all devices. A model per device needs `None`.
+
+Axes along which devices hold different examples, each with a gradient of its own, split no leaf: see `apart`.
+"""
+
+import contextlib
+import contextvars
+import math
+import warnings
+from collections.abc import Generator, Iterable, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from optaxclip._arrays import callers, dtypes, layouts, trees
+
+Axes: TypeAlias = Any  # "auto" | None | str | tuple[str, ...] | prefix pytree of PartitionSpec
+
+
+def whole_size(lengths: Iterable[int], axes: Iterable[str]) -> int:
+    """How many entries there are in a block of these lengths on every device along these axes, taken together."""
+    return math.prod(lengths) * math.prod(jax.lax.axis_size(name) for name in axes)
+
+
+_APART: contextvars.ContextVar[frozenset[str]] = contextvars.ContextVar("apart", default=frozenset())
+
+
+@contextlib.contextmanager
+def apart(names: Iterable[str]) -> Generator[None, None, None]:
+    """While this is entered, devices along mesh axes `names` have trees of their own: no leaf is split over them."""
+    token = _APART.set(_APART.get() | frozenset(names))
+    try:
+        yield
+    finally:
+        _APART.reset(token)
+
+
+class Split(NamedTuple):
+    """How one leaf is split.
+
+    Attributes:
+      path: the leaf's path, for messages.
+      axes: the mesh axes it is split over, in order.
+      by_dim: the same axes, dimension by dimension; None where that is not known.
+    """
+
+    path: str
+    axes: tuple[str, ...]
+    by_dim: tuple[tuple[str, ...], ...] | None
+
+    def whole_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the whole leaf, given that of this device's piece; where it is not known, no length is 1."""
+        if not self.axes:
+            return shape
+        if self.by_dim is None:
+            return tuple(max(length, 2) for length in shape)
+        sizes = [math.prod(jax.lax.axis_size(name) for name in names) for names in self.by_dim]
+        return tuple(length * size for length, size in zip(shape, sizes, strict=True))
+
+    def over(self, dims: tuple[int, ...], ndim: int) -> tuple[str, ...]:
+        """The mesh axes to sum over when the dimensions `dims` of this leaf of rank `ndim` are reduced."""
+        if not self.axes or len(dims) == ndim:
+            return self.axes
+        if self.by_dim is None:
+            raise ValueError(
+                f"leaf {self.path!r} is split over mesh axes {self.axes}, and it is not known which of its dimensions "
+                f"are: a norm over its dimensions {dims} alone needs axes= to be a PartitionSpec or a pytree of them"
+            )
+        return tuple(sorted(name for dim in dims for name in self.by_dim[dim]))
+
+
+def split_of(tree: Any, params: Any = None, axes: Axes = "auto") -> list[Split]:
+    """Says for every leaf of `tree` over which mesh axes it is split.
+
+    Args:
+      tree: gradients, updates or parameters.
+      params: the parameters, where known. A gradient that varies over an axis that its parameter does not vary over, at
+        the same shape, is a sum not yet taken: an error, unless `axes` is None or names axes.
+      axes: see the module's docstring.
+
+    Returns:
+      One Split per leaf, in the order of `jax.tree.leaves(tree)`.
+    """
+    flat, paths = jax.tree.leaves(tree), trees.paths(tree)
+    is_auto = isinstance(axes, str) and axes == "auto"
+    is_chosen = axes is None or (_is_names(axes) and not is_auto)
+    require_reduced(tree, None if is_chosen else params, meant=_WHAT_CAN_BE_MEANT)
+    if axes is None:
+        return [Split(path, (), None) for path in paths]
+    tracked = _Tracked()
+    if is_chosen:
+        names = (axes,) if isinstance(axes, str) else tuple(axes)
+        _warn_of_whole_leaves(axes, names, flat, tracked)
+        return [Split(path, tracked.keep(names, leaf), None) for leaf, path in zip(flat, paths, strict=True)]
+    if is_auto:
+        if flat:
+            _warn_of_the_unseen(tracked)
+        over = [tuple(sorted(layouts.varying(leaf) - _APART.get())) for leaf in flat]
+        return [Split(path, names, None) for path, names in zip(paths, over, strict=True)]
+    specs = trees.values("axes", axes, tree)
+    return [_split_by_spec(*each, tracked) for each in zip(specs, flat, paths, strict=True)]
+
+
+_WHAT_CAN_BE_MEANT = (
+    ", or say what is meant: axes=None clips on each device alone, axes=<names> takes the norm over those axes"
+)
+
+
+def require_reduced(grads: Any, beside: Any = None, *, called: str = "parameter", meant: str = "") -> None:
+    """Raises where a gradient is a sum that has not been taken yet: the piece on each device is one summand of it.
+
+    Args:
+      grads: a pytree.
+      beside: of its structure, what tells how a reduced gradient would vary, the parameters say; None if nothing does.
+        A gradient that varies over an axis that the array beside it does not vary over, at the same shape, is refused.
+      called: what the message calls an array of `beside`.
+      meant: how the message goes on where the caller has a way to say that this is meant.
+    """
+    dtypes.require_usable(grads)  # here since every update comes through here
+    flat, treedef = jax.tree.flatten(grads)
+    for i, leaf in enumerate(flat):
+        if names := layouts.unreduced(leaf):  # jax itself says so, in the type
+            raise ValueError(
+                f"{_the_gradient(grads, i)} is unreduced over mesh axes {names}: each device has one summand of it. "
+                "Reduce it first: under jit with jax.sharding.reshard to a PartitionSpec without `unreduced`, in "
+                "shard_map with jax.lax.psum"
+            )
+    if beside is None or not any(map(layouts.varying, flat)):
+        return
+    for i, (leaf, other) in enumerate(zip(flat, treedef.flatten_up_to(beside), strict=True)):
+        extra = layouts.varying(leaf) - layouts.varying(other)
+        if extra and jax.numpy.shape(leaf) == jax.numpy.shape(other):
+            raise ValueError(
+                f"{_the_gradient(grads, i)} varies over mesh axes {tuple(sorted(extra))} and its {called} does not: it "
+                f"has not been reduced yet. Reduce it first (jax.lax.psum or pmean){meant}"
+            )
+
+
+def _the_gradient(grads: Any, i: int) -> str:
+    path = trees.paths(grads)[i]
+    return f"the gradient of {path!r}" if path else "the gradient"
+
+
+def may_vary_over(value: Any, splits: Sequence[Split]) -> tuple[str, ...]:
+    """The mesh axes over which something calculated from leaves that are split so may differ between devices."""
+    names = {name for split in splits for name in split.axes}
+    return _Tracked().keep(tuple(sorted(names)), value)
+
+
+def _warn_of_the_unseen(tracked: "_Tracked") -> None:
+    """One warning where `"auto"` finds nothing because this `shard_map` (or `pmap`, which is one) tracks nothing."""
+    if names := _untracked(tracked):
+        warnings.warn(
+            f"axes='auto' sees nothing along mesh axes {names}: in pmap, and in shard_map with check_vma=False, jax "
+            "does not track over which axes an array is split, so every device takes the norm of its own share alone. "
+            "Where arrays are split pass axes=, a PartitionSpec for all leaves or a pytree of them (P() for a leaf "
+            "that is whole on every device); where all are whole, or each device has a model of its own, "
+            "pass axes=None",
+            stacklevel=callers.steps_up(),
+        )
+
+
+def _warn_of_whole_leaves(axes: Axes, names: tuple[str, ...], flat: list[Any], tracked: "_Tracked") -> None:
+    """One warning where names stand for all leaves and nothing tells which of them are whole on every device."""
+    measured = [leaf for leaf in flat if dtypes.is_inexact(leaf)]
+    may_be_whole = len(measured) > 1 or any(jnp.ndim(leaf) == 0 for leaf in measured)
+    if may_be_whole and set(names).intersection(_untracked(tracked)):
+        warnings.warn(
+            f"axes={axes!r} takes every leaf to be split over these mesh axes, and in pmap, and in shard_map with "
+            "check_vma=False, jax does not track whether it is: a leaf that is whole on every device is counted once "
+            "per device. Pass PartitionSpecs instead, P() for such a leaf: axes={'kernel': P('data'), 'bias': P()}",
+            stacklevel=callers.steps_up(),
+        )
+
+
+def _untracked(tracked: "_Tracked") -> tuple[str, ...]:
+    """The axes of the mesh along which types say nothing.
+
+    A named axis of `vmap` is none of them, and one norm for each of its entries is what people want of it.
+    """
+    return tuple(name for name in jax.sharding.get_abstract_mesh().manual_axes if tracked(name) is False)
+
+
+def _refuse_unknown(name: str) -> None:
+    """Raises for a name that no axis of the mesh has where one is bound: each device would be left to itself."""
+    here = jax.sharding.get_abstract_mesh()
+    if here.manual_axes and name not in here.axis_names:
+        raise ValueError(f"axes={name!r} is no axis of the mesh, which has {here.axis_names}")
+
+
+class _Tracked:
+    """Which axis names are bound here, and whether the types track them; asked once per name."""
+
+    def __init__(self) -> None:
+        self.known: dict[str, bool | None] = {}
+
+    def __call__(self, name: str) -> bool | None:
+        if name not in self.known:
+            try:
+                # Where variation is tracked, a device's own index varies over its axis.
+                self.known[name] = name in layouts.varying(jax.lax.axis_index(name))
+            except NameError:
+                _refuse_unknown(name)
+                self.known[name] = None
+        return self.known[name]
+
+    def keep(self, names: tuple[str, ...], leaf: Any) -> tuple[str, ...]:
+        """Those of `names` that are bound and that `leaf` may be split over."""
+        over = layouts.varying(leaf)
+        names = tuple(name for name in names if name not in _APART.get())
+        return tuple(name for name in names if (self(name) is False) or (self(name) and name in over))
+
+
+def _is_names(axes: Any) -> bool:
+    if isinstance(axes, str):
+        return True
+    several = isinstance(axes, tuple | list) and not _is_spec(axes)
+    return several and bool(axes) and all(isinstance(name, str) for name in axes)
+
+
+def _is_spec(value: Any) -> bool:
+    return isinstance(value, PartitionSpec)
+
+
+def _split_by_spec(spec: Any, leaf: Any, path: str, tracked: _Tracked) -> Split:
+    spec = PartitionSpec() if spec is None else spec  # no entry, as where a parameter has no gradient
+    if not _is_spec(spec):
+        raise ValueError(
+            "axes must be 'auto', None, a name, a tuple of names, or a prefix pytree of PartitionSpec; "
+            f"got {spec!r} for leaf {path!r}"
+        )
+    ndim = len(jax.numpy.shape(leaf))
+    dims = layouts.dims_of(spec)
+    if len(dims) > ndim:
+        raise ValueError(f"axes={spec} has {len(dims)} dimensions, but leaf {path!r} has {ndim}")
+    entries = [*dims, *([None] * (ndim - len(dims)))]
+    named = [entry if isinstance(entry, tuple) else (entry,) for entry in entries]
+    by_dim = tuple(tracked.keep(tuple(n for n in names if isinstance(n, str)), leaf) for names in named)
+    # In one order for all leaves: a set of axes in two orders would be two collectives.
+    return Split(path, tuple(sorted(name for names in by_dim for name in names)), by_dim)

@@ -1,0 +1,95 @@
+"""The parameters beside the updates: what of `params` is one, which is needed, and where a gradient is missing."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optaxclip._arrays import dtypes, trees
+
+# The base of optax has no public home; the message is the one users know.
+NO_PARAMS = (
+    "You are using a transformation that requires the current value of parameters, but you are not passing `params` "
+    "when calling `update`."
+)
+
+
+def parameters(params: Any, updates: Any = None) -> Any:
+    """`params` in the containers of `updates`, with None in place of whatever is no parameter.
+
+    A model may be its own parameters: an Equinox module holds functions, strings and settings beside its arrays. What
+    is no array is no parameter, and a Python number is one only where `updates` has a leaf. Where the containers
+    differ (a dict beside a `FrozenDict`, Flax's boxes beside plain arrays) the keys decide.
+    """
+    if params is None:
+        return None
+    if updates is None:
+        return jax.tree.map(lambda leaf: leaf if dtypes.of(leaf) is not None else None, params)
+    if all(map(_is_array, jax.tree.leaves(params))) and jax.tree.structure(params) == jax.tree.structure(updates):
+        return params
+    aligned = trees.aligned(params, updates)
+    if aligned is not None:
+        return aligned
+
+    def known(update: Any, param: Any) -> Any:
+        may_be_number = update is not None
+        return jax.tree.map(
+            lambda leaf: leaf if _is_array(leaf) or (may_be_number and dtypes.of(leaf) is not None) else None, param
+        )
+
+    try:
+        return jax.tree.map(known, updates, params, is_leaf=trees.is_none)
+    except ValueError:  # of another structure, which only those that need parameters refuse
+        return jax.tree.map(lambda leaf: leaf if _is_array(leaf) else None, params)
+
+
+def _is_array(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and hasattr(leaf, "shape")
+
+
+def require_params(updates: Any, params: Any) -> None:
+    """Raises ValueError unless there are parameters, of the structure and shapes of the updates."""
+    if params is None:
+        raise ValueError(NO_PARAMS)
+    problem = "the structure of updates is not that of params"
+    aligned = jax.tree.leaves(trees.broadcast(problem, updates, params, ("updates", "params")))
+    known = trees.paths(params)
+    if missing := sorted(set(trees.paths(updates)) - set(known)):
+        raise ValueError(
+            f"update {missing[0]!r} has no parameter beside it; params has arrays at {trees.listed(known)}"
+        )
+    for path, param, update in zip(known, jax.tree.leaves(params), aligned, strict=True):
+        if jnp.shape(param) != jnp.shape(update):
+            raise ValueError(f"update and parameter {path!r} differ in shape: {jnp.shape(update)}, {jnp.shape(param)}")
+
+
+def fill_missing(updates: Any, params: Any) -> Any:
+    """Zero gradients where `updates` has None and the parameters have leaves, so that groups and states fit.
+
+    Args:
+      updates: a pytree.
+      params: the parameters, or a state of their structure.
+
+    Raises:
+      ValueError: where the structures part.
+    """
+    if params is None or not any(map(trees.is_none, jax.tree.leaves(updates, is_leaf=trees.is_none))):
+        return updates
+
+    def zeros(param: Any) -> Any:
+        return jnp.zeros_like(param) if dtypes.is_inexact(param) else param
+
+    def fill(update: Any, param: Any) -> Any:
+        return jax.tree.map(zeros, param) if update is None else update
+
+    try:
+        return jax.tree.map(fill, updates, params, is_leaf=trees.is_none)
+    except ValueError as error:
+        problem = "the structure of updates, in which None is no gradient, is not that of the parameters or the state"
+        parting = trees.difference(updates, params, ("updates", "params or the state"))
+        raise ValueError(f"{problem}: {parting or error}") from None
+
+
+def drop_missing(updates: Any, filled: Any) -> Any:
+    """`filled`, with None where `updates` has it."""
+    return jax.tree.map(lambda old, new: None if old is None else new, updates, filled, is_leaf=trees.is_none)

@@ -1,0 +1,1 @@
+"""Arithmetic that stays within the float range: norms, factors, averages, matrices."""

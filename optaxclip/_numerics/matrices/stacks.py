@@ -1,0 +1,115 @@
+"""Leaves as stacks of matrices, and back.
+
+Matrices with more columns than rows are transposed, so that W and W^T, as a transformer has them in its two MLP
+kernels, have one shape and go into one stack. Singular values are the same.
+"""
+
+import math
+from collections.abc import Callable, Container, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optaxclip._arguments import checks
+from optaxclip._arrays import dtypes, groups, layouts, mesh, trees
+from optaxclip._numerics.matrices.products import turned
+
+UNITS = ("io", "oi")
+
+
+def is_axis_count(value: Any) -> bool:
+    """Whether `stacked` may be this for a leaf."""
+    return checks.is_whole(value) and value >= 0
+
+
+def layers(stacked: Any, tree: Any) -> list[int]:
+    """How many axes of each leaf index layers, from a function or a prefix pytree; None is 0.
+
+    Raises:
+      ValueError: if that is no whole number, or a leaf with floats has fewer axes.
+    """
+    found = [0 if axes is None else axes for axes in trees.values("stacked", stacked, tree)]
+    for path, leaf, axes in zip(trees.paths(tree), jax.tree.leaves(tree), found, strict=True):
+        if not is_axis_count(axes):
+            raise ValueError(f"stacked must be a whole number of at least 0, got {axes!r} for {path!r}")
+        if dtypes.is_inexact(leaf) and axes > jnp.ndim(leaf):
+            raise ValueError(
+                f"stacked must be from 0 to the rank of the leaf, got {axes} for {path!r} of shape {jnp.shape(leaf)}"
+            )
+    return found
+
+
+def of_leaves(
+    flat: Sequence[Any], layers: Sequence[int], split: Sequence[mesh.Split], units: str
+) -> dict[int, jax.Array]:
+    """The leaves that are matrices, by their place: those of floats with two dimensions or more behind `layers`.
+
+    Returns:
+      Of each a stack of shape [number of layers, rows, columns], with at least as many rows as columns, in float32 or
+      wider, whole on every device.
+
+    Raises:
+      ValueError: if a matrix is split over the devices of a `shard_map`.
+    """
+    return {
+        i: _as_stack(jnp.asarray(leaf), stacked, at, units)
+        for i, (leaf, stacked, at) in enumerate(zip(flat, layers, split, strict=True))
+        if dtypes.is_inexact(leaf) and jnp.ndim(leaf) - stacked >= 2
+    }
+
+
+def _as_stack(leaf: jax.Array, layers: int, split: mesh.Split, units: str) -> jax.Array:
+    if axes := split.over(tuple(range(layers, leaf.ndim)), leaf.ndim):
+        raise ValueError(
+            f"the matrix {split.path!r} is split over mesh axes {axes}, and its singular values need all of it: clip "
+            "under jit, outside of shard_map, where jax gathers it, or gather it before and take this device's piece "
+            "after"
+        )
+    number, rows, columns = _sizes(leaf.shape, layers, units)
+    stack = layouts.whole(leaf).astype(dtypes.wide(leaf.dtype)).reshape(number, rows, columns)
+    return turned(stack) if rows < columns else stack
+
+
+def as_leaf(stack: jax.Array, shape: tuple[int, ...], layers: int, units: str) -> jax.Array:
+    """A stack that `of_leaves` made of a leaf, in the shape of that leaf."""
+    _, rows, columns = _sizes(shape, layers, units)
+    return (turned(stack) if rows < columns else stack).reshape(shape)
+
+
+def _sizes(shape: tuple[int, ...], layers: int, units: str) -> tuple[int, int, int]:
+    """The number of a leaf's matrices, and of their rows and columns."""
+    last = len(shape) - 1 if units == "io" else layers + 1  # where the columns begin
+    return math.prod(shape[:layers]), math.prod(shape[layers:last]), math.prod(shape[last:])
+
+
+def others(flat: Sequence[Any], matrices: Container[int]) -> list[Any]:
+    """The leaves, with an integer in place of each matrix: it has no norm."""
+    return [np.int32(0) if i in matrices else leaf for i, leaf in enumerate(flat)]
+
+
+def together(fn: Callable[..., Any], *columns: dict[int, jax.Array]) -> dict[int, Any]:
+    """`fn(*arrays)` of every place, with what is alike in one call.
+
+    Args:
+      fn: takes arrays with a leading axis of matrices, the first a stack; returns a pytree of arrays with such an axis.
+      *columns: the arguments at every place.
+    """
+
+    def kind(i: int) -> Any:
+        stack = columns[0][i]
+        # On an Auto mesh XLA decides how arrays are laid out, and would lay out alike what is put together.
+        return stack.shape[1:], stack.dtype, layouts.varying(stack), None if layouts.is_known(stack) else i
+
+    keys = list(columns[0])
+    results: dict[int, Any] = {}
+    for at in groups.alike(map(kind, keys)).values():
+        places = [keys[k] for k in at]
+        out = fn(*(jnp.concatenate([column[i] for i in places]) for column in columns))
+        ends = [0]
+        for i in places:
+            ends.append(ends[-1] + columns[0][i].shape[0])
+        for i, start, end in zip(places, ends[:-1], ends[1:], strict=True):
+            results[i] = jax.tree.map(lambda x, start=start, end=end: x[start:end], out)
+    return results

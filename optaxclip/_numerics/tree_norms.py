@@ -1,0 +1,95 @@
+"""Norms of pytrees and norms of norms, on every kind of mesh."""
+
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optaxclip._arrays import groups, layouts, mesh
+from optaxclip._numerics import array_norms
+
+
+def total_norm(leaves: Sequence[Any], axes: Sequence[tuple[str, ...]], ord: float) -> jax.Array:
+    """One norm of all `leaves`, each split over its mesh axes in `axes`. One collective per distinct set of axes."""
+    norms = array_norms.norms(leaves, list(map(all_dims, leaves)), ord)
+    sets = groups.alike(_kind(*each) for each in zip(norms, axes, strict=True))
+    totals = [norm_of_norms(jnp.stack([norms[i] for i in at]), names, ord) for (names, *_), at in sets.items()]
+    return norm_of_parts(totals, ord) if totals else jnp.zeros((), jnp.float32)
+
+
+def norm_of_parts(norms: Sequence[jax.Array], ord: float) -> jax.Array:
+    """The norm of what has these norms, of one shape and perhaps of two dtypes, on this device."""
+    widest = max((norm.dtype for norm in norms), key=lambda dtype: dtype.itemsize)
+    return norm_of_norms(jnp.stack([norm.astype(widest) for norm in norms]), (), ord)
+
+
+def separate_norms(
+    leaves: Sequence[Any], dims: Sequence[tuple[int, ...]], axes: Sequence[tuple[str, ...]], ord: float
+) -> list[jax.Array]:
+    """The norm of each leaf over its dimensions `dims`, which are split over the mesh axes `axes`."""
+    return across(array_norms.norms(leaves, dims, ord), axes, ord)
+
+
+def across(norms: Sequence[jax.Array], axes: Sequence[tuple[str, ...]], ord: float) -> list[jax.Array]:
+    """Each of `norms`, of what this device holds, taken over its mesh axes. One collective per distinct set of axes."""
+    norms = list(norms)
+    for (names, *_), at in groups.alike(_kind(*each) for each in zip(norms, axes, strict=True)).items():
+        if not names:
+            continue
+        together = norm_of_norms(jnp.concatenate([norms[i].reshape(1, -1) for i in at], axis=1), names, ord)
+        ends = list(itertools.accumulate(norms[i].size for i in at))
+        for i, piece in zip(at, jnp.split(together, ends[:-1]), strict=True):
+            norms[i] = piece.reshape(norms[i].shape)
+    return norms
+
+
+def _kind(norm: jax.Array, names: tuple[str, ...]) -> Any:
+    """What is taken together. Units of a leaf that lie on different devices must not make others vary as well."""
+    return names, norm.dtype, layouts.varying(norm)
+
+
+def all_dims(leaf: Any) -> tuple[int, ...]:
+    """Every dimension of a leaf."""
+    return tuple(range(jnp.ndim(leaf)))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _norm_of_norms(norms: jax.Array, axes: tuple[str, ...], ord: float) -> jax.Array:
+    """The norm of norms, over the leading axis of `norms` and over the mesh axes `axes`, the same on every device."""
+    norm = norms[0] if len(norms) == 1 else array_norms.norms([norms], [(0,)], ord)[0]
+    if not axes:
+        return norm
+    if ord == 2:
+        squares = jnp.stack(array_norms.squares_at_three_scales(norm))
+        return array_norms.root_of_three_scales(*jax.lax.psum(squares, axes))
+    if ord == math.inf:
+        return jax.lax.pmax(norm, axes)
+    return array_norms.norms([_from_all(norm, axes)], [(0,)], ord)[0]
+
+
+def _from_all(norm: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """The norms of all devices along `axes`, along a leading axis, in one collective.
+
+    A sum in which each device has a place of its own is typed as the same on every device, where a gathered array is
+    not.
+    """
+    places = jnp.arange(mesh.whole_size((), axes)) == jax.lax.axis_index(axes)
+    return jax.lax.psum(
+        jnp.where(jnp.expand_dims(places, range(1, 1 + norm.ndim)), norm[None], jnp.zeros_like(norm)[None]), axes
+    )
+
+
+@_norm_of_norms.defjvp
+def _norm_of_norms_jvp(axes: tuple[str, ...], ord: float, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    (norms,), (changes,) = primals, tangents
+    norm = norm_of_norms(norms, axes, ord)
+    change = jnp.sum(array_norms.slope(norms, norm[None], (0,), axes, ord) * changes, axis=0)
+    return norm, jax.lax.psum(change, axes) if axes else change
+
+
+# At module level and jitted, so that eager calls do not compile anew.
+norm_of_norms = jax.jit(_norm_of_norms, static_argnums=(1, 2))

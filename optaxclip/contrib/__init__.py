@@ -1,0 +1,34 @@
+"""Published methods that are young, costly, or an optimizer as much as a clip; README.md here has the criteria.
+
+====================  =============================================================================================
+relative to weights   `clippy`: by the worst coordinate
+the norms so far      `percentile_clip`, `clip_by_tracked_quantile`: a quantile of them; `aggc`: a band about a moving
+                      average; `clip_norm_growth`: a multiple of the last one
+spiking coordinates   `spam_clip`, with `reset_state_every` around the optimizer; `adaptive_spike_clip`, with
+                      `scale_by_adaptive_norm`
+inside momentum       `mixed_clip`; `scale_by_acclip`, `scale_by_stable_adam`
+====================  =============================================================================================
+"""
+
+from optaxclip.contrib.averages import aggc, clip_norm_growth
+from optaxclip.contrib.momentum import mixed_clip
+from optaxclip.contrib.quantiles import clip_by_tracked_quantile, percentile_clip
+from optaxclip.contrib.relative import clippy
+from optaxclip.contrib.resets import reset_state_every
+from optaxclip.contrib.scale_by import scale_by_acclip, scale_by_stable_adam
+from optaxclip.contrib.spikes import adaptive_spike_clip, scale_by_adaptive_norm, spam_clip
+
+__all__ = [
+    "adaptive_spike_clip",
+    "aggc",
+    "clip_by_tracked_quantile",
+    "clip_norm_growth",
+    "clippy",
+    "mixed_clip",
+    "percentile_clip",
+    "reset_state_every",
+    "scale_by_acclip",
+    "scale_by_adaptive_norm",
+    "scale_by_stable_adam",
+    "spam_clip",
+]

@@ -1,0 +1,72 @@
+"""The clipper by the worst coordinate, beside its parameter."""
+
+from typing import Any
+
+import optax
+
+from optaxclip import norms, thresholds
+from optaxclip._arrays.mesh import Axes
+from optaxclip.core import clip_by
+
+
+def clippy(
+    relative: Any = 0.1, absolute: Any = 1e-7, *, axes: Axes = "auto", record: int = False
+) -> optax.GradientTransformationExtraArgs:
+    r"""Scales each leaf so that no coordinate of a parameter changes by more than a share of itself.
+
+    .. math:: u_l \leftarrow u_l \cdot \min\Bigl(1, \min_i \frac{relative \cdot |w_i| + absolute}{|u_i|}\Bigr)
+
+    Args:
+      relative: permitted share of the parameter's modulus, at least 0: a number or a scalar array. 0.1 in
+        TensorFlow Recommenders.
+      absolute: permitted change besides, at least 0, in the units of the parameters: a number or a scalar array. 1e-7
+        in TensorFlow Recommenders; it alone lets a coordinate leave 0.
+      axes: over which mesh axes the leaves are split; see `clip_by`.
+      record: of how many of the last steps the state keeps a record for `clip_stats`; see `clip_by`.
+
+    Returns:
+      A stateless transformation (`optax.EmptyState`), but for the record. Its `update` needs `params`.
+
+    Guarantees:
+      The direction of each leaf is kept. Every coordinate afterwards is within its limit up to rounding. A leaf within
+      is returned bit for bit.
+
+    Edge cases:
+      Coordinates with u = 0 have no say. A limit of 0 under a non-zero update (`absolute=0`, w = 0), or a ratio past
+      the largest float, scales the leaf to 0. A leaf with an infinite or NaN update or parameter is returned as it
+      came. One coordinate with w = 0 caps its whole leaf, as the second example shows: raise `absolute` where
+      parameters start at 0.
+
+    Placement:
+      After the learning rate, at the end of the chain: it bounds the change of the parameters, not the gradient.
+
+    Raises:
+      ValueError: if `relative` or `absolute` is negative or NaN; at update, without `params`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optaxclip
+      >>> tx = optaxclip.contrib.clippy()
+      >>> params = jnp.array([1.0, -2.0, 0.0])
+      >>> updates, _ = tx.update(jnp.array([0.02, -0.4, 0.0]), tx.init(params), params)
+      >>> print(updates.round(4))  # -0.4 is twice what -2 permits: all are halved
+      [ 0.01 -0.2   0.  ]
+      >>> updates, _ = tx.update(jnp.array([0.02, -0.4, 0.01]), tx.init(params), params)
+      >>> print(updates)  # 0.01 where w = 0 permits 1e-7: all shrink by 1e-5
+      [ 2.e-07 -4.e-06  1.e-07]
+
+    Differs from the paper:
+      The defaults are those of TensorFlow Recommenders' `ClippyAdagrad`; public ports of the paper have 0.5 and 0.01.
+      That class has Adagrad inside, and a third term in the limit, relative to Adagrad's accumulator and 0 by default.
+      Here any optimizer may come before.
+
+    References:
+      Tang et al., Improving training stability for multitask ranking models in recommender systems, KDD 2023,
+      arXiv:2302.09178.
+
+    See also:
+      `adaptive_grad_clip`; `norms.relative_change` with another threshold.
+
+      Notebook: `notebooks/which_clipper.ipynb`, all methods compared.
+    """
+    return clip_by(norms.relative_change(relative, absolute), thresholds.constant(1.0), axes=axes, record=record)

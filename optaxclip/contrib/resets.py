@@ -1,0 +1,148 @@
+"""An optimizer that forgets from time to time."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optaxclip._arguments import checks
+from optaxclip._arrays import dtypes, layouts, states, trees
+from optaxclip._arrays.parameters import NO_PARAMS, parameters
+from optaxclip.core import Updates
+
+
+class ResetState(NamedTuple):
+    """State of `reset_state_every`.
+
+    Attributes:
+      reset_step: int32 scalar, the number of updates.
+      inner_state: the state of the wrapped transformation.
+    """
+
+    reset_step: jax.Array
+    inner_state: Any
+
+
+def reset_state_every(
+    inner: optax.GradientTransformation, period: int = 500, *, warmup_steps: int = 150
+) -> optax.GradientTransformationExtraArgs:
+    r"""Puts what an optimizer keeps per parameter back to its initial value every `period` steps.
+
+    A spike stays in Adam's moments for hundreds of steps; a reset forgets it. Counts and schedules go on. After a reset
+    the updates are small at first and grow along a half cosine:
+
+    .. math:: u \leftarrow u \cdot \Bigl(1 - 0.99 \cdot \tfrac12 \bigl(1 + \cos\tfrac{\pi j}{W + 1}\bigr)\Bigr),
+        \qquad j = t \bmod P < W,\ t \ge P
+
+    Args:
+      inner: the optimizer.
+      period: P, every so many steps, before the gradient of that step enters; 500 in the paper.
+      warmup_steps: W, over so many steps after a reset the updates grow; 150 in the paper.
+
+    Returns:
+      An optax transformation. Its state is the inner one and a step count. Its `update` needs `params`.
+
+    Guarantees:
+      Outside of the steps after a reset the updates are those of `inner`, bit for bit.
+
+    Edge cases:
+      The first `period - 1` steps are those of `inner` alone. Which part of the state is per parameter is what
+      `optax.tree.map_params` says.
+
+    Placement:
+      Around the optimizer, and inside `optax.MultiSteps`: around that it would empty the sum of gradients, too. SPAM is
+      `chain(spam_clip(period=500), reset_state_every(adam(learning_rate), 500))`.
+
+    Raises:
+      ValueError: if `period` is less than 1 or `warmup_steps` negative; at update, without `params`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import optaxclip
+      >>> tx = optaxclip.contrib.reset_state_every(optax.ema(0.9, debias=False), 4, warmup_steps=2)
+      >>> params = jnp.zeros(1)
+      >>> state = tx.init(params)
+      >>> for _ in range(6):
+      ...     updates, state = tx.update(jnp.ones(1), state, params)
+      ...     print(f"{updates[0]:.3f}", end=" ")
+      0.100 0.190 0.271 0.001 0.049 0.271
+
+    Differs from the paper:
+      Nothing. The class in the published code has a warm-up of 50 steps by default; the port in pytorch_optimizer runs
+      it one step ahead besides.
+
+    References:
+      Huang et al., SPAM: spike-aware Adam with momentum reset for stable LLM training, ICLR 2025, arXiv:2501.06842.
+
+    See also:
+      `spam_clip`, `adaptive_spike_clip`.
+
+      Notebook: `notebooks/which_clipper.ipynb`, all methods compared.
+    """
+    checks.static_together(period=period, warmup_steps=warmup_steps)
+    checks.transformation("inner", inner)
+    period = checks.whole("period", period)
+    warmup_steps = checks.whole("warmup_steps", warmup_steps, at_least=0)
+    wrapped = optax.with_extra_args_support(inner)
+
+    def init(params: Any) -> ResetState:
+        return ResetState(jnp.zeros((), jnp.int32), wrapped.init(params))
+
+    def update(updates: Updates, state: Any, params: Any = None, **extra_args: Any) -> tuple[Updates, ResetState]:
+        if params is None:
+            raise ValueError(NO_PARAMS)
+        state = states.of_kind(ResetState, state, "reset_state_every")
+        step = jnp.asarray(optax.safe_increment(state.reset_step))
+        phase = step % period
+        before = _reset_if(phase == 0, wrapped, state.inner_state, _known_at_init(wrapped, state, params, updates))
+        updates, after = wrapped.update(updates, before, params, **extra_args)
+        grows = (step >= period) & (phase < warmup_steps)
+        factor = 1 - 0.99 * (1 + jnp.cos(jnp.pi * phase.astype(jnp.float32) / (warmup_steps + 1))) / 2
+
+        def scaled(leaf: Any) -> Any:
+            if not dtypes.is_inexact(leaf):
+                return leaf
+            leaf = jnp.asarray(leaf)
+            wide = leaf.astype(dtypes.wide(leaf.dtype))
+            return jnp.where(grows, (wide * factor.astype(wide.dtype)).astype(leaf.dtype), leaf)
+
+        return jax.tree.map(scaled, updates), ResetState(step, after)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _known_at_init(tx: optax.GradientTransformationExtraArgs, state: ResetState, params: Any, updates: Updates) -> Any:
+    """What of `params` the inner state was made of: with a whole model, perhaps only what has a gradient."""
+    arrays = parameters(params, updates)
+    if arrays is params or _has_structure(tx, arrays, state.inner_state):
+        return arrays
+    return jax.tree.map(lambda update, param: None if update is None else param, updates, arrays, is_leaf=trees.is_none)
+
+
+def _has_structure(tx: optax.GradientTransformationExtraArgs, params: Any, state: Any) -> bool:
+    return jax.tree.structure(jax.eval_shape(tx.init, params)) == jax.tree.structure(state)
+
+
+def _reset_if(resets: jax.Array, tx: optax.GradientTransformationExtraArgs, state: Any, params: Any) -> Any:
+    """The state, with all that it has per parameter as it is at first if `resets`."""
+    per_param: Any = optax.tree.map_params(
+        tx,
+        lambda _: True,
+        state,
+        transform_non_params=lambda other: jax.tree.map(lambda _: False, other),
+    )
+    return jax.tree.map(functools.partial(_put_back_if, resets), per_param, state, tx.init(params))
+
+
+def _put_back_if(resets: jax.Array, is_per_param: bool, now: Any, first: Any) -> Any:
+    if not is_per_param:
+        return now
+    if jnp.shape(now) != jnp.shape(first):
+        raise ValueError(
+            f"the inner state and what init makes of params differ in shape: {jnp.shape(now)}, {jnp.shape(first)}. In "
+            "shard_map pass of the parameters the piece that belongs to the piece of the state"
+        )
+    return jnp.where(resets, layouts.like(first, now), now)  # on an Explicit mesh the former may be whole

@@ -1,0 +1,257 @@
+"""Optimizers with a clip inside them, as the transformations that optax builds optimizers from."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optaxclip._arguments import bounds, checks
+from optaxclip._arrays import dtypes, mesh, states
+from optaxclip._arrays.beside import each_leaf, require_beside, sizes_like, zeros_like
+from optaxclip._arrays.parameters import drop_missing, fill_missing, parameters
+from optaxclip._numerics import arithmetic, averages, tree_norms
+from optaxclip.core import Updates
+
+
+class AcclipState(NamedTuple):
+    """State of `scale_by_acclip`.
+
+    Attributes:
+      acclip_momentum: like the parameters, the average of the gradients, not debiased.
+      acclip_size: like the parameters, the root of order alpha of the average of the powers of the moduli.
+    """
+
+    acclip_momentum: Updates
+    acclip_size: Updates
+
+
+def scale_by_acclip(
+    b1: Any = 0.9, b2: Any = 0.99, *, alpha: float = 1.0, eps: Any = 1e-5, state_dtype: Any = None
+) -> optax.GradientTransformationExtraArgs:
+    r"""Momentum, each coordinate of it clipped to the average size of its gradients.
+
+    .. math:: u \leftarrow m \min\Bigl(1, \frac{\tau}{|m| + \epsilon}\Bigr), \qquad
+        m \leftarrow b_1 m + (1 - b_1) g, \quad \tau^\alpha \leftarrow b_2 \tau^\alpha + (1 - b_2) |g|^\alpha
+
+    Args:
+      b1: decay of the momentum, in [0, 1); 0.9 in the paper.
+      b2: decay of the sizes, in [0, 1); 0.99 in the paper.
+      alpha: order of the average of sizes, at least 1; 1 in the paper, 2 in the public code.
+      eps: added to the momentum's modulus, at least 0.
+      state_dtype: of both averages, a real float dtype of at least 16 bits. None: the parameter's dtype, or
+        float32 if that is below 16 bits.
+
+    Returns:
+      An optax transformation. Its state is two numbers per coordinate.
+
+    Guarantees:
+      No coordinate exceeds the average size of its gradients.
+
+    Edge cases:
+      Nothing is debiased: at alpha 1 what comes out starts at a hundredth of the gradient and takes 100 steps to 0.63
+      of it. A coordinate that is not finite comes out as it came and leaves its averages as they are.
+
+    Placement:
+      In place of `scale_by_adam`: `chain(scale_by_acclip(), scale_by_learning_rate(0.1))`.
+
+    Raises:
+      ValueError: if an argument is out of range.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optaxclip
+      >>> tx = optaxclip.contrib.scale_by_acclip()
+      >>> params = jnp.zeros(2)
+      >>> updates, _ = tx.update(jnp.array([1.0, -1.0]), tx.init(params), params)
+      >>> print(updates.round(3))
+      [ 0.01 -0.01]
+
+    Differs from the paper:
+      The public code has alpha 2, and by default divides by the root of the second moment besides.
+
+    References:
+      Zhang J., Karimireddy, Veit, Kim, Reddi, Kumar, Sra, Why are adaptive methods good for attention models?, NeurIPS
+      2020, arXiv:1912.03194.
+
+    See also:
+      `spam_clip`, which clips the gradient.
+
+      Notebook: `notebooks/which_clipper.ipynb`, all methods compared.
+    """
+    checks.static_together(alpha=alpha, state_dtype=state_dtype)
+    b1 = checks.number("b1", b1, below=1.0)
+    b2 = checks.number("b2", b2, below=1.0)
+    order = checks.order("alpha", alpha)
+    eps = checks.number("eps", eps)
+    dtype = checks.state_dtype(state_dtype)
+
+    def init(params: Any) -> AcclipState:
+        params = parameters(params)
+        return AcclipState(zeros_like(params, dtype), sizes_like(params, dtype))
+
+    def update(updates: Updates, state: Any, params: Any = None, **extra: Any) -> tuple[Updates, AcclipState]:
+        del params, extra
+        state = states.of_kind(AcclipState, state, "scale_by_acclip")
+
+        def one(leaf: Any, momentum: jax.Array, size: jax.Array) -> tuple[jax.Array, ...]:
+            leaf = jnp.asarray(leaf)
+            wide, real = dtypes.wide(leaf.dtype), dtypes.accumulator(leaf.dtype)
+            new = averages.moved(momentum.astype(wide), leaf.astype(wide), averages.shares(b1, real))
+            tau = averages.power_mean(size.astype(real), arithmetic.modulus(leaf), averages.shares(b2, real), order)
+            is_good = jnp.isfinite(new) & jnp.isfinite(tau)
+            length = jnp.maximum(arithmetic.modulus(new) + eps, jnp.finfo(real).tiny)
+            kept = jnp.minimum(tau, length).astype(wide)
+            out = jnp.where(tau < length, arithmetic.quotient(new, length) * kept, new)
+            return (
+                jnp.where(is_good, arithmetic.narrowed(out, leaf.dtype), leaf),
+                jnp.where(is_good, arithmetic.narrowed(new, momentum.dtype), momentum),
+                jnp.where(is_good, arithmetic.narrowed(tau, size.dtype), size),
+            )
+
+        filled = fill_missing(updates, state.acclip_momentum)
+        mesh.require_reduced(filled, state.acclip_momentum, called="average")
+        out, *new = each_leaf(one, filled, state.acclip_momentum, state.acclip_size)
+        return drop_missing(updates, out), AcclipState(*new)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+class StableAdamState(NamedTuple):
+    """State of `scale_by_stable_adam`.
+
+    Attributes:
+      adam_steps: int32 vector, for each leaf the number of gradients that its averages took in.
+      adam_mean: like the parameters, the debiased average of the gradients.
+      adam_rms: like the parameters, the root of the debiased average of their squares.
+    """
+
+    adam_steps: jax.Array
+    adam_mean: Updates
+    adam_rms: Updates
+
+
+def scale_by_stable_adam(
+    b1: Any = 0.9, b2: Any = 0.99, *, eps: Any = 1e-6, state_dtype: Any = None, axes: mesh.Axes = "auto"
+) -> optax.GradientTransformationExtraArgs:
+    r"""Adam, each leaf of it divided by how much its gradients exceed the second moment: StableAdamW's update clipping.
+
+    .. math:: u_l \leftarrow \frac{\hat m}{\sqrt{\hat v} + \epsilon} \Big/ \max(1, r_l), \qquad
+        r_l = \sqrt{\operatorname{mean}_i \frac{g_i^2}{\max(\hat v_i, \epsilon^2)}}
+
+    Args:
+      b1: decay of the mean, in [0, 1); 0.9 in the paper.
+      b2: decay of the squares, in [0, 1); 0.99 in the paper.
+      eps: added to the root, positive; 1e-6 in the paper.
+      state_dtype: of both averages, a real float dtype of at least 16 bits. None: the parameter's dtype, or
+        float32 if that is below 16 bits.
+      axes: over which mesh axes the leaves are split; see `clip_by`.
+
+    Returns:
+      An optax transformation. Its state is two numbers per coordinate, and a step count per leaf.
+
+    Guarantees:
+      A leaf whose gradients fit the second moment gets Adam's update.
+
+    Edge cases:
+      A leaf of zeros at the start stays 0. A leaf with an entry that is not finite comes out as it came and leaves its
+      averages as they are.
+
+    Placement:
+      In place of `scale_by_adam`: StableAdamW is `chain(scale_by_stable_adam(), add_decayed_weights(0.01),
+      scale_by_learning_rate(1e-3))`.
+
+    Raises:
+      ValueError: if an argument is out of range.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optaxclip
+      >>> tx = optaxclip.contrib.scale_by_stable_adam()
+      >>> params = jnp.zeros(2)
+      >>> state = tx.init(params)
+      >>> for grads in ([1.0, -1.0], [1.0, 1.0], [10.0, 0.1]):
+      ...     updates, state = tx.update(jnp.array(grads), state, params)
+      >>> print(f"{updates[0]:.4f} {updates[1]:.4f}")
+      0.6095 0.0710
+
+    Differs from the paper:
+      The root of the second moment is kept, so that it is right over the whole float range. Weight decay is another
+      transformation's; the paper divides it by r, too.
+
+    References:
+      Wortsman et al., Stable and low-precision training for large-scale vision-language models, NeurIPS 2023,
+      arXiv:2304.13013.
+
+    See also:
+      `clip_by_block_rms`, which bounds the update itself.
+
+      Notebook: `notebooks/which_clipper.ipynb`, all methods compared.
+    """
+    checks.static_together(state_dtype=state_dtype)
+    b1 = checks.number("b1", b1, below=1.0)
+    b2 = checks.number("b2", b2, below=1.0)
+    eps = checks.number("eps", eps)
+    dtype = checks.state_dtype(state_dtype)
+    checks.axes(axes)
+
+    def init(params: Any) -> StableAdamState:
+        params = parameters(params)
+        # Without leaves one stands in: checkpoints refuse empty arrays.
+        steps = jnp.zeros(max(len(jax.tree.leaves(params)), 1), jnp.int32)
+        return StableAdamState(steps, zeros_like(params, dtype), sizes_like(params, dtype))
+
+    def update(updates: Updates, state: Any, params: Any = None, **extra: Any) -> tuple[Updates, StableAdamState]:
+        del extra
+        state = states.of_kind(StableAdamState, state, "scale_by_stable_adam")
+        params = parameters(params, updates)
+        filled = fill_missing(updates, state.adam_mean)
+        require_beside(filled, state.adam_mean)
+        flat, treedef = jax.tree.flatten(filled)
+        means, roots = (treedef.flatten_up_to(tree) for tree in (state.adam_mean, state.adam_rms))
+        splits = mesh.split_of(filled, params, axes)
+        counted = [i for i, leaf in enumerate(flat) if dtypes.is_inexact(leaf)]
+        now = jnp.asarray(optax.safe_increment(state.adam_steps))
+        new = {i: _averages(jnp.asarray(flat[i]), means[i], roots[i], b1, b2, now[i]) for i in counted}
+        excess = _excess(flat, new, splits, eps)
+        is_good = [jnp.isfinite(excess[i]) if i in excess else jnp.zeros((), jnp.bool_) for i in range(len(flat))]
+        for i in counted:
+            mean, root = new[i]
+            out = arithmetic.quotient(arithmetic.quotient(mean, _or_tiny(root + eps)), jnp.maximum(excess[i], 1))
+            out = arithmetic.saturated(out, bounds.highest(out.dtype))
+            flat[i] = jnp.where(is_good[i], arithmetic.narrowed(out, jnp.result_type(flat[i])), flat[i])
+            means[i] = jnp.where(is_good[i], arithmetic.narrowed(mean, means[i].dtype), means[i])
+            roots[i] = jnp.where(is_good[i], arithmetic.narrowed(root, roots[i].dtype), roots[i])
+        steps = jnp.where(jnp.stack(is_good), now, state.adam_steps) if flat else state.adam_steps
+        after = StableAdamState(steps, treedef.unflatten(means), treedef.unflatten(roots))
+        return drop_missing(updates, treedef.unflatten(flat)), after
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _averages(
+    leaf: jax.Array, mean: jax.Array, root: jax.Array, b1: Any, b2: Any, step: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Both moments one step on, the second as its root, in float32 or wider."""
+    wide, real = dtypes.wide(leaf.dtype), dtypes.accumulator(leaf.dtype)
+    return (
+        averages.moved(mean.astype(wide), leaf.astype(wide), averages.debiased(b1, step, real)),
+        averages.power_mean(root.astype(real), arithmetic.modulus(leaf), averages.debiased(b2, step, real), 2),
+    )
+
+
+def _excess(flat: list[Any], moments: dict[int, Any], splits: list[mesh.Split], eps: Any) -> dict[int, jax.Array]:
+    """The root mean square of each leaf's gradient, measured in its second moment. No share exceeds 1 / (1 - b2)."""
+    shares = [
+        arithmetic.quotient(arithmetic.modulus(flat[i]), _or_tiny(jnp.maximum(root, jnp.asarray(eps, root.dtype))))
+        for i, (_, root) in moments.items()
+    ]
+    sizes = [mesh.whole_size(jnp.shape(flat[i]), splits[i].axes) for i in moments]
+    means = [jnp.sum(jnp.square(share)) / max(size, 1) for share, size in zip(shares, sizes, strict=True)]
+    local = list(map(arithmetic.root, means))
+    return dict(zip(moments, tree_norms.across(local, [splits[i].axes for i in moments], 2), strict=True))
+
+
+def _or_tiny(x: jax.Array) -> jax.Array:
+    """x, or the smallest number that one can divide by."""
+    return jnp.maximum(x, jnp.finfo(x.dtype).tiny)

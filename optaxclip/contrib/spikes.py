@@ -1,0 +1,254 @@
+"""Clippers of single coordinates that spike, by what these coordinates or their tensor did before."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optaxclip import norms, thresholds
+from optaxclip._arguments import checks
+from optaxclip._arrays import mesh, states
+from optaxclip._arrays.beside import each_leaf, sizes_like
+from optaxclip._arrays.mesh import Axes
+from optaxclip._arrays.parameters import drop_missing, fill_missing, parameters
+from optaxclip._numerics import arithmetic, averages, scaling
+from optaxclip.core import Updates, clip_by
+
+
+class SpamState(NamedTuple):
+    """State of `spam_clip`.
+
+    Attributes:
+      spam_step: int32 scalar, the number of updates.
+      spam_rms: like the parameters, the root of the moving average of squares.
+    """
+
+    spam_step: jax.Array
+    spam_rms: Updates
+
+
+def spam_clip(
+    threshold: Any = 5000.0,
+    *,
+    decay: Any = 0.999,
+    idle_steps: int = 19,
+    period: int | None = None,
+    state_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Clips each coordinate whose square is more than `threshold` times the moving average of its squares.
+
+    .. math:: u \leftarrow \operatorname{sign}(u) \sqrt{\theta v} \text{ where } u^2 > \theta v > 0, \qquad
+        v \leftarrow \beta v + (1 - \beta) u^2
+
+    Args:
+      threshold: :math:`\theta`, at least 0; 5000 in the paper.
+      decay: :math:`\beta`, of the average of what was let through, in [0, 1); 0.999 in the paper.
+      idle_steps: so many steps at the start nothing is clipped, and the average fills; the paper clips from step 20 on.
+      period: every so many steps the average restarts, and the idle steps with it; 500 in the paper. None never does.
+      state_dtype: of the average, a real float dtype of at least 16 bits. None: the parameter's dtype, or
+        float32 if that is below 16 bits. In 16 bits an average of this decay hardly moves.
+
+    Returns:
+      An optax transformation. Its state is one number per coordinate, and a step count.
+
+    Guarantees:
+      The sign of each coordinate is kept (the phase, of a complex one). Coordinates that do not spike are returned bit
+      for bit, but for subnormals in bfloat16, which some versions of XLA flush. The average is kept as its root, so
+      that it is right over the whole float range.
+
+    Edge cases:
+      A coordinate that was always 0 (v = 0, as in the rows of an embedding) is not clipped. An infinite coordinate is
+      clipped where there is an average, NaN passes, and neither enters it. Integer, boolean, float0 and key leaves pass
+      untouched.
+
+    Placement:
+      Before the optimizer. SPAM is this and a reset of Adam's moments: `chain(spam_clip(period=500),
+      reset_state_every(adam(learning_rate), 500))`.
+
+    Raises:
+      ValueError: if an argument is out of range.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optaxclip
+      >>> tx = optaxclip.contrib.spam_clip(4.0, decay=0.9, idle_steps=2)
+      >>> params = jnp.zeros(1)
+      >>> state = tx.init(params)
+      >>> for grad in (1.0, 1.0, 3.0):
+      ...     updates, state = tx.update(jnp.array([grad]), state, params)
+      >>> print(updates)  # the root of 4 times 0.19
+      [0.8718]
+
+    Differs from the paper:
+      The published code clips to 0 where v = 0, so that a coordinate that was silent in the idle steps is dead until
+      the next restart. There v is Adam's own second moment; here it is another, so that any optimizer can follow.
+
+    References:
+      Huang et al., SPAM: spike-aware Adam with momentum reset for stable LLM training, ICLR 2025, arXiv:2501.06842.
+
+    See also:
+      `adaptive_spike_clip`, of Stable-SPAM; `clip` for a fixed bound.
+
+      Notebook: `notebooks/which_clipper.ipynb`, all methods compared.
+    """
+    checks.static_together(idle_steps=idle_steps, period=period, state_dtype=state_dtype)
+    threshold = checks.number("threshold", threshold)
+    decay = checks.number("decay", decay, below=1.0)
+    idle_steps = checks.whole("idle_steps", idle_steps, at_least=0)
+    period = checks.whole_or_none("period", period)
+    dtype = checks.state_dtype(state_dtype)
+
+    def init(params: Any) -> SpamState:
+        return SpamState(jnp.zeros((), jnp.int32), sizes_like(parameters(params), dtype))
+
+    def update(updates: Updates, state: Any, params: Any = None, **extra: Any) -> tuple[Updates, SpamState]:
+        del params, extra
+        state = states.of_kind(SpamState, state, "spam_clip")
+        filled = fill_missing(updates, state.spam_rms)
+        mesh.require_reduced(filled, state.spam_rms, called="average")
+        step = jnp.asarray(optax.safe_increment(state.spam_step))
+        phase = step if period is None else step % period
+        restarts = (phase == 0) & (period is not None)
+        is_idle = phase <= idle_steps
+
+        def one(leaf: Any, rms: jax.Array) -> tuple[jax.Array, jax.Array]:
+            leaf = jnp.asarray(leaf)
+            size = arithmetic.modulus(leaf)
+            before = jnp.where(restarts, jnp.zeros_like(rms), rms).astype(size.dtype)
+            bound = arithmetic.root(jnp.asarray(threshold, size.dtype)) * before
+            spikes = (size > bound) & (before > 0) & ~is_idle
+            kept = jnp.where(spikes, bound, size)
+            after = averages.power_mean(before, kept, averages.shares(decay, size.dtype), 2)
+            after = jnp.where(jnp.isfinite(size), after, before)
+            return _with_modulus(leaf, bound, spikes), arithmetic.narrowed(after, rms.dtype)
+
+        clipped, rms = each_leaf(one, filled, state.spam_rms)
+        return drop_missing(updates, clipped), SpamState(step, rms)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def adaptive_spike_clip(
+    decay: Any = 0.999, *, axes: Axes = "auto", record: int = False
+) -> optax.GradientTransformationExtraArgs:
+    r"""Scales down the coordinates of each leaf that exceed the moving average of its largest ones.
+
+    .. math:: u_i \leftarrow u_i \hat M / \max_j |u_j| \text{ where } |u_i| > \hat M, \qquad
+        M \leftarrow \beta M + (1 - \beta) \max_j |u_j|, \quad \hat M = M / (1 - \beta^t)
+
+    Args:
+      decay: :math:`\beta`, in [0, 1); 0.999 in the paper.
+      axes: over which mesh axes the leaves are split; see `clip_by`.
+      record: of how many of the last steps the state keeps a record for `clip_stats`; see `clip_by`.
+
+    Returns:
+      An optax transformation. Its state is two numbers per leaf.
+
+    Guarantees:
+      No coordinate afterwards exceeds the debiased average of the largest moduli, this step's among them. Those within
+      are returned bit for bit.
+
+    Edge cases:
+      The first step passes. A leaf of zeros, or with an infinite or NaN entry, is returned as it came and leaves its
+      state as it is.
+
+    Placement:
+      Before the optimizer, and before `scale_by_adaptive_norm`. Stable-SPAM is `chain(adaptive_spike_clip(),
+      scale_by_adaptive_norm(), reset_state_every(adam(learning_rate), 1000))`, up to the first reset: the published
+      code then restarts Adam's count and has no warm-up.
+
+    Raises:
+      ValueError: if `decay` is out of range.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optaxclip
+      >>> tx = optaxclip.contrib.adaptive_spike_clip(0.5)
+      >>> params = jnp.zeros(2)
+      >>> state = tx.init(params)
+      >>> for grads in ([3.0, 4.0], [1.0, 16.0]):
+      ...     updates, state = tx.update(jnp.array(grads), state, params)
+      >>> print(updates)  # a third of 4 and two thirds of 16
+      [ 1. 12.]
+
+    Differs from the paper:
+      The published code restarts its count every so often, which breaks the debiasing; here it goes on. Leaves of zeros
+      are not taken in.
+
+    References:
+      AdaClip of Huang et al., Stable-SPAM, 2025, arXiv:2502.17055.
+
+    See also:
+      `spam_clip`, `scale_by_adaptive_norm`; `thresholds.average` with any norm.
+
+      Notebook: `notebooks/which_clipper.ipynb`, all methods compared.
+    """
+    return clip_by(norms.leaf_peaks(), thresholds.average(decay), axes=axes, record=record)
+
+
+def scale_by_adaptive_norm(
+    b1: Any = 0.7, b2: Any = 0.9, *, eps: Any = 1e-8, axes: Axes = "auto", record: int = False
+) -> optax.GradientTransformationExtraArgs:
+    r"""Gives each leaf the norm :math:`\hat m / (\sqrt{\hat v} + \epsilon)`: near 1, less after a spike.
+
+    .. math:: m \leftarrow b_1 m + (1 - b_1) n, \quad v \leftarrow b_2 v + (1 - b_2) n^2, \quad
+        u \leftarrow \frac{u}{n} \frac{\hat m}{\sqrt{\hat v} + \epsilon}, \qquad n = \|u\|
+
+    It is a normaliser and not a clip: small gradients come out as large as large ones.
+
+    Args:
+      b1: decay of the average of norms, in [0, 1); 0.7 in the paper.
+      b2: decay of the average of their squares, in [0, 1); 0.9 in the paper.
+      eps: added to the root, at least 0.
+      axes: over which mesh axes the leaves are split; see `clip_by`.
+      record: of how many of the last steps the state keeps a record for `clip_stats`; see `clip_by`.
+
+    Returns:
+      An optax transformation. Its state is three numbers per leaf.
+
+    Guarantees:
+      The direction of each leaf is kept.
+
+    Edge cases:
+      A leaf of zeros stays, and is taken in, as in the authors' code. A leaf with an infinite or NaN entry is returned
+      as it came and leaves its state as it is.
+
+    Placement:
+      Before the optimizer; see `adaptive_spike_clip`.
+
+    Raises:
+      ValueError: if an argument is out of range.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optaxclip
+      >>> tx = optaxclip.contrib.scale_by_adaptive_norm()
+      >>> params = jnp.zeros(2)
+      >>> updates, _ = tx.update(jnp.array([30.0, 40.0]), tx.init(params), params)
+      >>> print(updates)
+      [0.6 0.8]
+
+    Differs from the paper:
+      The counts never restart.
+
+    References:
+      AdaGN of Huang et al., Stable-SPAM, 2025, arXiv:2502.17055.
+
+    See also:
+      `adaptive_spike_clip`; `thresholds.normalised` with any norm; `thresholds.exactly` for a norm that is always the
+      same.
+
+      Notebook: `notebooks/which_clipper.ipynb`, all methods compared.
+    """
+    return clip_by(norms.leaf_norm(), thresholds.normalised(b1, b2, eps=eps), axes=axes, record=record)
+
+
+def _with_modulus(leaf: jax.Array, size: jax.Array, where: jax.Array) -> jax.Array:
+    """The leaf, with another modulus where so said."""
+    if jnp.iscomplexobj(leaf):
+        modulus = arithmetic.modulus(leaf)
+        moved = scaling.rescale(leaf, scaling.factor(modulus, jnp.where(where, size, modulus)))
+    else:
+        moved = jnp.sign(leaf) * arithmetic.narrowed(size, leaf.dtype)
+    return jnp.where(where, moved, leaf)

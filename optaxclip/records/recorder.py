@@ -1,0 +1,225 @@
+"""The flight recorder: what a clipper did, what blew up first, and which steps were left out.
+
+Everything that `clip_by` makes takes `record=k` and then keeps, in its own state, what it measured and permitted in the
+last k steps. On GPUs and TPUs it costs no pass over the updates: the norms are there already, and the leaf that was the
+first not to be finite is read off 2-norms, which share a pass with any other norm. So they do on CPUs with 2-norms of
+leaves or all leaves; other norms cost a pass more there. `clip_stats` reads the records.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optaxclip._arguments import bounds
+from optaxclip._arrays import dtypes, groups, mesh, states, trees
+from optaxclip._numerics import arithmetic, scaling, tree_norms
+
+
+class ClipStats(NamedTuple):
+    """What a clipper measured and did. G is the number of groups: 1 for a global norm, else one per leaf or label.
+
+    Of the units or stacked layers of one leaf, the one that is furthest beyond its limit stands for the leaf.
+
+    Attributes:
+      recorded_steps: int32 scalar, the number of steps so far.
+      clip_steps: int32 of shape (k,), the step that each row of the rings belongs to, counted from 1; 0 for none yet.
+      clip_norm: floats of shape (k, G), the norms.
+      clip_limit: floats of shape (k, G), the upper end of the band; the largest float where nothing bounds.
+      clip_scale: floats of shape (k, G), by what the group was multiplied.
+      clipped_steps: int32 scalar, the number of steps in which some group was scaled.
+      nonfinite_steps: int32 scalar, the number of steps in which some norm was infinite or NaN.
+      first_nonfinite_step: int32 scalar, the first of these; 0 for none yet.
+      first_nonfinite_leaf: int32 scalar, the first leaf that was not finite in that step; -1 for none yet.
+      norm_axes: uint8 of shape (48,), the mesh axes that the norms of the last step went over, with commas between.
+      group_names: uint8 vector, the paths of the G groups. They are here as bytes so that they pass through jit, scan
+        and checkpoints like any other array.
+      leaf_names: uint8 vector, the paths of the leaves that hold floats.
+
+    See also:
+      `clip_stats`, which reads it.
+    """
+
+    recorded_steps: jax.Array
+    clip_steps: jax.Array
+    clip_norm: jax.Array
+    clip_limit: jax.Array
+    clip_scale: jax.Array
+    clipped_steps: jax.Array
+    nonfinite_steps: jax.Array
+    first_nonfinite_step: jax.Array
+    first_nonfinite_leaf: jax.Array
+    norm_axes: jax.Array
+    group_names: jax.Array
+    leaf_names: jax.Array
+
+
+def init(norms: Any, updates: Any, length: int) -> ClipStats:
+    """An empty record of `length` steps, of norms like `norms`, of which only structure and types matter."""
+    entries = jax.tree.leaves(norms)
+    rings = (length, max(len(entries), 1))  # without groups one of norm 0 stands in: checkpoints refuse empty arrays
+    dtype = jnp.result_type(jnp.float32, *(entry.dtype for entry in entries))
+    return ClipStats(
+        recorded_steps=jnp.zeros((), jnp.int32),
+        clip_steps=jnp.zeros(length, jnp.int32),
+        clip_norm=jnp.zeros(rings, dtype),
+        clip_limit=jnp.full(rings, bounds.highest(dtype), dtype),
+        clip_scale=jnp.ones(rings, dtype),
+        clipped_steps=jnp.zeros((), jnp.int32),
+        nonfinite_steps=jnp.zeros((), jnp.int32),
+        first_nonfinite_step=jnp.zeros((), jnp.int32),
+        first_nonfinite_leaf=jnp.full((), -1, jnp.int32),
+        norm_axes=_axes_as_bytes([]),
+        group_names=_encoded(trees.paths(norms)),
+        leaf_names=_encoded(_paths_of_counted(updates)),
+    )
+
+
+def _paths_of_counted(tree: Any) -> list[str]:
+    # `init` may see other leaves beside these that `update` does not.
+    pairs = zip(trees.paths(tree), jax.tree.leaves(tree), strict=True)
+    return [path for path, leaf in pairs if dtypes.is_inexact(leaf)]
+
+
+def require_state(state: Any, recorded: type, length: int) -> None:
+    """Raises unless a state has a record of `length` steps in it, or none if that is 0."""
+    has = np.shape(state.clip_stats.clip_steps)[-1] if isinstance(state, recorded) else 0
+    if has != length:
+        expected = f"a record of {length} steps beside the threshold's state" if length else "the threshold's alone"
+        came = f"a record of {has} steps beside it" if has else states.described(state)
+        raise ValueError(states.wrong(f"a clipper built with record={length}", expected, came))
+
+
+def advance(
+    stats: ClipStats, norms: Any, limits: Any, permitted: Any, updates: Any, splits: Sequence[mesh.Split]
+) -> ClipStats:
+    """The record with one step more.
+
+    Args:
+      stats: the record so far.
+      norms: what was measured.
+      limits: the upper end of the band, of the structure of `norms`.
+      permitted: what each norm became, likewise.
+      updates: the updates that were measured.
+      splits: over which mesh axes each of their leaves is split.
+    """
+    step = jnp.asarray(optax.safe_increment(stats.recorded_steps))
+    row = (step - 1) % len(stats.clip_steps)
+    if max(len(jax.tree.leaves(norms)), 1) != stats.clip_norm.shape[-1]:
+        raise ValueError(
+            f"the record is of {stats.clip_norm.shape[-1]} groups, and the updates have {len(jax.tree.leaves(norms))}: "
+            "init saw another tree"
+        )
+    norm, limit, goal, clipped = _by_entry(norms, limits, permitted, splits, stats.clip_norm.dtype)
+    kept = scaling.is_kept(norm, goal)
+    scale = arithmetic.quotient(jnp.where(kept, jnp.ones_like(goal), goal), jnp.where(kept, jnp.ones_like(norm), norm))
+    nonfinite = ~jnp.all(jnp.isfinite(norm))
+    is_first = nonfinite & (stats.first_nonfinite_step == 0)
+    leaf = _first_nonfinite(updates, splits)
+
+    def into(ring: jax.Array, new: jax.Array) -> jax.Array:
+        return ring.at[row].set(new.astype(ring.dtype))
+
+    return stats._replace(
+        recorded_steps=step,
+        clip_steps=into(stats.clip_steps, step),
+        clip_norm=into(stats.clip_norm, norm),
+        clip_limit=into(stats.clip_limit, limit),
+        clip_scale=into(stats.clip_scale, scale),
+        clipped_steps=counted(stats.clipped_steps, clipped),
+        nonfinite_steps=counted(stats.nonfinite_steps, nonfinite),
+        first_nonfinite_step=jnp.where(is_first, step, stats.first_nonfinite_step),
+        first_nonfinite_leaf=jnp.where(is_first & (leaf >= 0), leaf, stats.first_nonfinite_leaf),
+        norm_axes=_axes_as_bytes(sorted({name for split in splits for name in split.axes})),
+    )
+
+
+def _by_entry(
+    norms: Any, limits: Any, permitted: Any, splits: Sequence[mesh.Split], dtype: Any
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Norm, limit and permitted norm of each entry of `norms`, as vectors; and whether any of them is scaled."""
+    entries, limits, goals = (jax.tree.leaves(tree) for tree in (norms, limits, permitted))
+    if not entries:
+        nothing = jnp.zeros(1, dtype)
+        return nothing, jnp.full(1, bounds.highest(dtype), dtype), nothing, jnp.zeros((), jnp.bool_)
+    clipped = groups.vectorized(lambda norm, goal: ~scaling.is_kept(norm, goal), entries, goals)
+    rows = [
+        _worst_unit(*row, mesh.may_vary_over(row[0], splits)) if row[0].ndim else row
+        for row in zip(entries, limits, goals, clipped, strict=True)
+    ]
+    norm, limit, goal, some = (jnp.stack(column) for column in zip(*rows, strict=True))
+    return norm.astype(dtype), limit.astype(dtype), goal.astype(dtype), jnp.any(some)
+
+
+def _worst_unit(norm: Any, limit: Any, goal: Any, clipped: Any, axes: tuple[str, ...]) -> tuple[jax.Array, ...]:
+    """Of many groups in one array, on all devices, the one that is furthest beyond its limit."""
+    beyond = excess(jnp, norm, limit, jnp.where(clipped, goal / jnp.where(clipped, norm, 1), 1))
+    worst = jnp.max(beyond, initial=0)
+    worst = jax.lax.pmax(worst, axes) if axes else worst
+
+    def there(x: jax.Array) -> jax.Array:
+        largest = arithmetic.largest(jnp.where(beyond == worst, x, jnp.zeros_like(x)))
+        return jax.lax.pmax(largest, axes) if axes else largest
+
+    some = jnp.any(clipped)
+    return there(norm), there(limit), there(goal), jax.lax.pmax(some, axes) if axes else some
+
+
+def excess(xp: Any, norm: Any, limit: Any, scale: Any) -> Any:
+    """By what factor a norm is outside its band, on either side; below 1 inside, and inf if it is not finite."""
+    positive = xp.where(limit > 0, limit, xp.ones_like(limit))
+    ratio = xp.where(limit > 0, norm / positive, xp.where(norm > 0, bounds.highest(norm.dtype), 0))
+    ratio = xp.where(scale > 1, scale, ratio)
+    return xp.where(xp.isfinite(norm), ratio, xp.inf)
+
+
+def _first_nonfinite(updates: Any, splits: Sequence[mesh.Split]) -> jax.Array:
+    """Which leaf is the first that is not finite: its number, or -1.
+
+    It is read off the 2-norms of the leaves, which are those of a clipper by 2-norms, and so no further pass over them.
+    """
+    counted = [
+        (leaf, split) for leaf, split in zip(jax.tree.leaves(updates), splits, strict=True) if dtypes.is_inexact(leaf)
+    ]
+    if not counted:
+        return jnp.full((), -1, jnp.int32)
+    flat = [leaf for leaf, _ in counted]
+    norms = tree_norms.separate_norms(
+        flat, list(map(tree_norms.all_dims, flat)), [split.axes for _, split in counted], 2
+    )
+    bad = jnp.stack(groups.vectorized(lambda norm: ~jnp.isfinite(norm), norms))
+    return jnp.where(jnp.any(bad), jnp.argmax(bad).astype(jnp.int32), -1)
+
+
+def counted(total: jax.Array, happened: jax.Array) -> jax.Array:
+    """A count, one higher if it happened."""
+    return jnp.where(happened, jnp.asarray(optax.safe_increment(total)), total)
+
+
+def _encoded(names: list[str]) -> jax.Array:
+    """The names as bytes: JSON, in which a key may hold any character."""
+    return jnp.asarray(np.frombuffer(json.dumps(names).encode(), np.uint8))
+
+
+def decoded(names: Any) -> list[str]:
+    """The names that `_encoded` made bytes of."""
+    return json.loads(bytes(names))
+
+
+def _axes_as_bytes(names: list[str]) -> jax.Array:
+    """Names of mesh axes in a fixed number of bytes: the state must not change its shape where they are bound."""
+    room = np.zeros(48, np.uint8)
+    joined = ",".join(names).encode()
+    cut = joined if len(joined) <= room.size else joined[: room.size - 3] + b"..."
+    text = np.frombuffer(cut, np.uint8)
+    room[: text.size] = text
+    return jnp.asarray(room)
+
+
+def axes_from_bytes(text: Any) -> str:
+    """What `_axes_as_bytes` wrote."""
+    return bytes(text).rstrip(b"\0").decode(errors="ignore")

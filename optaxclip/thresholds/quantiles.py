@@ -1,0 +1,188 @@
+"""Thresholds that are a quantile of the norms: of the last ones, of all so far, or an estimate of one."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optaxclip._arguments import bounds, checks
+from optaxclip.core import Threshold
+from optaxclip.thresholds.histogram import quantile_of_all
+from optaxclip.thresholds.ordering import in_order, interpolated
+from optaxclip.thresholds.rules import Rule, no_steps, per_group
+
+
+class RecentNormsState(NamedTuple):
+    """State of `quantile` with a window and of `order_statistic`, per group.
+
+    Attributes:
+      recent_norms: ring of the last norms; 0 where there is none yet.
+      norms_seen: int32, norms taken in.
+    """
+
+    recent_norms: jax.Array
+    norms_seen: jax.Array
+
+
+def quantile(q: Any, *, window: int | None = None) -> Threshold:
+    """A norm may be at most a quantile of all norms so far, itself among them, interpolated as in `numpy.quantile`.
+
+    Args:
+      q: which quantile, in [0, 1].
+      window: of how many of the last norms, exactly. None is the whole history: exactly for the first 64 norms, then
+        in a histogram whose 10,160 bins are spread evenly over the logarithms of all normal float32, so that the
+        quantile is right to 0.9 %. For at most 1,024 groups.
+
+    Returns:
+      A Threshold. Its state is per group: 40 KiB without a window, 4 bytes per norm of it and 4 more with one.
+
+    Edge cases:
+      The first norm is its own quantile, and passes. A norm of 0, an infinite or a NaN norm is not taken in.
+
+    Raises:
+      ValueError: if `q` or `window` is out of range; at init, without a window and with more than 1,024 groups.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from optaxclip import clip_by, norms, thresholds
+      >>> tx = clip_by(norms.leaf_norm(), thresholds.quantile(0.5, window=3))
+      >>> state = tx.init(jnp.zeros(1))
+      >>> for norm in (1.0, 2.0, 4.0):
+      ...     updates, state = tx.update(jnp.array([norm]), state)
+      >>> print(updates)
+      [2.]
+
+    See also:
+      `autoclip`; `order_statistic`, without interpolation; `tracked_quantile`, with hardly any state.
+    """
+    checks.static_together(window=window)
+    q = checks.number("q", q, at_most=1.0)
+    if window is None:
+        return quantile_of_all(q)
+
+    def bound_of(ring: jax.Array) -> jax.Array:
+        there = jnp.where(ring > 0, ring, jnp.full_like(ring, bounds.highest(ring.dtype)))
+        return interpolated(q, jnp.sum(ring > 0, dtype=jnp.int32), in_order(there), ring.dtype)
+
+    return _of_recent(window, bound_of, prefilled=False)
+
+
+def order_statistic(percentile: Any = 5.0, *, window: int = 100) -> Threshold:
+    """A norm may be at most one of the last `window` norms, itself among them: the one that many percent from below.
+
+    The first norm fills the whole window. There is no interpolation: of the window in ascending order, the entry
+    `floor(percentile * window / 100)` is taken, or the last.
+
+    Args:
+      percentile: in [0, 100]; 100 bounds nothing. A number between 0 and 1 warns: it may be meant as a fraction.
+      window: how many norms.
+
+    Returns:
+      A Threshold. Its state is 4 bytes per norm of the window, and 4 more, per group.
+
+    Edge cases:
+      The first norm fills the whole window, and passes. A norm of 0, an infinite or a NaN norm is not taken in.
+
+    Raises:
+      ValueError: if an argument is out of range.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from optaxclip import clip_by, norms, thresholds
+      >>> tx = clip_by(norms.leaf_norm(), thresholds.order_statistic(25.0, window=4))
+      >>> state = tx.init(jnp.zeros(1))
+      >>> for norm in (2.0, 1.0, 4.0):  # 1, 2, 2, 4
+      ...     updates, state = tx.update(jnp.array([norm]), state)
+      >>> print(updates)
+      [2.]
+
+    See also:
+      `percentile_clip`; `quantile`, which interpolates.
+    """
+    checks.static_together(window=window)
+    percentile = checks.percentile("percentile", percentile)
+
+    def entry(ring: jax.Array) -> jax.Array:
+        place = jnp.floor(jnp.asarray(percentile * window / 100, ring.dtype)).astype(jnp.int32)
+        return in_order(ring)(jnp.clip(place, 0, window - 1))
+
+    return _of_recent(window, entry, prefilled=True)
+
+
+def _of_recent(window: int, bound_of: Callable[[jax.Array], jax.Array], *, prefilled: bool) -> Threshold:
+    """A bound calculated from the ring of the last norms; `prefilled`, a norm takes every place that has none yet."""
+    window = checks.whole("window", window)
+
+    def init(dtype: Any) -> RecentNormsState:
+        return RecentNormsState(jnp.zeros(window, dtype), no_steps())
+
+    def limit(norm: jax.Array, state: RecentNormsState) -> tuple[Any, RecentNormsState]:
+        ring, seen = state
+        ring = jnp.where((ring > 0) | (not prefilled), ring, norm).at[seen % window].set(norm)
+        return (0.0, bound_of(ring)), RecentNormsState(ring, jnp.asarray(optax.safe_increment(seen)))
+
+    return per_group(Rule(init, limit))
+
+
+class TrackedQuantileState(NamedTuple):
+    """State of `tracked_quantile`, per group.
+
+    Attributes:
+      tracked_log_norm: logarithm of the estimate. The estimate itself would gather a rounding error at every step.
+    """
+
+    tracked_log_norm: jax.Array
+
+
+def tracked_quantile(q: Any = 0.5, *, learning_rate: Any = 0.2, initial: Any = 1.0) -> Threshold:
+    r"""An estimate of a quantile of the norms, which moves geometrically a step at a time.
+
+    .. math:: c \leftarrow c \cdot \exp(-learning\_rate \cdot (1[n \le c] - q))
+
+    With one norm a step the logarithm of c walks on a lattice: it wanders about the quantile for ever, with a standard
+    deviation of 0.12 to 0.25 at the default rate.
+
+    Args:
+      q: which quantile, in [0, 1].
+      learning_rate: of the logarithm, at least 0. `optax.inject_hyperparams` lets it decay.
+      initial: the first estimate, positive.
+
+    Returns:
+      A Threshold. Its state is 4 bytes per group.
+
+    Edge cases:
+      The first bound is `initial`, whatever the norms. The estimate stays within the normal float range. A norm of 0,
+      an infinite or a NaN norm is not taken in.
+
+    Raises:
+      ValueError: if an argument is out of range.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from optaxclip import clip_by, norms, thresholds
+      >>> tx = clip_by(norms.leaf_norm(), thresholds.tracked_quantile(0.5))
+      >>> state = tx.init(jnp.zeros(1))
+      >>> for norm in (2.0, 2.0):
+      ...     updates, state = tx.update(jnp.array([norm]), state)
+      >>> print(updates.round(3))  # the exponential of 0.1
+      [1.105]
+
+    See also:
+      `clip_by_tracked_quantile`; `quantile`, of the norms themselves, which takes more memory.
+    """
+    q = checks.number("q", q, at_most=1.0)
+    learning_rate = checks.number("learning_rate", learning_rate, below=np.inf)
+    initial = checks.number("initial", initial, positive=True, below=np.inf)
+
+    def limit(norm: jax.Array, state: TrackedQuantileState) -> tuple[Any, TrackedQuantileState]:
+        log_bound = state.tracked_log_norm
+        dtype, info = log_bound.dtype, jnp.finfo(log_bound.dtype)
+        bound = jnp.minimum(jnp.exp(log_bound), info.max)  # rounded, the largest logarithm may be that of inf
+        away = (norm <= bound).astype(dtype) - jnp.asarray(q, dtype)
+        moved_on = log_bound - jnp.asarray(learning_rate, dtype) * away
+        return (0.0, bound), TrackedQuantileState(jnp.clip(moved_on, jnp.log(info.tiny), jnp.log(info.max)))
+
+    return per_group(Rule(lambda dtype: TrackedQuantileState(jnp.log(jnp.asarray(initial, dtype))), limit))
