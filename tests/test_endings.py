@@ -103,7 +103,7 @@ def test_files_are_written_although_the_reader_of_the_table_has_gone(monkeypatch
 NUMBERS = [(DEMO, "--steps"), (DEMO, "--seed"), (DEMO, "--learning-rate"), (SWEEP, "--steps"), (SWEEP, "--seeds")]
 
 
-@pytest.mark.parametrize(("command", "option"), NUMBERS)
+@pytest.mark.parametrize(("command", "option"), NUMBERS, ids=lambda each: getattr(each, "name", each))
 @pytest.mark.parametrize(
     "value",
     [
