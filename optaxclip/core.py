@@ -54,29 +54,42 @@ State: TypeAlias = Any  # a pytree of arrays
 class Norm(NamedTuple):
     """How big each group of coordinates is, and which group each leaf is in.
 
-    `clip_by` flattens the updates once, into `Leaves`: a sequence of those that hold floats. Each `Leaf` has a `value`,
-    a `path` ("decoder/kernel"), and in `shard_map` the mesh `axes` that it is split over. `leaves.as_tree(values)` puts
-    one value per leaf back into the structure of the updates; `leaves.of_tree(tree)` is the way back;
-    `leaves.values(name, argument)` asks a prefix pytree or a function of the path what holds for each leaf;
-    `leaves.params()` are the parameters of these leaves, likewise.
+    `clip_by` flattens the updates once, into `leaves`: a list of those that hold floats, without integers, keys and
+    None. Both hooks get it:
+
+    - `leaf.value` is an array, in `shard_map` this device's piece of one; `leaf.path` is its path ("decoder/kernel").
+    - `leaf.sum(x)` and `leaf.max(x)` take a number of this device's piece over all devices that hold a piece.
+    - `leaves.to_tree(values)` puts one value per leaf into the structure of the updates, and `leaves.from_tree(tree)`
+      makes it a list again.
+    - `leaves.lookup(name, argument)` is a list of what an argument says of each leaf: a prefix pytree, or a function
+      `path -> value`.
+    - `leaves.params()` is the list of the parameters of these leaves. It raises optax's error where there are none.
 
     Attributes:
-      measure: `leaves -> norms`, a pytree of non-negative numbers or arrays, one per group. A structure like that of
-        the updates, as `leaves.as_tree` makes it, takes prefix pytrees as bounds.
-      assign: `(leaves, factors) -> list`, for each leaf the factor that it is multiplied by, or None to leave it as it
-        is. `factors` has the structure of the norms with one `Factor` per group; its arrays broadcast to the leaf.
-        `clip_by` multiplies: a group inside its band, of norm 0, or not finite is returned bit for bit.
+      measure: `leaves -> norms`, a pytree with one non-negative number, or array of them, per group, in float32 or
+        float64. Norms of infinite or NaN gradients must not be finite. If `leaves.to_tree` made the pytree, bounds may
+        be prefix pytrees, as in `{"body": 1.0, "head": None}`.
+      assign: `(leaves, factors) -> list`: for each leaf one of the factors, or None to leave the leaf as it is.
+        `factors` has the structure of the norms, with one `Factor` in the place of each; hand them on as they are.
+        Where a norm is an array, so are the numbers in its factor, and they must broadcast to the leaf.
       name: how it is called in a signature.
 
+    `clip_by` multiplies by the factor in float32 or wider. A group inside its band, of norm 0, or of a norm that is not
+    finite is returned bit for bit.
+
     Example:
-      The mean of the moduli of each leaf, of what each device holds alone:
+      The mean modulus of each leaf:
 
       >>> import jax.numpy as jnp
       >>> from optaxclip import Norm, clip_by, thresholds
       >>> def measure(leaves):
-      ...     return leaves.as_tree([jnp.mean(jnp.abs(leaf.value)) for leaf in leaves])
-      >>> mean_modulus = Norm(measure, lambda leaves, factors: leaves.of_tree(factors))
-      >>> tx = clip_by(mean_modulus, thresholds.constant(1.0))
+      ...     def mean(leaf):
+      ...         moduli = jnp.abs(leaf.value).astype(jnp.float32)
+      ...         return leaf.sum(jnp.sum(moduli)) / leaf.sum(jnp.float32(moduli.size))
+      ...     return leaves.to_tree([mean(leaf) for leaf in leaves])
+      >>> def assign(leaves, factors):
+      ...     return leaves.from_tree(factors)
+      >>> tx = clip_by(Norm(measure, assign, "mean_modulus()"), thresholds.constant(1.0))
       >>> updates, _ = tx.update(jnp.array([6.0, -2.0]), tx.init(None))
       >>> print(updates)
       [ 1.5 -0.5]
@@ -97,24 +110,25 @@ class Threshold(NamedTuple):
     """How big each group may be.
 
     Attributes:
-      init: `norms -> state`, of which only structure, shapes and dtypes are given; `optax.EmptyState()` if there is
-        none.
+      init: `norms -> state`, a pytree of arrays; `optax.EmptyState()` if there is none. `norms` are
+        `jax.ShapeDtypeStruct`s: their values are not known yet.
       limit: `(norms, state, param_norms, **extra_args) -> ((lower, upper), state)`. Each end of the band has the
-        structure of `norms`, or is one number for all groups; an end that is NaN bounds nothing. `param_norms()`
-        measures the parameters with the same norm, and raises if `update` was not given any.
+        structure of `norms`, or is one number for all groups; None and NaN bound nothing. `param_norms()` measures the
+        parameters with the same Norm, and raises optax's error if there are none. `extra_args` are the keyword
+        arguments of `update`, which every Threshold must accept. A count of steps is a part of the state.
 
     Example:
-      As much as the root of the number of steps:
+      A bound that is halved every hundred steps:
 
       >>> import jax.numpy as jnp
       >>> from optaxclip import Threshold, clip_by, norms
-      >>> def limit(norms, steps, param_norms, **extra_args):
-      ...     return (0.0, jnp.sqrt(steps + 1.0)), steps + 1
-      >>> growing = Threshold(lambda norms: jnp.zeros((), jnp.int32), limit)
-      >>> tx = clip_by(norms.global_norm(), growing)
-      >>> updates, _ = tx.update(jnp.array([3.0, 4.0]), tx.init(None))
-      >>> print(updates)
-      [0.6 0.8]
+      >>> def limit(norms, step, param_norms, **extra_args):
+      ...     return (0.0, 4.0 * 0.5 ** (step // 100)), step + 1
+      >>> halving = Threshold(lambda norms: jnp.zeros((), jnp.int32), limit)
+      >>> tx = clip_by(norms.global_norm(), halving)
+      >>> updates, step = tx.update(jnp.array([3.0, 4.0]), jnp.int32(250))
+      >>> print(updates, step)
+      [0.6 0.8] 251
 
     See also:
       `thresholds`, for those that are there; `clip_by`, which takes one.
@@ -273,6 +287,7 @@ def permit(
     """Asks the threshold what of these norms is permitted."""
     (lower, upper), state = threshold.limit(norms, state, param_norms, **extra_args)
     flat, treedef = jax.tree.flatten(norms)
+    _require_norms(flat)
     edges = groups.vectorized(_edge, flat, groups.entries(lower, treedef), groups.entries(upper, treedef))
     limits, factors = zip(*edges, strict=True) if edges else ((), ())
     return Judged(norms, treedef.unflatten(limits), treedef.unflatten(factors), state)
@@ -280,10 +295,25 @@ def permit(
 
 def apply(norm: Norm, leaves: Leaves, factors: Any) -> Updates:
     """The updates, each leaf by the factor that the norm gives it."""
-    by_leaf = zip(leaves, norm.assign(leaves, factors), strict=True)
+    assigned = norm.assign(leaves, factors)
+    others = [factor for factor in assigned if not (factor is None or isinstance(factor, Factor))]
+    if len(assigned) != len(leaves) or others:
+        came = f"{len(assigned)} entries" + (f", among them a {type(others[0]).__name__}" if others else "")
+        raise ValueError(
+            f"assign of {norm} must return a list with one of the factors, or None, for each of the {len(leaves)} "
+            f"leaves, got {came}"
+        )
+    by_leaf = zip(leaves, assigned, strict=True)
     return leaves.updated(
         [leaf.value if factor is None else scaling.rescale(leaf.value, factor) for leaf, factor in by_leaf]
     )
+
+
+def _require_norms(flat: list[Any]) -> None:
+    others = [norm for norm in flat if getattr(norm, "dtype", None) not in (jnp.float32, jnp.float64)]
+    if others:
+        came = getattr(others[0], "dtype", type(others[0]).__name__)
+        raise ValueError(f"measure of a Norm must return arrays of float32 or float64, got {came}")
 
 
 def _edge(norm: jax.Array, lower: Any, upper: Any) -> tuple[jax.Array, Factor]:

@@ -87,7 +87,7 @@ def _norm_of_all(p: float) -> Norm:
 
 def _norm_of_some(p: float, include: Any) -> Norm:
     def chosen(leaves: Leaves) -> list[bool]:
-        wanted = leaves.values("include", include)
+        wanted = leaves.lookup("include", include)
         # A misspelt path would turn clipping off, unnoticed.
         if trees.is_function(include) and wanted and not any(wanted):
             raise ValueError(f"include chooses no leaf of {trees.listed(leaves.paths)}")
@@ -136,7 +136,7 @@ def group_norm(labels: Any, ord: float = 2) -> Norm:
     checks.per_leaf("labels", labels, lambda value: isinstance(value, str), "strings or None", none)
 
     def label_of(leaves: Leaves) -> list[Any]:
-        found = leaves.values("labels", labels)
+        found = leaves.lookup("labels", labels)
         for leaf, label in zip(leaves, found, strict=True):
             if not (label is None or isinstance(label, str)):
                 raise ValueError(f"labels must be strings or None, got {label!r} for {leaf.path!r}")
@@ -208,7 +208,7 @@ def leaf_peaks() -> Norm:
     whole = leaf_norm(math.inf)
 
     def assign(leaves: Leaves, factors: Any) -> list[Factor | None]:
-        return [_of_peaks(leaf.value, factor) for leaf, factor in zip(leaves, leaves.of_tree(factors), strict=True)]
+        return [_of_peaks(leaf.value, factor) for leaf, factor in zip(leaves, leaves.from_tree(factors), strict=True)]
 
     return Norm(whole.measure, assign, "norms.leaf_peaks()")
 
@@ -288,7 +288,7 @@ def spectral_norm(*, units: str = "io", stacked: Any = None) -> Norm:
         matrices = stacks.of_leaves(leaves, layers, units)
         norms: dict[int, jax.Array] = dict(stacks.together(capping.largest_singular_values, matrices))
         shaped = {i: norm.reshape(jnp.shape(leaves[i].value)[: layers[i]]) for i, norm in norms.items()}
-        return leaves.as_tree(stacks.with_vectors(leaves, layers, shaped))
+        return leaves.to_tree(stacks.with_vectors(leaves, layers, shaped))
 
     return Norm(measure, by_leaf.assign, "norms.spectral_norm()")
 
@@ -367,10 +367,10 @@ def relative_change(relative: Any, absolute: Any) -> Norm:
     def measure(leaves: Leaves) -> Norms:
         pairs = zip(leaves, leaves.params(), strict=True)
         worst = [ratios.worst_ratio(leaf.value, param.value, relative, absolute) for leaf, param in pairs]
-        return leaves.as_tree(tree_norms.across(worst, [leaf.axes for leaf in leaves], math.inf))
+        return leaves.to_tree(tree_norms.across(worst, [leaf.axes for leaf in leaves], math.inf))
 
     def assign(leaves: Leaves, factors: Any) -> list[Factor | None]:
-        return [_or_nothing(factor) for factor in leaves.of_tree(factors)]
+        return [_or_nothing(factor) for factor in leaves.from_tree(factors)]
 
     return Norm(measure, assign, "norms.relative_change(...)")
 
@@ -411,10 +411,10 @@ def _by_leaf(
         norms = tree_norms.of_each(leaves, ord, dims)
         if mean:
             norms = [x / math.sqrt(leaf.size_over(d)) for x, leaf, d in zip(norms, leaves, dims, strict=True)]
-        return leaves.as_tree(list(map(jnp.expand_dims, norms, dims)) if keepdims else norms)
+        return leaves.to_tree(list(map(jnp.expand_dims, norms, dims)) if keepdims else norms)
 
     def assign(leaves: Leaves, factors: Any) -> list[Factor | None]:
-        found = leaves.of_tree(factors)
+        found = leaves.from_tree(factors)
         if keepdims or stacked is None:
             return found
         return [  # back to the rank of the leaf

@@ -15,13 +15,12 @@ from optaxclip import Norm, Threshold, clip_by, norms, thresholds
 
 def largest(leaf):
     modulus = jnp.abs(jnp.asarray(leaf.value)).astype(jnp.float32)
-    worst = jnp.max(jnp.where(jnp.isnan(modulus), jnp.inf, modulus), initial=0)
-    return jax.lax.pmax(worst, leaf.axes) if leaf.axes else worst
+    return leaf.max(jnp.max(jnp.where(jnp.isnan(modulus), jnp.inf, modulus), initial=0))
 
 
 LEAF_MAX = Norm(
-    lambda leaves: leaves.as_tree([largest(leaf) for leaf in leaves]),
-    lambda leaves, factors: leaves.of_tree(factors),
+    lambda leaves: leaves.to_tree([largest(leaf) for leaf in leaves]),
+    lambda leaves, factors: leaves.from_tree(factors),
     "leaf_max()",
 )
 
@@ -31,7 +30,7 @@ LEAF_MAX = Norm(
 
 def mean_of(choose):
     def chosen(leaves):
-        return leaves.values("choose", choose)
+        return leaves.lookup("choose", choose)
 
     def measure(leaves):
         picked = [leaf.value for leaf, is_in in zip(leaves, chosen(leaves), strict=True) if is_in]
@@ -153,6 +152,38 @@ def test_in_shard_map_a_leaf_says_over_which_axes_it_is_split():
         lambda grads: tx.update(grads, tx.init(grads))[0], mesh=mesh, in_specs=P("data"), out_specs=P("data")
     )
     np.testing.assert_allclose(jax.jit(step)(jnp.arange(8.0)), np.arange(8.0) / 7, rtol=1e-6)
+    bad = jnp.arange(8.0).at[2].set(jnp.nan)
+    np.testing.assert_array_equal(jax.jit(step)(bad), bad)
+
+
+def test_a_sum_over_devices():
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    mean = Norm(
+        lambda leaves: leaves.to_tree(
+            [leaf.sum(jnp.sum(jnp.abs(leaf.value))) / leaf.sum(jnp.float32(leaf.value.size)) for leaf in leaves]
+        ),
+        lambda leaves, factors: leaves.from_tree(factors),
+    )
+    tx = clip_by(mean, thresholds.constant(1.0))
+    step = jax.shard_map(
+        lambda grads: tx.update(grads, tx.init(grads))[0], mesh=mesh, in_specs=P("data"), out_specs=P("data")
+    )
+    np.testing.assert_allclose(jax.jit(step)(jnp.arange(8.0)), np.arange(8.0) / 3.5, rtol=1e-6)
+
+
+def test_what_a_norm_must_not_return():
+    one_each = LEAF_MAX.assign
+    for measure, came in ((lambda leaves: jnp.bfloat16(1), "bfloat16"), (lambda leaves: 1.0, "float")):
+        tx = clip_by(Norm(measure, lambda leaves, factors: [factors] * len(leaves)), thresholds.constant(1.0))
+        with pytest.raises(ValueError, match=f"must return arrays of float32 or float64, got {came}"):
+            tx.update(GRADS, tx.init(GRADS))
+    for assign, came in (
+        (lambda leaves, factors: one_each(leaves, factors)[:1], "1 entries"),
+        (lambda leaves, factors: [1.0, None], "2 entries, among them a float"),
+    ):
+        tx = clip_by(Norm(LEAF_MAX.measure, assign, "mine()"), thresholds.constant(1.0))
+        with pytest.raises(ValueError, match=rf"assign of mine\(\) must .* for each of the 2 leaves, got {came}"):
+            tx.update(GRADS, tx.init(GRADS))
 
 
 def test_the_derivative_at_zero_is_finite():

@@ -15,8 +15,7 @@ class Leaf:
 
     Attributes:
       value: the array.
-      axes: the mesh axes that it is split over where we run; () outside of `shard_map` and `pmap`. What is summed over
-        a leaf is summed over these, too.
+      axes: a tuple of the mesh axes that it is split over where we run; () outside of `shard_map` and `pmap`.
       by_dim: the same axes, dimension by dimension; None where that is not known.
     """
 
@@ -30,6 +29,17 @@ class Leaf:
     def path(self) -> str:
         """Where the leaf is in its tree, as in "decoder/kernel"."""
         return self._of.paths[self._at]
+
+    def sum(self, part: jax.Array) -> jax.Array:
+        """The sum of what each device has of this leaf; where the leaf is whole, `part` itself."""
+        return jax.lax.psum(part, self.axes) if self.axes else part
+
+    def max(self, part: jax.Array) -> jax.Array:
+        """The largest of what each device has of this leaf, likewise; a NaN among them comes out as inf."""
+        if not self.axes:
+            return part
+        # XLA's maximum for CPUs (jax 0.10, 0.12) may lose a NaN.
+        return jax.lax.pmax(jnp.where(jnp.isnan(part), jnp.full_like(part, jnp.inf), part), self.axes)
 
     @property
     def whole_shape(self) -> tuple[int, ...]:
@@ -95,15 +105,15 @@ class Leaves(list[Leaf]):
         """The mesh axes that some leaf is split over."""
         return frozenset(name for leaf in self for name in leaf.axes)
 
-    def as_tree(self, values: Sequence[Any]) -> Any:
+    def to_tree(self, values: Sequence[Any]) -> Any:
         """One value per leaf in the structure of the tree, with None at what is no leaf here."""
         whole: list[Any] = [None] * len(self._flat)
         for i, value in zip(self._places, values, strict=True):
             whole[i] = value
         return self._treedef.unflatten(whole)
 
-    def of_tree(self, tree: Any) -> list[Any]:
-        """What a pytree of the structure of this tree has for each leaf: what `as_tree` was given."""
+    def from_tree(self, tree: Any) -> list[Any]:
+        """What a pytree of the structure of this tree has for each leaf: what `to_tree` was given."""
         return self._counted(self._treedef.flatten_up_to(tree))
 
     def updated(self, values: Sequence[Any]) -> Any:
@@ -113,7 +123,7 @@ class Leaves(list[Leaf]):
             whole[i] = value
         return self._treedef.unflatten(whole)
 
-    def values(self, name: str, value: Any) -> list[Any]:
+    def lookup(self, name: str, value: Any) -> list[Any]:
         """What an argument says of each leaf.
 
         Args:

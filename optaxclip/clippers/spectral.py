@@ -185,7 +185,7 @@ def clip_singular_values(
         matrices = stacks.of_leaves(leaves, layers, units)
         # Vectors have norms, and matrices for the moment only as many zeros as there are of them.
         zeros = {i: _zeros(stack, leaves[i], layers[i]) for i, stack in matrices.items()}
-        sizes = leaves.as_tree(stacks.with_vectors(leaves, layers, zeros))
+        sizes = leaves.to_tree(stacks.with_vectors(leaves, layers, zeros))
         (cap,), state = bounds.resolve([max_value], state, sizes)
         caps = groups.over_groups(upper_end, sizes, cap)
         factors = groups.over_groups(_factor(soft), sizes, caps)
@@ -193,7 +193,7 @@ def clip_singular_values(
             leaf.value if i in matrices or factor is None else scaling.rescale(leaf.value, factor)
             for i, (leaf, factor) in enumerate(zip(leaves, vectors.assign(leaves, factors), strict=True))
         ]
-        for i, one in _capped(matrices, leaves.of_tree(caps), soft).items():
+        for i, one in _capped(matrices, leaves.from_tree(caps), soft).items():
             clipped[i] = _as_leaf(one, jnp.asarray(leaves[i].value), layers[i], units)
         return drop_missing(updates, leaves.updated(clipped)), state
 

@@ -33,7 +33,7 @@ def layers(stacked: Any, leaves: Leaves) -> list[int]:
     """
     if stacked is None:
         return [0] * len(leaves)
-    found = [0 if axes is None else axes for axes in leaves.values("stacked", stacked)]
+    found = [0 if axes is None else axes for axes in leaves.lookup("stacked", stacked)]
     for leaf, axes in zip(leaves, found, strict=True):
         if not is_axis_count(axes):
             raise ValueError(f"stacked must be a whole number of at least 0, got {axes!r} for {leaf.path!r}")
