@@ -1,8 +1,8 @@
 """What leaves hold: which count, and of which floats a gradient can be made."""
 
+from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from optaxclip._arrays import trees
@@ -23,6 +23,13 @@ def is_inexact(leaf: Any) -> bool:
     return dtype is not None and bool(jnp.issubdtype(dtype, jnp.inexact))
 
 
+def places_of_floats(flat: Sequence[Any]) -> list[int]:
+    """Which of these leaves hold real or complex floats."""
+    kinds = list(map(of, flat))
+    inexact = {kind for kind in set(kinds) if kind is not None and jnp.issubdtype(kind, jnp.inexact)}
+    return [i for i, kind in enumerate(kinds) if kind in inexact]
+
+
 def accumulator(dtype: Any) -> Any:
     """The real dtype that norms of arrays of `dtype` have."""
     return jnp.float64 if dtype in (jnp.float64, jnp.complex128) else jnp.float32
@@ -33,9 +40,11 @@ def wide(dtype: Any) -> Any:
     return dtype if jnp.issubdtype(dtype, jnp.complexfloating) else accumulator(dtype)
 
 
-def require_usable(tree: Any) -> None:
+def require_usable(tree: Any, flat: Sequence[Any]) -> None:
     """Raises ValueError where a leaf has floats that can't be clipped, with its path, its dtype and what to do."""
-    kinds = [of(leaf) for leaf in jax.tree.leaves(tree)]
+    kinds = list(map(of, flat))
+    if not any(map(what_is_wrong, set(kinds))):
+        return
     for i, kind in enumerate(kinds):
         if problem := what_is_wrong(kind):
             path = trees.paths(tree)[i]

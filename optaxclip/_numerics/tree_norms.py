@@ -10,34 +10,57 @@ import jax
 import jax.numpy as jnp
 
 from optaxclip._arrays import groups, layouts, mesh
+from optaxclip._arrays.leaves import Leaf
 from optaxclip._numerics import array_norms
 
 
-def total_norm(leaves: Sequence[Any], axes: Sequence[tuple[str, ...]], ord: float) -> jax.Array:
-    """One norm of all `leaves`, each split over its mesh axes in `axes`. One collective per distinct set of axes."""
-    norms = array_norms.norms(leaves, list(map(all_dims, leaves)), ord)
-    sets = groups.alike(_kind(*each) for each in zip(norms, axes, strict=True))
+def of_all(leaves: Sequence[Leaf], ord: float) -> jax.Array:
+    """One norm of all leaves together. One collective per distinct set of mesh axes."""
+    return total_norm([leaf.value for leaf in leaves], [leaf.axes for leaf in leaves], ord)
+
+
+def of_each(leaves: Sequence[Leaf], ord: float, dims: Sequence[tuple[int, ...]] | None = None) -> list[jax.Array]:
+    """The norm of each leaf, or of its parts that extend over its dimensions `dims`."""
+    arrays = [leaf.value for leaf in leaves]
+    if dims is None:
+        return separate_norms(arrays, list(map(all_dims, arrays)), [leaf.axes for leaf in leaves], ord)
+    axes = [leaf.axes_over(over) for leaf, over in zip(leaves, dims, strict=True)]
+    return separate_norms(arrays, dims, axes, ord)
+
+
+def total_norm(arrays: Sequence[Any], axes: Sequence[tuple[str, ...]], ord: float) -> jax.Array:
+    """One norm of all arrays, each split over its mesh axes in `axes`. One collective per distinct set of axes."""
+    norms = array_norms.norms(arrays, [tuple(range(jnp.ndim(array))) for array in arrays], ord)
+    if not any(axes):
+        return norm_of_parts(norms, ord) if norms else jnp.zeros((), jnp.float32)
+    sets = groups.alike(map(_kind, norms, axes))
     totals = [norm_of_norms(jnp.stack([norms[i] for i in at]), names, ord) for (names, *_), at in sets.items()]
-    return norm_of_parts(totals, ord) if totals else jnp.zeros((), jnp.float32)
+    return norm_of_parts(totals, ord)
 
 
 def norm_of_parts(norms: Sequence[jax.Array], ord: float) -> jax.Array:
     """The norm of what has these norms, of one shape and perhaps of two dtypes, on this device."""
-    widest = max((norm.dtype for norm in norms), key=lambda dtype: dtype.itemsize)
-    return norm_of_norms(jnp.stack([norm.astype(widest) for norm in norms]), (), ord)
+    if len(norms) == 1:
+        return norms[0]
+    kinds = {norm.dtype for norm in norms}
+    if len(kinds) > 1:
+        norms = [norm.astype(jnp.float64) for norm in norms]
+    return norm_of_norms(jnp.stack(norms), (), ord)
 
 
 def separate_norms(
-    leaves: Sequence[Any], dims: Sequence[tuple[int, ...]], axes: Sequence[tuple[str, ...]], ord: float
+    arrays: Sequence[Any], dims: Sequence[tuple[int, ...]], axes: Sequence[tuple[str, ...]], ord: float
 ) -> list[jax.Array]:
-    """The norm of each leaf over its dimensions `dims`, which are split over the mesh axes `axes`."""
-    return across(array_norms.norms(leaves, dims, ord), axes, ord)
+    """The norm of each array over its dimensions `dims`, which are split over the mesh axes `axes`."""
+    return across(array_norms.norms(arrays, dims, ord), axes, ord)
 
 
 def across(norms: Sequence[jax.Array], axes: Sequence[tuple[str, ...]], ord: float) -> list[jax.Array]:
     """Each of `norms`, of what this device holds, taken over its mesh axes. One collective per distinct set of axes."""
     norms = list(norms)
-    for (names, *_), at in groups.alike(_kind(*each) for each in zip(norms, axes, strict=True)).items():
+    if not any(axes):
+        return norms
+    for (names, *_), at in groups.alike(map(_kind, norms, axes)).items():
         if not names:
             continue
         together = norm_of_norms(jnp.concatenate([norms[i].reshape(1, -1) for i in at], axis=1), names, ord)
@@ -52,9 +75,9 @@ def _kind(norm: jax.Array, names: tuple[str, ...]) -> Any:
     return names, norm.dtype, layouts.varying(norm)
 
 
-def all_dims(leaf: Any) -> tuple[int, ...]:
-    """Every dimension of a leaf."""
-    return tuple(range(jnp.ndim(leaf)))
+def all_dims(array: Any) -> tuple[int, ...]:
+    """Every dimension of an array."""
+    return tuple(range(jnp.ndim(array)))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))

@@ -3,13 +3,13 @@
 Two passes give the sum of the clipped gradients only for some clips, meshes and functions.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from optaxclip import norms
+from optaxclip import core, norms
 from optaxclip._arrays import dtypes, layouts, mesh
 from optaxclip._jaxprs import reading
 from optaxclip.per_example.problems import Batch, Problem
@@ -35,8 +35,8 @@ def _in_tx(problem: Problem, _: Batch) -> Iterator[str]:
 def _in_the_mesh(problem: Problem, batch: Batch) -> Iterator[str]:
     made_of: Any = problem.made_of()
     with mesh.apart(problem.apart):
-        splits = mesh.split_of(problem.params, problem.params, made_of.axes)
-    if axes := {name for split in splits for name in split.axes}:
+        leaves = core.Leaves(problem.params, problem.params, made_of.axes)
+    if axes := leaves.axes:
         yield f"parameters are split over mesh axes {_listed(axes)}, so a part of each norm lies on another device"
     arrays = jax.tree.leaves((problem.params, batch))
     if axes := {name for array in arrays for name in layouts.varying(array)} - set(problem.apart):
@@ -84,5 +84,5 @@ def _is_short_of_range(array: Any) -> bool:
     return is_float and jnp.finfo(dtype).minexp > jnp.finfo(jnp.float32).minexp
 
 
-def _listed(names: set[str]) -> tuple[str, ...]:
+def _listed(names: Set[str]) -> tuple[str, ...]:
     return tuple(sorted(names))

@@ -7,7 +7,6 @@ nowhere as much memory as one pass.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,7 +24,7 @@ def summed(problem: Problem, batch: Batch) -> tuple[Grads, Seen]:
     """Norms first, then one gradient of the weighted loss; for what `reasons` has nothing against."""
     value, aux, norm = jax.vmap(functools.partial(_norm_of_one, problem))(batch)
     counted = jnp.isfinite(norm)
-    factor = scaling.factors(norm, jax.vmap(_permitted_by(problem))(norm))
+    factor = jax.vmap(functools.partial(_factor_of, problem))(norm)
     one = jnp.ones_like(norm)
     weight = jnp.where(counted, scaling.rescale(one, factor), jnp.zeros_like(norm))
     # A factor outside the normal range is applied in two steps, which a weight can't be, and weights that lie too far
@@ -43,17 +42,15 @@ def summed(problem: Problem, batch: Batch) -> tuple[Grads, Seen]:
     return total, Seen(value, aux, norm, counted)
 
 
-def _permitted_by(problem: Problem) -> Callable[[jax.Array], jax.Array]:
-    """What the norm of a gradient is to become."""
+def _factor_of(problem: Problem, norm: jax.Array) -> scaling.Factor:
+    """By what a gradient of this norm is multiplied."""
     made_of: Any = problem.made_of()  # never None: what is no clip has a reason against two passes
-    state = problem.no_state()
 
     def param_norms() -> jax.Array:
         with mesh.apart(problem.apart):
-            splits = mesh.split_of(problem.params, problem.params, made_of.axes)
-        return made_of.norm.measure(problem.params, problem.params, splits)
+            return made_of.norm.measure(core.Leaves(problem.params, problem.params, made_of.axes))
 
-    return lambda norm: core.permit(made_of.threshold, norm, state, param_norms)[1]
+    return core.permit(made_of.threshold, norm, problem.no_state(), param_norms).factors
 
 
 def _norm_of_one(problem: Problem, example: Any) -> tuple[jax.Array, Any, jax.Array]:
