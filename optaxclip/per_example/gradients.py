@@ -236,8 +236,6 @@ def form_of(step: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
 
     See also:
       `clipped_value_and_grad`, which says when which form is taken.
-
-      Notebook: `notebooks/outliers_and_privacy.ipynb`, clipping each example.
     """
     inner = inspect.unwrap(step, stop=lambda function: isinstance(function, Step)) if callable(step) else step
     if not isinstance(inner, Step):
