@@ -24,8 +24,8 @@ def dense(w, x):
 
 
 def arrays(rng, *shape, dtype=jnp.float32):
-    """A matrix, and examples of this shape of sizes from 0.03 to 30."""
-    scale = np.logspace(-1.5, 1.5, B).reshape(B, *(1 for _ in shape))
+    """A matrix, and examples of this shape, of sizes from 0.01 to 1."""
+    scale = np.logspace(-2, 0, B).reshape(B, *(1 for _ in shape))
     rows = scale * rng.normal(size=(B, *shape))
     return jnp.asarray(rng.normal(size=(SIZE, SIZE)), dtype), jnp.asarray(rows, dtype)
 
