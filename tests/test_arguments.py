@@ -104,7 +104,7 @@ PUBLIC = {
     "diagnostics.summary": (diagnostics.summary, {"norms": STEPS}),
 }
 WITHOUT_ARGUMENTS = {"zero_nonfinite", "norms.leaf_peaks"}
-CHECKED_ELSEWHERE = {"clip_stats", "thresholds.chain"}
+CHECKED_ELSEWHERE = {"clip_stats", "per_example.form_of", "thresholds.chain"}
 # No transformations, nor parts of one: optax.inject_hyperparams has nothing to do with them.
 CALLED_ONCE = {
     "clip_cotangents", "global_norm", "per_example_global_norm_clip", "per_example_layer_norm_clip",

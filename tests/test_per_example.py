@@ -11,7 +11,8 @@ import pytest
 
 import optaxclip as oc
 from optaxclip import norms, per_example, thresholds
-from optaxclip.per_example import forms, outer, problems
+from optaxclip._jaxprs import outer
+from optaxclip.per_example import two_pass
 from tests.marks import slow_but
 from tests.reference.examples import f64, norm_of, one_by_one, row
 
@@ -78,8 +79,8 @@ def fallback_fails(monkeypatch):
         total, seen = in_microbatches(*args, **kwargs)
         return jax.tree.map(lambda leaf: leaf * jnp.nan, total), seen
 
-    in_microbatches = forms.batches.in_microbatches
-    monkeypatch.setattr(forms, "batches", type("Broken", (), {"in_microbatches": staticmethod(broken)}))
+    in_microbatches = two_pass.batches.in_microbatches
+    monkeypatch.setattr(two_pass, "batches", type("Broken", (), {"in_microbatches": staticmethod(broken)}))
 
 
 # Equality.
@@ -118,37 +119,12 @@ OTHER = {
 
 
 @pytest.mark.parametrize("name", slow_but([*SCALAR, *OTHER], "relative", "some leaves"))
-def test_the_form_and_that_both_agree(rng, name, monkeypatch):
-    tx, chosen = (SCALAR | OTHER)[name], "two_pass" if name in SCALAR else "one_pass"
+def test_the_form_and_that_both_agree(rng, name):
+    tx, expected_form = (SCALAR | OTHER)[name], "two_pass" if name in SCALAR else "one_pass"
     params, batch = mlp_params(rng), examples(rng)
-    taken = []
-    for kind in ("one_pass", "two_pass"):
-        form = getattr(forms, kind)
-        monkeypatch.setattr(forms, kind, lambda *args, kind=kind, form=form: (taken.append(kind), form(*args))[1])
-    value, grads = step_of(loss, tx)(params, batch)
-    assert taken[0] == chosen
-    expected = step_of(loss, optax.chain(tx))(params, batch)
-    assert_close((value, grads), expected, 1e-6)
-
-
-def quadratic(params, x):
-    """Its gradient is no outer product: the weights are used twice."""
-    return jnp.sum(jnp.tanh(params @ (params @ x)))
-
-
-def test_two_passes_only_where_most_of_the_gradient_need_not_be_calculated(rng):
-    def form_of(fun, params, batch):
-        where = problems.places(0, 1)
-        tx = oc.clip_by_global_norm(1.0)
-        problem, *_ = problems.of_call(fun, tx, where, False, False, (params, batch), {})
-        return forms.choose(problem, (batch,))
-
-    square = jnp.asarray(rng.normal(size=(8, 8)), jnp.float32)
-    rows = jnp.asarray(rng.normal(size=(B, 8)), jnp.float32)
-    assert form_of(quadratic, square, rows) is forms.one_pass
-    assert form_of(lambda w, x: jnp.sum(jnp.tanh(w @ x)), square, rows) is not forms.one_pass
-    # Weights of 16 bits would round the factors.
-    assert form_of(lambda w, x: jnp.sum(jnp.tanh(w @ x)).astype(jnp.bfloat16), square, rows) is forms.one_pass
+    step = step_of(loss, tx)
+    assert per_example.form_of(step, params, batch) == expected_form
+    assert_close(step(params, batch), step_of(loss, tx, form="one_pass")(params, batch), 1e-6)
 
 
 class Case:
@@ -503,21 +479,6 @@ def test_in_a_scan_and_under_vmap(rng, form):
     assert_close(row(at_once, 1), jax.jit(step)(params, batches[1]))
 
 
-def test_one_trace_serves_all_calls(rng):
-    traced = []
-
-    def counting(params, example):
-        traced.append(1)
-        return loss(params, example)
-
-    step = step_of(counting, oc.clip_by_global_norm(1.0))
-    params = mlp_params(rng)
-    step(params, examples(rng))
-    before = len(traced)
-    step(params, examples(rng))
-    assert len(traced) == before
-
-
 def test_the_bound_may_be_traced(rng):
     params, batch = mlp_params(rng), examples(rng)
 
@@ -649,6 +610,9 @@ def test_a_schedule_is_a_state(rng):
         ({"microbatch_size": 0}, "microbatch_size .*at least 1, or None, got 0"),
         ({"microbatch_size": 2.0}, "microbatch_size .*got 2.0"),
         ({"reduce": "max"}, "reduce must be one of 'mean', 'sum', got 'max'"),
+        ({"form": "two"}, "form must be one of 'auto', 'one_pass', 'two_pass', got 'two'"),
+        ({"form": None}, "form must be one of .*got None"),
+        ({"form": jnp.zeros(2)}, "form must be one of .*got Array"),
     ],
 )
 def test_bad_arguments(options, words):

@@ -1,6 +1,8 @@
 """The gradient of a batch, with each example's gradient transformed by itself."""
 
+import dataclasses
 import functools
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,6 +28,7 @@ def clipped_value_and_grad(
     microbatch_size: int | None = None,
     reduce: str = "mean",
     return_norms: bool = False,
+    form: str = "auto",
 ) -> Callable[..., Any]:
     r"""Transforms the gradient of each example by itself, so that no single example can move the sum by much.
 
@@ -46,6 +49,7 @@ def clipped_value_and_grad(
         smaller. On several devices each must have its share of a microbatch to be busy.
       reduce: "mean" or "sum". The mean divides by the number of all examples, also of those that do not count.
       return_norms: whether to return the norms of the gradients of the examples as well.
+      form: "auto" (the default), "one_pass" or "two_pass"; see below. `form_of` tells which one "auto" takes.
 
     Returns:
       A function that is called as `fun` is, with batches, and returns what `jax.value_and_grad(fun)` does, `(value,
@@ -61,14 +65,24 @@ def clipped_value_and_grad(
       finite gradient is clipped however large it is; its bound holds up to norms of the largest float. Microbatches
       give the same result as none, up to rounding.
 
-      For a clip by the global 2-norm, which `clip_by` makes from `norms.global_norm()` and any threshold without state
-      (`clip_by_global_norm`, `smooth_clip_by_global_norm`, `clip_by_norm_range`), not in a chain and not wrapped, the
-      result is calculated in two passes: the norms, then the gradient of the sum of the losses, each times its factor.
-      The results agree up to rounding, and where the weights are matrices that an example meets once, it takes 1.4 to
-      1.8 times the ordinary gradient (perceptrons on a CPU, jax 0.10 and 0.12) and little memory. This form is not
-      chosen where the value has fewer than 32 bits, as its factors would, where anything is float16, where the function
-      has a `jax.custom_vjp` in it (as `clip_cotangents` is one), nor where parameters or examples are spread over
-      devices in `shard_map`. Under `jax.vmap`, over several models say, it is slow: use `jax.lax.map`.
+      There are two forms, and their results agree up to rounding. "one_pass" calculates every gradient, and works for
+      every `tx`. "two_pass" calculates the norms, then the gradient of the sum of the losses, each times its factor.
+      Where the weights are matrices that an example meets once, that takes 1.4 to 1.8 times the ordinary gradient
+      (perceptrons on a CPU, jax 0.10 and 0.12) and little memory. Elsewhere (convolutions, sequences, scanned layers,
+      `jax.checkpoint`) it is slower than one pass. "auto" takes the faster form that is right.
+
+      Two passes are right for a clip by the global 2-norm that `clip_by` makes from `norms.global_norm()` and any
+      threshold without state: `clip_by_global_norm`, `smooth_clip_by_global_norm`, `clip_by_norm_range`; neither in a
+      chain nor wrapped. They are not right, and "two_pass" is refused, where
+
+      - the value has fewer than 32 bits, or anything is of a dtype with less range than float32 (float16, float8);
+      - the function has a `jax.custom_vjp` in it, as `clip_cotangents` is one, or an `io_callback`;
+      - the function exchanges data over mesh axes, or parameters are split over them.
+
+      Under `jax.vmap`, over several models say, two passes are slow: use `jax.lax.map`, or `form="one_pass"`.
+
+      The Python code of `fun` runs once for each call, and twice in `shard_map`. It sees parameters and examples as
+      tracers, as under `jax.jit`.
 
     Edge cases:
       A value that is not finite does not count in the value; its gradient may be finite and count. If no example
@@ -101,7 +115,7 @@ def clipped_value_and_grad(
 
     Raises:
       ValueError: if an argument is none of the above, or `argnums` and `batch_argnums` overlap; when called, if `tx`
-        has a state, or the numbers of examples differ.
+        has a state, if the numbers of examples differ, or with the reason if "two_pass" is not possible.
 
     Example:
       >>> import jax.numpy as jnp
@@ -138,7 +152,7 @@ def clipped_value_and_grad(
       arXiv:2009.03106 (the weighted loss).
 
     See also:
-      `per_example_global_norm_clip` for gradients that are there already; `as_function`.
+      `form_of`; `per_example_global_norm_clip` for gradients that are there already; `as_function`.
 
       Notebook: `notebooks/outliers_and_privacy.ipynb`, clipping each example.
     """
@@ -149,21 +163,95 @@ def clipped_value_and_grad(
     checks.flag("has_aux", has_aux)
     checks.flag("return_norms", return_norms)
     checks.one_of("reduce", reduce, ("mean", "sum"))
+    checks.one_of("form", form, forms.NAMES)
     microbatch_size = checks.whole_or_none("microbatch_size", microbatch_size)
+    step = Step(fun, tx, where, has_aux, microbatch_size, reduce, return_norms, form)
+    # Without what else a function may have, so that nothing of it takes the place of a field.
+    return functools.update_wrapper(step, fun, updated=())
 
-    def value_and_grad(*args: Any, **kwargs: Any) -> Any:
-        problem, params, batch = problems.of_call(fun, tx, where, has_aux, return_norms, args, kwargs)
-        number = problems.size(where, batch)
-        form = forms.choose(problem, batch)
-        total, seen = batches.in_microbatches(form, problem, batch, microbatch_size)
-        whole = number * math.prod(jax.lax.axis_size(name) for name in problem.apart)
-        count = whole if reduce == "mean" else 1
+
+@dataclasses.dataclass(eq=False)  # one is the same as another only if it is that one, as with functions
+class Step:
+    """What `clipped_value_and_grad` returns: its arguments, to be called like `fun`."""
+
+    fun: Callable[..., Any]
+    tx: optax.GradientTransformation
+    where: problems.Places
+    has_aux: bool
+    microbatch_size: int | None
+    reduce: str
+    return_norms: bool
+    form: str
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The value and the gradients."""
+        problem, params, batch = self._problem(args, kwargs)
+        form = forms.SUMMED[forms.choose(self.form, problem, batch)]
+        total, seen = batches.in_microbatches(form, problem, batch, self.microbatch_size)
+        whole = problems.size(batch) * math.prod(jax.lax.axis_size(name) for name in problem.apart)
+        count = whole if self.reduce == "mean" else 1
         grads = _reduced(problem, total, params, count)
         value = _value(problem, seen, count)
-        found = ((value, seen.aux) if has_aux else value, grads)
-        return (*found, seen.norm) if return_norms else found
+        found = ((value, seen.aux) if self.has_aux else value, grads)
+        return (*found, seen.norm) if self.return_norms else found
 
-    return functools.wraps(fun)(value_and_grad) if hasattr(fun, "__name__") else value_and_grad
+    def form_of(self, *args: Any, **kwargs: Any) -> str:
+        """The form that a call with these arguments takes."""
+        problem, _, batch = self._problem(args, kwargs)
+        return forms.choose(self.form, problem, batch)
+
+    def _problem(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Problem, Any, problems.Batch]:
+        return problems.of_call(self.fun, self.tx, self.where, self.has_aux, self.return_norms, args, kwargs)
+
+
+def form_of(step: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
+    """The form that a call of `step` with these arguments takes, "one_pass" or "two_pass", without calculating it.
+
+    Args:
+      step: what `clipped_value_and_grad` returned, or that in `jax.jit`.
+      *args: the arguments of the call. Arrays may be `jax.ShapeDtypeStruct`, as for `jax.eval_shape`.
+      **kwargs: the keyword arguments of the call.
+
+    Returns:
+      "one_pass" or "two_pass". It depends on shapes, dtypes and, inside `shard_map`, mesh axes: ask where `step` is
+      called. To learn why "auto" takes one pass, build the step with `form="two_pass"`: if two passes are not possible
+      the error says why; if they are, "auto" takes one pass because that is faster.
+
+    Raises:
+      ValueError: if `step` is something else, and where the call would.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import optaxclip
+      >>> from optaxclip import per_example
+      >>> def loss(w, x):
+      ...     return jnp.sum(jnp.tanh(w @ x))
+      >>> step = jax.jit(per_example.clipped_value_and_grad(loss, optaxclip.clip_by_global_norm(1.0)))
+      >>> weights = jax.ShapeDtypeStruct((8, 8), jnp.float32)
+      >>> per_example.form_of(step, weights, jnp.ones((32, 8)))  # a batch of 32 vectors
+      'two_pass'
+      >>> per_example.form_of(step, weights, jnp.ones((32, 8, 5)))  # each weight meets 5 vectors of an example
+      'one_pass'
+
+    See also:
+      `clipped_value_and_grad`, which says when which form is taken.
+    """
+    inner = inspect.unwrap(step, stop=lambda function: isinstance(function, Step)) if callable(step) else step
+    if not isinstance(inner, Step):
+        raise ValueError(f"step must be what per_example.clipped_value_and_grad returned, got {step!r}")
+    leaves, structure = jax.tree.flatten((args, kwargs))
+    shapes = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, jax.ShapeDtypeStruct)}
+    found = ""
+
+    def look(arrays: dict[int, jax.Array]) -> tuple[()]:
+        nonlocal found
+        args, kwargs = structure.unflatten([arrays.get(i, leaf) for i, leaf in enumerate(leaves)])
+        found = inner.form_of(*args, **kwargs)
+        return ()
+
+    jax.eval_shape(look, shapes)
+    return found
 
 
 def _reduced(problem: Problem, total: Grads, params: Any, count: int) -> Grads:

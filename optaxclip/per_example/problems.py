@@ -7,8 +7,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optaxclip import core
 from optaxclip._arguments import checks
 from optaxclip._arrays import layouts, trees
+from optaxclip._jaxprs import replaying
+from optaxclip.functions import empty_state
 
 Batch: TypeAlias = Any  # a pytree of arrays whose first axis indexes examples
 Grads: TypeAlias = Any  # of the structure of the parameters
@@ -18,7 +21,7 @@ class Problem(NamedTuple):
     """What is to be calculated of a batch.
 
     Attributes:
-      loss: `(params, example) -> (value, aux)`.
+      loss: `(params, example) -> (value, aux)`. Its Python code has run already, and does not run when it is called.
       params: what it is differentiated by; on each device its own copy where devices have different examples.
       tx: what each gradient goes through.
       apart: the mesh axes along which devices have different examples.
@@ -34,6 +37,23 @@ class Problem(NamedTuple):
     def grad(self, example: Any) -> tuple[tuple[jax.Array, Any], Grads]:
         """Value, auxiliary output and gradient of one example."""
         return jax.value_and_grad(self.loss, has_aux=True)(self.params, example)
+
+    def no_state(self) -> Any:
+        """The state of the transformation, without an array in it.
+
+        Raises:
+          ValueError: if there is one.
+        """
+        advice = (
+            "which one example can't hand on to the next: for a bound that follows a schedule build it with the number "
+            "of this step, as in clip_by_global_norm(schedule(step)); for a record of the norms pass "
+            "return_norms=True; chain what keeps a state behind it, as an optimizer does"
+        )
+        return empty_state("clipped_value_and_grad", self.tx, self.params, advice)
+
+    def made_of(self) -> core.MadeOf | None:
+        """What `clip_by` made the transformation of; None if it is not known to be a clip."""
+        return self.tx.made_of if isinstance(self.tx, core.Clip) else None
 
 
 class Seen(NamedTuple):
@@ -119,9 +139,28 @@ def of_call(
 
     params = tuple(args[number] for number in wanted) if isinstance(where.argnums, tuple) else args[wanted[0]]
     batch = tuple(args[number] for number in where.batch_argnums)
-    apart = _axes_of_examples(loss, params, batch)
-    own = jax.tree.map(lambda leaf: layouts.varying_over(jnp.asarray(leaf), apart), params)
-    return Problem(loss, own, tx, apart, want_norms), params, batch
+    require_examples(where, batch)
+    own = jax.tree.map(jnp.asarray, params)
+    traced = _traced(loss, own, batch)
+    if apart := _axes_of_examples(traced, own, batch):
+        # Parameters of another type: the trace above does not fit them.
+        own = jax.tree.map(lambda leaf: layouts.varying_over(leaf, apart), own)
+        traced = _traced(loss, own, batch)
+    return Problem(traced, own, tx, apart, want_norms), params, batch
+
+
+def _traced(loss: Callable[[Any, Any], Any], params: Any, batch: Batch) -> Callable[[Any, Any], Any]:
+    """`loss`, whose Python code runs here and never again, for the examples of this batch."""
+    traced = loss
+
+    def look(example: Any) -> tuple[()]:
+        nonlocal traced
+        traced = replaying.traced(loss, params, example)
+        return ()
+
+    # Only under vmap has an example the type that it will have there, on every mesh.
+    jax.eval_shape(jax.vmap(look), batch)
+    return traced
 
 
 def _axes_of_examples(loss: Callable[[Any, Any], Any], params: Any, batch: Batch) -> tuple[str, ...]:
@@ -136,12 +175,8 @@ def _axes_of_examples(loss: Callable[[Any, Any], Any], params: Any, batch: Batch
     return tuple(sorted(layouts.varying(value)))
 
 
-def size(where: Places, batch: Batch) -> int:
-    """How many examples there are.
-
-    Raises:
-      ValueError: if there is none, or the arrays of the batch disagree.
-    """
+def require_examples(where: Places, batch: Batch) -> None:
+    """Raises ValueError if there is no example, or the arrays of the batch disagree on how many there are."""
     lengths: dict[str, int] = {}
     for number, rows in zip(where.batch_argnums, batch, strict=True):
         for path, leaf in zip(trees.paths(rows), jax.tree.leaves(rows), strict=True):
@@ -157,4 +192,8 @@ def size(where: Places, batch: Batch) -> int:
     (number,) = set(lengths.values())
     if number == 0:
         raise ValueError(f"batch_argnums={where.batch_argnums}: there are 0 examples")
-    return number
+
+
+def size(batch: Batch) -> int:
+    """How many examples there are."""
+    return jnp.shape(jax.tree.leaves(batch)[0])[0]

@@ -11,9 +11,9 @@ from optaxclip import core, norms, thresholds
 from optaxclip._arguments import checks
 from optaxclip._arrays import groups, layouts, mesh, states
 from optaxclip._arrays.parameters import fill_missing, parameters
+from optaxclip._jaxprs.holding import update_or_hold
 from optaxclip.core import Norm, Threshold, Updates
 from optaxclip.wrappers import skip_counts
-from optaxclip.wrappers.holding import update_or_hold
 from optaxclip.wrappers.skip_counts import SkipStats
 
 

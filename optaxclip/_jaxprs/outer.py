@@ -11,12 +11,13 @@ used at several places of an example (convolutions, recurrent networks, sequence
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from optaxclip._jaxprs import reading
 from optaxclip._numerics import arithmetic, tree_norms
 
 # They change how the numbers are laid out, or round them, and not their norm: see `_keeps_norm`.
@@ -51,7 +52,12 @@ def as_array(value: Any) -> Any:
 
 
 def evaluate(function: Callable[..., Any], *args: Any) -> Any:
-    """`function(*args)`, in which leaves that are outer products are given as `Outer`."""
+    """`function(*args)`, in which leaves that are outer products are given as `Outer`.
+
+    Where jaxprs can't be read, every leaf is an array.
+    """
+    if not reading.IS_POSSIBLE:
+        return function(*args)
     closed, shape = jax.make_jaxpr(function, return_shape=True)(*args)
     found = _evaluate(closed.jaxpr, closed.consts, jax.tree.leaves(args))
     return jax.tree.unflatten(jax.tree.structure(shape), found)
@@ -59,25 +65,21 @@ def evaluate(function: Callable[..., Any], *args: Any) -> Any:
 
 def _evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
     values: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
-
-    def value_of(variable: Any) -> Any:
-        return variable.val if hasattr(variable, "val") else values[variable]  # a literal has its value
-
     for equation in jaxpr.eqns:
-        found = _carry_out(equation, [value_of(variable) for variable in equation.invars])
+        found = _carry_out(jaxpr, equation, [reading.value_of(variable, values) for variable in equation.invars])
         values.update(zip(equation.outvars, found, strict=True))
-    return [value_of(variable) for variable in jaxpr.outvars]
+    return [reading.value_of(variable, values) for variable in jaxpr.outvars]
 
 
-def _carry_out(equation: Any, values: list[Any]) -> list[Any]:
+def _carry_out(jaxpr: Any, equation: Any, values: list[Any]) -> list[Any]:
     name = equation.primitive.name
-    if name in ("jit", "pjit"):  # the function or a part of it: what it returns may be an outer product as well
+    if name == "jit":  # the function or a part of it: what it returns may be an outer product as well
         inner = equation.params["jaxpr"]
         return _evaluate(inner.jaxpr, inner.consts, values)
     first = values[0] if values else None
 
     def carried_out() -> list[Any]:
-        return _bind(equation, [as_array(value) for value in values])
+        return reading.carry_out(jaxpr, equation, [as_array(value) for value in values])
 
     if name in _SAME_NORM and isinstance(first, Outer) and _keeps_norm(equation):
         return [Outer(first.factors, first.leading, lambda: carried_out()[0])]
@@ -89,14 +91,6 @@ def _carry_out(equation: Any, values: list[Any]) -> list[Any]:
     return carried_out()
 
 
-def _bind(equation: Any, arrays: list[Any]) -> list[Any]:
-    params = equation.primitive.get_bind_params(equation.params)
-    functions, params = params if isinstance(params, tuple) else ([], params)  # a pair in jax < 0.9
-    with equation.ctx.manager:
-        found = equation.primitive.bind(*functions, *arrays, **params)
-    return list(found) if equation.primitive.multiple_results else [found]
-
-
 def _keeps_norm(equation: Any) -> bool:
     """Whether a conversion loses no more than digits: neither imaginary parts nor what is past a narrower range."""
     before, after = (variable.aval.dtype for variable in (equation.invars[0], equation.outvars[0]))
@@ -104,17 +98,6 @@ def _keeps_norm(equation: Any) -> bool:
         return False
     is_same_kind = jnp.issubdtype(before, jnp.complexfloating) == jnp.issubdtype(after, jnp.complexfloating)
     return is_same_kind and jnp.finfo(after).maxexp >= jnp.finfo(before).maxexp
-
-
-def equations(jaxpr: Any) -> Iterator[Any]:
-    """All operations of a program, also of the programs inside it."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for value in equation.params.values():
-            for part in value if isinstance(value, tuple | list) else (value,):
-                inner = getattr(part, "jaxpr", part)
-                if hasattr(inner, "eqns"):
-                    yield from equations(inner)
 
 
 def _is_float(variable: Any) -> bool:

@@ -25,22 +25,33 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend import core
+
+from optaxclip._jaxprs import reading
+
+Update = Callable[[Any, Any], tuple[Any, Any]]
 
 
-def update_or_hold(
-    update: Callable[[Any, Any], tuple[Any, Any]], hold: jax.Array, updates: Any, state: Any
-) -> tuple[Any, Any]:
+def update_or_hold(update: Update, hold: jax.Array, updates: Any, state: Any) -> tuple[Any, Any]:
     """`update(updates, state)`, but with `state` as it was where `hold` is set. The updates are worthless there."""
+    return (_chosen_where_it_arises if reading.IS_POSSIBLE else _chosen_at_the_end)(update, hold, updates, state)
+
+
+def _chosen_at_the_end(update: Update, hold: jax.Array, updates: Any, state: Any) -> tuple[Any, Any]:
+    new_updates, new_state = update(updates, state)
+    old, (new, structure) = jax.tree.leaves(state), jax.tree.flatten(new_state)
+    _require_as_many(old, new)
+    return new_updates, structure.unflatten([_choose(hold, *pair) for pair in zip(old, new, strict=True)])
+
+
+def _chosen_where_it_arises(update: Update, hold: jax.Array, updates: Any, state: Any) -> tuple[Any, Any]:
     closed, (new_updates, new_state) = jax.make_jaxpr(update, return_shape=True)(updates, state)
     jaxpr, old, number = closed.jaxpr, jax.tree.leaves(state), len(jax.tree.leaves(new_updates))
     entries = jaxpr.outvars[number:]
-    if len(entries) != len(old):
-        raise ValueError(f"the inner state had {len(old)} arrays before the update, and has {len(entries)} after it")
+    _require_as_many(old, entries)
     # A variable that is in the state twice is chosen, where it arises, for its first place.
     place: dict[Any, int] = {}
     for i, var in enumerate(entries):
-        if not isinstance(var, core.Literal):
+        if not reading.is_literal(var):
             place.setdefault(var, i)
     values: dict[Any, Any] = {}
 
@@ -50,10 +61,11 @@ def update_or_hold(
 
     keep([*jaxpr.constvars, *jaxpr.invars], [*closed.consts, *jax.tree.leaves((updates, state))])
     for equation in jaxpr.eqns:
-        keep(equation.outvars, _run(jaxpr, equation, values))
+        arrays = [reading.value_of(var, values) for var in equation.invars]
+        keep(equation.outvars, reading.carry_out(jaxpr, equation, arrays))
 
     chosen = set(place.values())
-    outs = [var.val if isinstance(var, core.Literal) else values[var] for var in jaxpr.outvars]
+    outs = [reading.value_of(var, values) for var in jaxpr.outvars]
     held = [new if i in chosen else _choose(hold, old[i], new) for i, new in enumerate(outs[number:])]
     return (
         jax.tree.unflatten(jax.tree.structure(new_updates), outs[:number]),
@@ -61,12 +73,9 @@ def update_or_hold(
     )
 
 
-def _run(jaxpr: core.Jaxpr, equation: Any, values: dict[Any, Any]) -> list[Any]:
-    """What one equation of a jaxpr makes."""
-    needed = list(dict.fromkeys(var for var in equation.invars if not isinstance(var, core.Literal)))
-    unnamed = jaxpr.debug_info.with_unknown_names()
-    alone = jaxpr.replace(constvars=[], invars=needed, outvars=equation.outvars, eqns=[equation], debug_info=unnamed)
-    return core.jaxpr_as_fun(core.ClosedJaxpr(alone, ()))(*(values[var] for var in needed))
+def _require_as_many(old: list[Any], new: list[Any]) -> None:
+    if len(new) != len(old):
+        raise ValueError(f"the inner state had {len(old)} arrays before the update, and has {len(new)} after it")
 
 
 def _choose(hold: jax.Array, old: Any, new: Any) -> jax.Array:

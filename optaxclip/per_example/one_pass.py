@@ -1,0 +1,47 @@
+"""The sum of per-example gradients in one pass: each is calculated, transformed, and added up if it is finite.
+
+It works for every transformation, and takes the memory of as many gradients as there are examples.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optaxclip._arrays import dtypes, layouts, mesh
+from optaxclip._numerics import arithmetic, rows
+from optaxclip.functions import global_norm
+from optaxclip.per_example.problems import Batch, Grads, Problem, Seen
+
+
+def summed(problem: Problem, batch: Batch) -> tuple[Grads, Seen]:
+    """Every gradient by itself."""
+    (value, aux), grads = jax.vmap(problem.grad)(batch)
+    with mesh.apart(problem.apart):
+        state = problem.no_state()
+        updates = jax.vmap(lambda grad: problem.tx.update(grad, state, problem.params)[0])(grads)
+        norm = jax.vmap(global_norm)(grads) if problem.want_norms else None
+        counted = _everywhere(problem, jax.vmap(_is_finite)(updates))
+    return jax.tree.map(functools.partial(_sum, counted), updates), Seen(value, aux, norm, counted)
+
+
+def _is_finite(tree: Any) -> jax.Array:
+    flags = [~arithmetic.has_nonfinite(leaf) for leaf in jax.tree.leaves(tree) if dtypes.is_inexact(leaf)]
+    return functools.reduce(jnp.logical_and, flags, jnp.asarray(True))
+
+
+def _everywhere(problem: Problem, counted: jax.Array) -> jax.Array:
+    """Whether an example counts, the same on all devices that have a share of its gradient."""
+    names = tuple(sorted(layouts.varying(counted) - set(problem.apart)))
+    return jax.lax.pmin(counted.astype(jnp.int32), names) > 0 if names else counted
+
+
+def _sum(counted: jax.Array, updates: jax.Array) -> jax.Array:
+    """The sum of the updates that are counted, in float32 or wider."""
+
+    def terms(updates: jax.Array, counted: jax.Array) -> jax.Array:
+        wide = updates.astype(dtypes.wide(updates.dtype))
+        return jnp.where(jnp.expand_dims(counted, range(1, updates.ndim)), wide, jnp.zeros_like(wide))
+
+    return rows.sum_of(terms, updates, counted)
