@@ -12,9 +12,9 @@ from optaxclip.core import Norm, clip_by
 
 def aggc(
     labels: Any,
-    high: Any,
+    ratio: Any,
     *,
-    low: Any = None,
+    min_ratio: Any = None,
     decay: Any = 0.98,
     min_norm: Any = 0.0,
     max_down: Any = None,
@@ -25,13 +25,13 @@ def aggc(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Keeps the norm of each labelled group of leaves within a band about its moving average.
 
-    .. math:: n_G \leftarrow \min(\max(n_G, low \cdot e_G), high \cdot e_G), \qquad
+    .. math:: n_G \leftarrow \min(\max(n_G, min_ratio \cdot e_G), ratio \cdot e_G), \qquad
         e_G \leftarrow \beta e_G + (1 - \beta) n_G
 
     Args:
       labels: a prefix pytree of strings, or a callable from a leaf's path to one: the groups; see `norms.group_norm`.
-      high: how many averages are permitted, at least 0. Required: the published code has none that would bound.
-      low: below how many averages, at most 1, a norm is raised; None is 0.
+      ratio: how many averages are permitted, at least 0. Required: the published code has none that would bound.
+      min_ratio: below how many averages, at most 1, a norm is raised; None is 0.
       decay: beta, of the average of the norms after clipping, in [0, 1).
       min_norm: below this a norm is raised, whatever the average.
       max_down: a norm is scaled by no less than this, in [0, 1], so that norms may pass the bound; 0.9 in the published
@@ -49,7 +49,7 @@ def aggc(
       The direction of each group is kept. Within the band updates are returned bit for bit.
 
     Edge cases:
-      The first norm sets the average and is bounded by `high` times itself. A norm of 0, an infinite or a NaN norm
+      The first norm sets the average and is bounded by `ratio` times itself. A norm of 0, an infinite or a NaN norm
       leaves its updates and its statistics as they are.
 
     Placement:
@@ -69,7 +69,7 @@ def aggc(
       [2.] [1.]
 
     Differs from the paper:
-      The published average starts at 0 and is not debiased, so that with `high=1` the output stays at a fiftieth of the
+      The published average starts at 0 and is not debiased, so that with `ratio=1` the output stays at a fiftieth of the
       first norm for ever; its way out, `max_down`, makes the bound none. Both are available, and neither is the
       default.
 
@@ -83,20 +83,20 @@ def aggc(
     """
     checks.static_together(labels=labels, record=record)
     threshold = thresholds.ema_band(
-        high, low=low, decay=decay, min_norm=min_norm, max_down=max_down, max_up=max_up, initial=initial
+        ratio, min_ratio=min_ratio, decay=decay, min_norm=min_norm, max_down=max_down, max_up=max_up, initial=initial
     )
     return clip_by(norms.group_norm(labels), threshold, axes=axes, record=record)
 
 
 def clip_norm_growth(
-    max_growth: Any = 1.01, *, norm: Norm = norms.leaf_norm(), axes: Axes = "auto", record: int = False
+    ratio: Any = 1.01, *, norm: Norm = norms.leaf_norm(), axes: Axes = "auto", record: int = False
 ) -> optax.GradientTransformationExtraArgs:
     r"""Lets each norm be at most so many times what it was in the last step, after clipping.
 
     .. math:: u_t \leftarrow u_t \cdot \min(1, \gamma (m_{t-1} + 10^{-8}) / n_t), \qquad m_t = \|u_t\|
 
     Args:
-      max_growth: gamma, by which factor norms may grow in a step, positive; 1.01 in Fira and APOLLO.
+      ratio: gamma, by which factor norms may grow in a step, positive; 1.01 in Fira and APOLLO.
       norm: what is measured, from `optaxclip.norms`; each group has a history of its own.
       axes: over which mesh axes the leaves are split; see `clip_by`.
       record: of how many of the last steps the state keeps a record for `clip_stats`; see `clip_by`.
@@ -117,7 +117,7 @@ def clip_norm_growth(
       gradient.
 
     Raises:
-      ValueError: if `max_growth` is not positive.
+      ValueError: if `ratio` is not positive.
 
     Example:
       >>> import jax.numpy as jnp
@@ -140,4 +140,4 @@ def clip_norm_growth(
 
       Notebook: `notebooks/which_clipper.ipynb`, all methods compared.
     """
-    return clip_by(norm, thresholds.growth(max_growth), axes=axes, record=record)
+    return clip_by(norm, thresholds.growth(ratio), axes=axes, record=record)

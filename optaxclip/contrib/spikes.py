@@ -29,22 +29,22 @@ class SpamState(NamedTuple):
 
 
 def spam_clip(
-    threshold: Any = 5000.0,
+    ratio: Any = 5000.0,
     *,
     decay: Any = 0.999,
-    idle_steps: int = 19,
+    warmup_steps: int = 19,
     period: int | None = None,
     state_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Clips each coordinate whose square is more than `threshold` times the moving average of its squares.
+    r"""Clips each coordinate whose square is more than `ratio` times the moving average of its squares.
 
     .. math:: u \leftarrow \operatorname{sign}(u) \sqrt{\theta v} \text{ where } u^2 > \theta v > 0, \qquad
         v \leftarrow \beta v + (1 - \beta) u^2
 
     Args:
-      threshold: :math:`\theta`, at least 0; 5000 in the paper.
+      ratio: :math:`\theta`, at least 0; 5000 in the paper.
       decay: :math:`\beta`, of the average of what was let through, in [0, 1); 0.999 in the paper.
-      idle_steps: so many steps at the start nothing is clipped, and the average fills; the paper clips from step 20 on.
+      warmup_steps: so many steps at the start nothing is clipped, and the average fills; the paper clips from step 20 on.
       period: every so many steps the average restarts, and the idle steps with it; 500 in the paper. None never does.
       state_dtype: of the average, a real float dtype of at least 16 bits. None: the parameter's dtype, or
         float32 if that is below 16 bits. In 16 bits an average of this decay hardly moves.
@@ -72,7 +72,7 @@ def spam_clip(
     Example:
       >>> import jax.numpy as jnp
       >>> import optaxclip
-      >>> tx = optaxclip.contrib.spam_clip(4.0, decay=0.9, idle_steps=2)
+      >>> tx = optaxclip.contrib.spam_clip(4.0, decay=0.9, warmup_steps=2)
       >>> params = jnp.zeros(1)
       >>> state = tx.init(params)
       >>> for grad in (1.0, 1.0, 3.0):
@@ -92,10 +92,10 @@ def spam_clip(
 
       Notebook: `notebooks/which_clipper.ipynb`, all methods compared.
     """
-    checks.static_together(idle_steps=idle_steps, period=period, state_dtype=state_dtype)
-    threshold = checks.number("threshold", threshold)
+    checks.static_together(warmup_steps=warmup_steps, period=period, state_dtype=state_dtype)
+    ratio = checks.number("ratio", ratio)
     decay = checks.number("decay", decay, below=1.0)
-    idle_steps = checks.whole("idle_steps", idle_steps, at_least=0)
+    warmup_steps = checks.whole("warmup_steps", warmup_steps, at_least=0)
     period = checks.whole_or_none("period", period)
     dtype = checks.state_dtype(state_dtype)
 
@@ -110,14 +110,14 @@ def spam_clip(
         step = jnp.asarray(optax.safe_increment(state.spam_step))
         phase = step if period is None else step % period
         restarts = (phase == 0) & (period is not None)
-        is_idle = phase <= idle_steps
+        is_warm = phase <= warmup_steps
 
         def one(leaf: Any, rms: jax.Array) -> tuple[jax.Array, jax.Array]:
             leaf = jnp.asarray(leaf)
             size = arithmetic.modulus(leaf)
             before = jnp.where(restarts, jnp.zeros_like(rms), rms).astype(size.dtype)
-            bound = arithmetic.root(jnp.asarray(threshold, size.dtype)) * before
-            spikes = (size > bound) & (before > 0) & ~is_idle
+            bound = arithmetic.root(jnp.asarray(ratio, size.dtype)) * before
+            spikes = (size > bound) & (before > 0) & ~is_warm
             kept = jnp.where(spikes, bound, size)
             after = averages.power_mean(before, kept, averages.shares(decay, size.dtype), 2)
             after = jnp.where(jnp.isfinite(size), after, before)

@@ -100,26 +100,26 @@ def ema_ratio(
 
 
 def ema_band(
-    high: Any,
+    ratio: Any,
     *,
-    low: Any = None,
+    min_ratio: Any = None,
     decay: Any = 0.98,
     min_norm: Any = 0.0,
     max_down: Any = None,
     max_up: Any = None,
     initial: Any = None,
 ) -> Threshold:
-    r"""AGGC: norms lie between `low` and `high` times the moving average of the norms that were let through.
+    r"""AGGC: norms lie between `min_ratio` and `ratio` times the moving average of the norms that were let through.
 
     Args:
-      high: what is permitted, in averages; at least 0. There is no published default that would do without `max_down`.
-      low: below so many averages, at most 1, a norm is raised; None is 0.
+      ratio: what is permitted, in averages; at least 0. There is no published default that would do without `max_down`.
+      min_ratio: below so many averages, at most 1, a norm is raised; None is 0.
       decay: of the average, in [0, 1).
       min_norm: below this a norm is raised, whatever the average.
       max_down: a norm is scaled by no less than this, in [0, 1], which lets norms past the bound; None for any factor.
       max_up: a norm is scaled by no more than this, at least 1; None for any factor.
       initial: the average before the first norm. None takes the first norm; 0 is the published start: the first norm
-        passes, and with `high=1` the average stays at `1 - decay` of it for ever, unless there is `max_down`.
+        passes, and with `ratio=1` the average stays at `1 - decay` of it for ever, unless there is `max_down`.
 
     Returns:
       A Threshold. Its state is 8 bytes per group.
@@ -134,7 +134,7 @@ def ema_band(
     Example:
       >>> import jax.numpy as jnp
       >>> from optaxclip import clip_by, norms, thresholds
-      >>> tx = clip_by(norms.leaf_norm(), thresholds.ema_band(2.0, low=0.5))
+      >>> tx = clip_by(norms.leaf_norm(), thresholds.ema_band(2.0, min_ratio=0.5))
       >>> state = tx.init(jnp.zeros(1))
       >>> for norm in (1.0, 8.0):
       ...     updates, state = tx.update(jnp.array([norm]), state)
@@ -144,12 +144,12 @@ def ema_band(
     See also:
       `aggc`; `ema_ratio`, with a warm-up.
     """
-    high = checks.number("high", high)
+    ratio = checks.number("ratio", ratio)
     decay = checks.number("decay", decay, below=1.0)
     min_norm = checks.number("min_norm", min_norm, below=np.inf)
-    if low is not None:
-        low = checks.number("low", low, at_most=1.0)
-        checks.ordered("low", low, "high", high)
+    if min_ratio is not None:
+        min_ratio = checks.number("min_ratio", min_ratio, at_most=1.0)
+        checks.ordered("min_ratio", min_ratio, "ratio", ratio)
     if max_down is not None:
         max_down = checks.number("max_down", max_down, at_most=1.0)
     if max_up is not None:
@@ -161,10 +161,10 @@ def ema_band(
         average, seen = state
         average = jnp.where((seen == 0) & (initial is None), norm, average)
         least, down, up = (
-            None if value is None else jnp.asarray(value, norm.dtype) for value in (low, max_down, max_up)
+            None if value is None else jnp.asarray(value, norm.dtype) for value in (min_ratio, max_down, max_up)
         )
         # An average of 0 is none.
-        upper = jnp.where(average > 0, jnp.asarray(high, norm.dtype) * average, bounds.highest(norm.dtype))
+        upper = jnp.where(average > 0, jnp.asarray(ratio, norm.dtype) * average, bounds.highest(norm.dtype))
         lower = jnp.maximum(0 if least is None else least * average, jnp.asarray(min_norm, norm.dtype))
         is_large = norm > upper
         upper = upper if down is None else jnp.maximum(upper, down * norm)
@@ -244,13 +244,13 @@ class GrowthState(NamedTuple):
     last_norm: jax.Array
 
 
-def growth(max_growth: Any = 1.01) -> Threshold:
-    r"""A norm may be at most `max_growth` times the last one, as it was after clipping.
+def growth(ratio: Any = 1.01) -> Threshold:
+    r"""A norm may be at most `ratio` times the last one, as it was after clipping.
 
-    .. math:: bound = max\_growth \cdot (n_{prev} + 10^{-8})
+    .. math:: bound = ratio \cdot (n_{prev} + 10^{-8})
 
     Args:
-      max_growth: by which factor norms may grow in a step, positive.
+      ratio: by which factor norms may grow in a step, positive.
 
     Returns:
       A Threshold. Its state is 4 bytes per group.
@@ -259,7 +259,7 @@ def growth(max_growth: Any = 1.01) -> Threshold:
       The first norm passes. A norm of 0, an infinite or a NaN norm is not taken in.
 
     Raises:
-      ValueError: if `max_growth` is not positive.
+      ValueError: if `ratio` is not positive.
 
     Example:
       >>> import jax.numpy as jnp
@@ -274,10 +274,10 @@ def growth(max_growth: Any = 1.01) -> Threshold:
     See also:
       `clip_norm_growth`; `ema_ratio`, for a multiple of an average.
     """
-    max_growth = checks.number("max_growth", max_growth, positive=True)
+    ratio = checks.number("ratio", ratio, positive=True)
 
     def limit(norm: jax.Array, state: GrowthState) -> tuple[Any, GrowthState]:
-        bound = jnp.asarray(max_growth, norm.dtype) * (state.last_norm + 1e-8)
+        bound = jnp.asarray(ratio, norm.dtype) * (state.last_norm + 1e-8)
         # 0 stands for no norm yet, so that no bound may be 0.
         bound = jnp.where(
             state.last_norm > 0, jnp.maximum(bound, jnp.finfo(norm.dtype).tiny), bounds.highest(norm.dtype)

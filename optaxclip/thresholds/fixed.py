@@ -20,7 +20,7 @@ Band: TypeAlias = tuple[Any, Any]  # its lower and its upper end
 ParamNorms: TypeAlias = Callable[[], Norms]
 
 
-def constant(c: bounds.Bound) -> Threshold:
+def constant(max_norm: bounds.Bound) -> Threshold:
     """Every norm may be at most `c`.
 
     Args:
@@ -48,11 +48,11 @@ def constant(c: bounds.Bound) -> Threshold:
     See also:
       `clip_by_global_norm`, `clip_by_leaf_norm`, `clip_by_block_rms`; `smooth`, without a kink.
     """
-    checks.bound("c", c)
-    return from_bounds(lambda norms, param_norms, high: (0.0, high), c)
+    checks.bound("max_norm", max_norm)
+    return from_bounds(lambda norms, param_norms, high: (0.0, high), max_norm)
 
 
-def between(lo: bounds.Bound, hi: bounds.Bound) -> Threshold:
+def between(min_norm: bounds.Bound, max_norm: bounds.Bound) -> Threshold:
     """Every norm but 0 is brought to at least `lo` and to at most `hi`.
 
     Args:
@@ -80,13 +80,13 @@ def between(lo: bounds.Bound, hi: bounds.Bound) -> Threshold:
     See also:
       `clip_by_norm_range`; `exactly`, for a band without width.
     """
-    checks.bound("lo", lo, finite=True)
-    checks.bound("hi", hi)
-    checks.ordered("lo", lo, "hi", hi)
-    return from_bounds(lambda norms, param_norms, low, high: (low, high), lo, hi)
+    checks.bound("min_norm", min_norm, finite=True)
+    checks.bound("max_norm", max_norm)
+    checks.ordered("min_norm", min_norm, "max_norm", max_norm)
+    return from_bounds(lambda norms, param_norms, low, high: (low, high), min_norm, max_norm)
 
 
-def exactly(c: bounds.Bound) -> Threshold:
+def exactly(target_norm: bounds.Bound) -> Threshold:
     """Every norm but 0 becomes `c`: normalised descent.
 
     Args:
@@ -113,11 +113,11 @@ def exactly(c: bounds.Bound) -> Threshold:
     See also:
       `normalised`, where the norm follows how norms vary; `smooth`.
     """
-    checks.bound("c", c, finite=True)
-    return from_bounds(lambda norms, param_norms, goal: (goal, goal), c)
+    checks.bound("target_norm", target_norm, finite=True)
+    return from_bounds(lambda norms, param_norms, goal: (goal, goal), target_norm)
 
 
-def smooth(c: bounds.Bound) -> Threshold:
+def smooth(max_norm: bounds.Bound) -> Threshold:
     r"""A norm n becomes :math:`n c / (n + c)`: below `c` everywhere, and without a kink.
 
     Args:
@@ -143,8 +143,8 @@ def smooth(c: bounds.Bound) -> Threshold:
     See also:
       `smooth_clip_by_global_norm`; `constant`.
     """
-    checks.bound("c", c)
-    return from_bounds(lambda norms, param_norms, high: (0.0, groups.over_groups(_harmonic, norms, high)), c)
+    checks.bound("max_norm", max_norm)
+    return from_bounds(lambda norms, param_norms, high: (0.0, groups.over_groups(_harmonic, norms, high)), max_norm)
 
 
 def chain(*thresholds: Threshold) -> Threshold:

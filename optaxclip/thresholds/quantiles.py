@@ -27,11 +27,11 @@ class RecentNormsState(NamedTuple):
     norms_seen: jax.Array
 
 
-def quantile(q: Any, *, window: int | None = None) -> Threshold:
+def quantile(quantile: Any, *, window: int | None = None) -> Threshold:
     """A norm may be at most a quantile of all norms so far, itself among them, interpolated as in `numpy.quantile`.
 
     Args:
-      q: which quantile, in [0, 1].
+      quantile: which quantile, in [0, 1].
       window: of how many of the last norms, exactly. None is the whole history: exactly for the first 64 norms, then
         in a histogram whose 10,160 bins are spread evenly over the logarithms of all normal float32, so that the
         quantile is right to 0.9 %. For at most 1,024 groups.
@@ -43,7 +43,7 @@ def quantile(q: Any, *, window: int | None = None) -> Threshold:
       The first norm is its own quantile, and passes. A norm of 0, an infinite or a NaN norm is not taken in.
 
     Raises:
-      ValueError: if `q` or `window` is out of range; at init, without a window and with more than 1,024 groups.
+      ValueError: if `quantile` or `window` is out of range; at init, without a window and with more than 1,024 groups.
 
     Example:
       >>> import jax.numpy as jnp
@@ -59,13 +59,13 @@ def quantile(q: Any, *, window: int | None = None) -> Threshold:
       `autoclip`; `order_statistic`, without interpolation; `tracked_quantile`, with hardly any state.
     """
     checks.static_together(window=window)
-    q = checks.number("q", q, at_most=1.0)
+    quantile = checks.number("quantile", quantile, at_most=1.0)
     if window is None:
-        return quantile_of_all(q)
+        return quantile_of_all(quantile)
 
     def bound_of(ring: jax.Array) -> jax.Array:
         there = jnp.where(ring > 0, ring, jnp.full_like(ring, bounds.highest(ring.dtype)))
-        return interpolated(q, jnp.sum(ring > 0, dtype=jnp.int32), in_order(there), ring.dtype)
+        return interpolated(quantile, jnp.sum(ring > 0, dtype=jnp.int32), in_order(there), ring.dtype)
 
     return _of_recent(window, bound_of, prefilled=False)
 
@@ -137,16 +137,16 @@ class TrackedQuantileState(NamedTuple):
     tracked_log_norm: jax.Array
 
 
-def tracked_quantile(q: Any = 0.5, *, learning_rate: Any = 0.2, initial: Any = 1.0) -> Threshold:
+def tracked_quantile(quantile: Any = 0.5, *, learning_rate: Any = 0.2, initial: Any = 1.0) -> Threshold:
     r"""An estimate of a quantile of the norms, which moves geometrically a step at a time.
 
-    .. math:: c \leftarrow c \cdot \exp(-learning\_rate \cdot (1[n \le c] - q))
+    .. math:: c \leftarrow c \cdot \exp(-learning\_rate \cdot (1[n \le c] - quantile))
 
     With one norm a step the logarithm of c walks on a lattice: it wanders about the quantile for ever, with a standard
     deviation of 0.12 to 0.25 at the default rate.
 
     Args:
-      q: which quantile, in [0, 1].
+      quantile: which quantile, in [0, 1].
       learning_rate: of the logarithm, at least 0. `optax.inject_hyperparams` lets it decay.
       initial: the first estimate, positive.
 
@@ -173,7 +173,7 @@ def tracked_quantile(q: Any = 0.5, *, learning_rate: Any = 0.2, initial: Any = 1
     See also:
       `clip_by_tracked_quantile`; `quantile`, of the norms themselves, which takes more memory.
     """
-    q = checks.number("q", q, at_most=1.0)
+    quantile = checks.number("quantile", quantile, at_most=1.0)
     learning_rate = checks.number("learning_rate", learning_rate, below=np.inf)
     initial = checks.number("initial", initial, positive=True, below=np.inf)
 
@@ -181,7 +181,7 @@ def tracked_quantile(q: Any = 0.5, *, learning_rate: Any = 0.2, initial: Any = 1
         log_bound = state.tracked_log_norm
         dtype, info = log_bound.dtype, jnp.finfo(log_bound.dtype)
         bound = jnp.minimum(jnp.exp(log_bound), info.max)  # rounded, the largest logarithm may be that of inf
-        away = (norm <= bound).astype(dtype) - jnp.asarray(q, dtype)
+        away = (norm <= bound).astype(dtype) - jnp.asarray(quantile, dtype)
         moved_on = log_bound - jnp.asarray(learning_rate, dtype) * away
         return (0.0, bound), TrackedQuantileState(jnp.clip(moved_on, jnp.log(info.tiny), jnp.log(info.max)))
 
