@@ -11,8 +11,7 @@ import optax
 
 from optaxclip._arguments import checks
 from optaxclip._arrays import dtypes, layouts
-from optaxclip._numerics import tree_norms
-from optaxclip.functions import stateless
+from optaxclip.functions import global_norm, stateless
 
 _NO_STATE = (
     "which a backward pass can't hand on to the next: for a bound that follows a schedule build it with the number of "
@@ -134,7 +133,7 @@ def clip_cotangents(x: Any, tx: optax.GradientTransformation, *, tap: jax.Array 
         clipped = [new.astype(jnp.result_type(old)) for new, old in zip(taken, cotangents, strict=True)]
         if tap is None:
             return clipped, None
-        norms = jnp.stack([tree_norms.global_norm(given), tree_norms.global_norm(clipped)]).astype(tap.dtype)
+        norms = jnp.stack([global_norm(given), global_norm(clipped)]).astype(tap.dtype)
         return clipped, layouts.varying_over(norms, layouts.varying(tap))
 
     return in_place(_with_backward(backward, floats, tap), others)

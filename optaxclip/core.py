@@ -34,9 +34,16 @@ import jax.numpy as jnp
 import optax
 
 from optaxclip._arguments import bounds, checks
-from optaxclip._arrays import groups, mesh, states
-from optaxclip._arrays.parameters import drop_missing, fill_missing, parameters, require_params
+from optaxclip._arguments.bounds import Bound
+from optaxclip._arrays import groups, states
+from optaxclip._arrays.leaves import Leaf, Leaves
+from optaxclip._arrays.mesh import Axes
+from optaxclip._arrays.parameters import drop_missing, fill_missing, parameters
+from optaxclip._numerics import scaling
+from optaxclip._numerics.scaling import Factor
 from optaxclip.records import recorder
+
+__all__ = ["Axes", "Bound", "Factor", "Leaf", "Leaves", "Norm", "Norms", "RecordedState", "Threshold", "clip_by"]
 
 Updates: TypeAlias = Any  # a pytree of arrays
 Norms: TypeAlias = Any  # a pytree with one real array, float32 or wider, per group
@@ -44,20 +51,45 @@ State: TypeAlias = Any  # a pytree of arrays
 
 
 class Norm(NamedTuple):
-    """How big each group of coordinates is.
+    """How big each group of coordinates is, and which group each leaf is in.
+
+    `clip_by` flattens the updates once, into `Leaves`: a sequence of those that hold floats. Each `Leaf` has a `value`,
+    a `path` ("decoder/kernel"), and in `shard_map` the mesh `axes` that it is split over. `leaves.as_tree(values)` puts
+    one value per leaf back into the structure of the updates; `leaves.of_tree(tree)` is the way back;
+    `leaves.values(name, argument)` asks a prefix pytree or a function of the path what holds for each leaf;
+    `leaves.params()` are the parameters of these leaves, likewise.
 
     Attributes:
-      measure: `(updates, params, split) -> norms`. `split` holds one `mesh.Split` per leaf, in order: over which mesh
-        axes that leaf is split. `params` may be None where the norm does not need them.
-      scale: `(updates, norms, permitted) -> updates`. `permitted` has the structure of `norms`. A group whose two
-        numbers are the same, or not finite, is returned bit for bit.
+      measure: `leaves -> norms`, a pytree of non-negative numbers or arrays, one per group. A structure like that of
+        the updates, as `leaves.as_tree` makes it, takes prefix pytrees as bounds.
+      assign: `(leaves, factors) -> list`, for each leaf the factor that it is multiplied by, or None to leave it as it
+        is. `factors` has the structure of the norms with one `Factor` per group; its arrays broadcast to the leaf.
+        `clip_by` multiplies: a group inside its band, of norm 0, or not finite is returned bit for bit.
+      name: how it is called in a signature.
+
+    Example:
+      The mean of the moduli of each leaf, of what each device holds alone:
+
+      >>> import jax.numpy as jnp
+      >>> from optaxclip import Norm, clip_by, thresholds
+      >>> def measure(leaves):
+      ...     return leaves.as_tree([jnp.mean(jnp.abs(leaf.value)) for leaf in leaves])
+      >>> mean_modulus = Norm(measure, lambda leaves, factors: leaves.of_tree(factors))
+      >>> tx = clip_by(mean_modulus, thresholds.constant(1.0))
+      >>> updates, _ = tx.update(jnp.array([6.0, -2.0]), tx.init(None))
+      >>> print(updates)
+      [ 1.5 -0.5]
 
     See also:
       `norms`, for those that are there; `clip_by`, which takes one.
     """
 
-    measure: Callable[[Updates, Any, list[mesh.Split]], Norms]
-    scale: Callable[[Updates, Norms, Norms], Updates]
+    measure: Callable[[Leaves], Norms]
+    assign: Callable[[Leaves, Any], list[Factor | None]]
+    name: str = "a Norm"
+
+    def __repr__(self) -> str:
+        return self.name
 
 
 class Threshold(NamedTuple):
@@ -69,6 +101,19 @@ class Threshold(NamedTuple):
       limit: `(norms, state, param_norms, **extra_args) -> ((lower, upper), state)`. Each end of the band has the
         structure of `norms`, or is one number for all groups; an end that is NaN bounds nothing. `param_norms()`
         measures the parameters with the same norm, and raises if `update` was not given any.
+
+    Example:
+      As much as the root of the number of steps:
+
+      >>> import jax.numpy as jnp
+      >>> from optaxclip import Threshold, clip_by, norms
+      >>> def limit(norms, steps, param_norms, **extra_args):
+      ...     return (0.0, jnp.sqrt(steps + 1.0)), steps + 1
+      >>> growing = Threshold(lambda norms: jnp.zeros((), jnp.int32), limit)
+      >>> tx = clip_by(norms.global_norm(), growing)
+      >>> updates, _ = tx.update(jnp.array([3.0, 4.0]), tx.init(None))
+      >>> print(updates)
+      [0.6 0.8]
 
     See also:
       `thresholds`, for those that are there; `clip_by`, which takes one.
@@ -83,7 +128,7 @@ class MadeOf(NamedTuple):
 
     norm: Norm
     threshold: Threshold
-    axes: mesh.Axes
+    axes: Axes
 
 
 class Clip(optax.GradientTransformationExtraArgs):
@@ -105,7 +150,7 @@ class RecordedState(NamedTuple):
 
 
 def clip_by(
-    norm: Norm, threshold: Threshold, *, axes: mesh.Axes = "auto", record: int = False
+    norm: Norm, threshold: Threshold, *, axes: Axes = "auto", record: int = False
 ) -> optax.GradientTransformationExtraArgs:
     r"""Brings every group of coordinates whose norm lies outside its band to the edge of the band.
 
@@ -175,63 +220,47 @@ def clip_by(
     def update(updates: Updates, state: State, params: Any = None, **extra_args: Any) -> tuple[Updates, State]:
         params = parameters(params, updates)
         filled = fill_missing(updates, params)
+        leaves = Leaves(filled, params, axes)
         recorder.require_state(state, RecordedState, length)
         state = states.as_arrays(state)
-        before = state.threshold_state if length else state
-        judged = judge(norm, threshold, filled, before, params, axes, extra_args)
-        clipped, after = norm.scale(filled, judged.norms, judged.permitted), judged.state
+        judged = judge(norm, threshold, leaves, state.threshold_state if length else state, extra_args)
+        clipped, after = apply(norm, leaves, judged.factors), judged.state
         if length:
-            measured = (judged.norms, judged.limits, judged.permitted)
-            after = RecordedState(after, recorder.advance(state.clip_stats, *measured, filled, judged.splits))
-        return drop_missing(updates, clipped), after
+            after = RecordedState(after, recorder.advance(state.clip_stats, judged, leaves))
+        return clipped if filled is updates else drop_missing(updates, clipped), after
 
     tx = Clip(init, update)
     tx.made_of = MadeOf(norm, threshold, axes)
     return tx
 
 
-def shapes_of(norm: Norm, params: Any, axes: mesh.Axes) -> Norms:
+def shapes_of(norm: Norm, params: Any, axes: Axes) -> Norms:
     """What a norm measures of updates like `params`, in shapes and dtypes alone."""
-    return jax.eval_shape(lambda tree: norm.measure(tree, tree, mesh.split_of(tree, tree, axes)), params)
+    return jax.eval_shape(lambda tree: norm.measure(Leaves(tree, tree, axes)), params)
 
 
 class Judged(NamedTuple):
-    """What was measured, and what of it is permitted.
+    """What was measured, and what of it is permitted. All but the state have the structure of the norms.
 
     Attributes:
       norms: what was measured.
-      limits: the upper end of the band, of the structure of `norms`.
-      permitted: what each norm is to become, likewise.
+      limits: the upper end of the band.
+      factors: the Factor of each group.
       state: the threshold's.
-      splits: over which mesh axes each leaf is split.
     """
 
     norms: Norms
     limits: Norms
-    permitted: Norms
+    factors: Any
     state: State
-    splits: list[mesh.Split]
 
 
 def judge(
-    norm: Norm,
-    threshold: Threshold,
-    updates: Updates,
-    state: State,
-    params: Any,
-    axes: mesh.Axes,
-    extra_args: Mapping[str, Any] = MappingProxyType({}),
+    norm: Norm, threshold: Threshold, leaves: Leaves, state: State, extra_args: Mapping[str, Any] = MappingProxyType({})
 ) -> Judged:
     """Measures, and asks the threshold."""
-    splits = mesh.split_of(updates, params, axes)
-    norms = norm.measure(updates, params, splits)
-
-    def param_norms() -> Norms:
-        require_params(updates, params)
-        return norm.measure(params, params, mesh.split_of(params, params, axes))
-
-    limits, permitted, state = permit(threshold, norms, state, param_norms, extra_args)
-    return Judged(norms, limits, permitted, state, splits)
+    measured = norm.measure(leaves)
+    return permit(threshold, measured, state, lambda: norm.measure(leaves.params()), extra_args)
 
 
 def permit(
@@ -240,16 +269,30 @@ def permit(
     state: State,
     param_norms: Callable[[], Norms],
     extra_args: Mapping[str, Any] = MappingProxyType({}),
-) -> tuple[Norms, Norms, State]:
-    """Asks the threshold: the upper end of the band of each norm, what each is to become, and the state."""
+) -> Judged:
+    """Asks the threshold what of these norms is permitted."""
     (lower, upper), state = threshold.limit(norms, state, param_norms, **extra_args)
-    limits = groups.over_groups(upper_end, norms, upper)
-    return limits, groups.over_groups(_between, norms, lower, limits), state
+    flat, treedef = jax.tree.flatten(norms)
+    edges = groups.vectorized(_edge, flat, groups.entries(lower, treedef), groups.entries(upper, treedef))
+    limits, factors = ([edge[i] for edge in edges] for i in range(2))
+    return Judged(norms, treedef.unflatten(limits), treedef.unflatten(factors), state)
 
 
-def _between(norm: jax.Array, lower: Any, upper: jax.Array) -> jax.Array:
-    lower = bounds.as_array(lower, norm.dtype, none=0)
-    return jnp.minimum(jnp.maximum(norm, jnp.where(jnp.isnan(lower), jnp.zeros_like(lower), lower)), upper)
+def apply(norm: Norm, leaves: Leaves, factors: Any) -> Updates:
+    """The updates, each leaf by the factor that the norm gives it."""
+    by_leaf = zip(leaves, norm.assign(leaves, factors), strict=True)
+    return leaves.updated(
+        [leaf.value if factor is None else scaling.rescale(leaf.value, factor) for leaf, factor in by_leaf]
+    )
+
+
+def _edge(norm: jax.Array, lower: Any, upper: Any) -> tuple[jax.Array, Factor]:
+    """The upper end of the band of some norms, and the factor that takes each into its band."""
+    high = upper_end(norm, upper)
+    low = bounds.as_array(lower, norm.dtype, none=0)
+    if isinstance(low, jax.Array):
+        low = jnp.where(jnp.isnan(low), jnp.zeros_like(low), low)
+    return high, scaling.factor(norm, jnp.minimum(jnp.maximum(norm, low), high))
 
 
 def upper_end(norm: jax.Array, upper: Any) -> jax.Array:

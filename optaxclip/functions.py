@@ -7,8 +7,9 @@ import jax
 import optax
 
 from optaxclip._arguments import checks
-from optaxclip._arrays import dtypes, mesh
-from optaxclip._numerics.tree_norms import total_norm
+from optaxclip._arrays import mesh
+from optaxclip._arrays.leaves import Leaves
+from optaxclip._numerics import tree_norms
 from optaxclip.core import Updates
 
 
@@ -47,11 +48,7 @@ def global_norm(tree: Any, *, ord: float = 2, axes: mesh.Axes = "auto") -> jax.A
     """
     p = checks.order("ord", ord)
     checks.axes(axes)
-    splits = mesh.split_of(tree, axes=axes)
-    counted = [
-        (leaf, split) for leaf, split in zip(jax.tree.leaves(tree), splits, strict=True) if dtypes.is_inexact(leaf)
-    ]
-    return total_norm([leaf for leaf, _ in counted], [split.axes for _, split in counted], p)
+    return tree_norms.of_all(Leaves(tree, axes=axes), p)
 
 
 def as_function(tx: optax.GradientTransformation, params: Any = None) -> Callable[[Updates], Updates]:

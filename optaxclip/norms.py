@@ -17,7 +17,7 @@ Leaves that hold no floats are in no group: they have None among the norms, and 
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
@@ -25,14 +25,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from optaxclip._arguments import checks
-from optaxclip._arrays import dtypes, groups, mesh, trees
-from optaxclip._arrays.parameters import require_params
-from optaxclip._numerics import arithmetic, ratios, scaling, tree_norms
+from optaxclip._arrays import groups, trees
+from optaxclip._arrays.leaves import Leaf, Leaves
+from optaxclip._numerics import arithmetic, ratios, tree_norms
 from optaxclip._numerics.matrices import capping, stacks
-from optaxclip.core import Norm, Norms, Updates
+from optaxclip._numerics.scaling import Factor
+from optaxclip.core import Norm, Norms
 
 Axis: TypeAlias = int | tuple[int, ...] | None
-DimsOf: TypeAlias = Callable[[tuple[int, ...], str], tuple[int, ...]]  # (shape, path) -> dimensions
+DimsOf: TypeAlias = Callable[[tuple[int, ...], Leaf], tuple[int, ...]]  # (shape behind `stacked`, leaf) -> dimensions
 
 
 def global_norm(ord: float = 2, *, include: Any = None) -> Norm:
@@ -75,29 +76,30 @@ def global_norm(ord: float = 2, *, include: Any = None) -> Norm:
 
 @functools.cache  # so that norms of everything are equal where their orders are
 def _norm_of_all(p: float) -> Norm:
-    return _norm_of_some(p, None)
+    def measure(leaves: Leaves) -> Norms:
+        return tree_norms.of_all(leaves, p)
+
+    def assign(leaves: Leaves, factors: Factor) -> list[Factor | None]:
+        return [factors] * len(leaves)
+
+    return Norm(measure, assign, "norms.global_norm()" if p == 2 else f"norms.global_norm({p:g})")
 
 
 def _norm_of_some(p: float, include: Any) -> Norm:
-    def chosen(tree: Updates) -> list[bool]:
-        flat = jax.tree.leaves(tree)
-        wanted = [True] * len(flat) if include is None else trees.values("include", include, tree)
-        counted = [dtypes.is_inexact(leaf) and bool(want) for leaf, want in zip(flat, wanted, strict=True)]
+    def chosen(leaves: Leaves) -> list[bool]:
+        wanted = leaves.values("include", include)
         # A misspelt path would turn clipping off, unnoticed.
-        if trees.is_function(include) and flat and not any(wanted):
-            raise ValueError(f"include chooses no leaf of {trees.listed(trees.paths(tree))}")
-        return counted
+        if trees.is_function(include) and wanted and not any(wanted):
+            raise ValueError(f"include chooses no leaf of {trees.listed(leaves.paths)}")
+        return wanted
 
-    def measure(updates: Updates, params: Any, split: list[mesh.Split]) -> Norms:
-        del params
-        counted = [each for each, is_in in zip(_with_split(updates, split), chosen(updates), strict=True) if is_in]
-        return tree_norms.total_norm([leaf for leaf, _ in counted], [at.axes for _, at in counted], p)
+    def measure(leaves: Leaves) -> Norms:
+        return tree_norms.of_all([leaf for leaf, is_in in zip(leaves, chosen(leaves), strict=True) if is_in], p)
 
-    def scale(updates: Updates, norms: Norms, permitted: Norms) -> Updates:
-        factor = scaling.factors(norms, permitted)
-        return _rescale_each(updates, [factor if is_in else None for is_in in chosen(updates)])
+    def assign(leaves: Leaves, factors: Factor) -> list[Factor | None]:
+        return [factors if is_in else None for is_in in chosen(leaves)]
 
-    return Norm(measure, scale)
+    return Norm(measure, assign, "norms.global_norm(include=...)")
 
 
 def group_norm(labels: Any, ord: float = 2) -> Norm:
@@ -133,37 +135,27 @@ def group_norm(labels: Any, ord: float = 2) -> Norm:
     none = "labels no leaf, so nothing would be clipped: give at least one leaf a string"
     checks.per_leaf("labels", labels, lambda value: isinstance(value, str), "strings or None", none)
 
-    def label_of(tree: Updates) -> list[Any]:
-        found = trees.values("labels", labels, tree)
-        for path, label in zip(trees.paths(tree), found, strict=bool(found)):
+    def label_of(leaves: Leaves) -> list[Any]:
+        found = leaves.values("labels", labels)
+        for leaf, label in zip(leaves, found, strict=True):
             if not (label is None or isinstance(label, str)):
-                raise ValueError(f"labels must be strings or None, got {label!r} for {path!r}")
+                raise ValueError(f"labels must be strings or None, got {label!r} for {leaf.path!r}")
         # Where no leaf has a label nothing is clipped, unnoticed.
         if trees.is_function(labels) and found and all(label is None for label in found):
-            raise ValueError(f"labels gives no label to any of {trees.listed(trees.paths(tree))}")
-        return [
-            label if dtypes.is_inexact(leaf) else None for leaf, label in zip(jax.tree.leaves(tree), found, strict=True)
-        ]
+            raise ValueError(f"labels gives no label to any of {trees.listed(leaves.paths)}")
+        return found
 
-    def measure(updates: Updates, params: Any, split: list[mesh.Split]) -> Norms:
-        del params
-        members: dict[Any, list[tuple[Any, mesh.Split]]] = {}
-        for each, label in zip(_with_split(updates, split), label_of(updates), strict=True):
-            if label is not None:
-                members.setdefault(label, []).append(each)
+    def measure(leaves: Leaves) -> Norms:
         # Labels that are known beforehand have a norm of 0 where a mask leaves no leaf, so that bounds and states fit.
         known = [] if trees.is_function(labels) else jax.tree.leaves(labels)
-        members.update({label: [] for label in known if label not in members})
-        return {
-            label: tree_norms.total_norm([leaf for leaf, _ in group], [at.axes for _, at in group], p)
-            for label, group in members.items()
-        }
+        members = groups.alike(label_of(leaves))
+        present = [label for label in dict.fromkeys([*members, *known]) if label is not None]
+        return {label: tree_norms.of_all([leaves[i] for i in members.get(label, [])], p) for label in present}
 
-    def scale(updates: Updates, norms: Norms, permitted: Norms) -> Updates:
-        factor = scaling.factors(norms, permitted)
-        return _rescale_each(updates, [None if label is None else factor[label] for label in label_of(updates)])
+    def assign(leaves: Leaves, factors: Any) -> list[Factor | None]:
+        return [None if label is None else factors[label] for label in label_of(leaves)]
 
-    return Norm(measure, scale)
+    return Norm(measure, assign, "norms.group_norm(...)")
 
 
 def leaf_norm(ord: float = 2, *, stacked: Any = None) -> Norm:
@@ -193,7 +185,7 @@ def leaf_norm(ord: float = 2, *, stacked: Any = None) -> Norm:
       `clip_by_leaf_norm`; `leaf_rms`, which does not grow with the leaf; `unit_norm`, of parts of a leaf.
     """
     checks.static_together(ord=ord, stacked=stacked)
-    return _by_leaf(_whole, checks.order("ord", ord), stacked)
+    return _by_leaf("leaf_norm", _whole, checks.order("ord", ord), stacked)
 
 
 def leaf_peaks() -> Norm:
@@ -215,17 +207,17 @@ def leaf_peaks() -> Norm:
     """
     whole = leaf_norm(math.inf)
 
-    def scale(updates: Updates, norms: Norms, permitted: Norms) -> Updates:
-        flat, treedef = jax.tree.flatten(updates)
-        columns = (treedef.flatten_up_to(tree) for tree in (whole.scale(updates, norms, permitted), permitted))
-        return treedef.unflatten(
-            [
-                leaf if high is None else jnp.where(_is_beyond(jnp.asarray(leaf), high), scaled, leaf)
-                for leaf, scaled, high in zip(flat, *columns, strict=True)
-            ]
-        )
+    def assign(leaves: Leaves, factors: Any) -> list[Factor | None]:
+        return [_of_peaks(leaf.value, factor) for leaf, factor in zip(leaves, leaves.of_tree(factors), strict=True)]
 
-    return Norm(whole.measure, scale)
+    return Norm(whole.measure, assign, "norms.leaf_peaks()")
+
+
+def _of_peaks(leaf: jax.Array, factor: Factor) -> Factor:
+    """The factor of a leaf at the coordinates beyond what its norm is to become, 1 at the others."""
+    is_scaled = factor.second != 1
+    beyond = is_scaled & _is_beyond(jnp.asarray(leaf), factor.goal)
+    return factor._replace(second=jnp.where(beyond, factor.second, jnp.ones_like(factor.second)))
 
 
 def leaf_rms(*, stacked: Any = None) -> Norm:
@@ -252,7 +244,7 @@ def leaf_rms(*, stacked: Any = None) -> Norm:
       `clip_by_block_rms`; `leaf_norm`.
     """
     checks.static_together(stacked=stacked)
-    return _by_leaf(_whole, 2, stacked, mean=True)
+    return _by_leaf("leaf_rms", _whole, 2, stacked, mean=True)
 
 
 def spectral_norm(*, units: str = "io", stacked: Any = None) -> Norm:
@@ -291,16 +283,14 @@ def spectral_norm(*, units: str = "io", stacked: Any = None) -> Norm:
     checks.one_of("units", units, stacks.UNITS)
     by_leaf = leaf_norm(stacked=stacked)
 
-    def measure(updates: Updates, params: Any, split: list[mesh.Split]) -> Norms:
-        flat, treedef = jax.tree.flatten(updates)
-        layers = stacks.layers(stacked, updates)
-        norms = stacks.together(capping.largest_singular_values, stacks.of_leaves(flat, layers, split, units))
-        measured = treedef.flatten_up_to(by_leaf.measure(treedef.unflatten(stacks.others(flat, norms)), params, split))
-        for i, norm in norms.items():
-            measured[i] = norm.reshape(jnp.shape(flat[i])[: layers[i]])
-        return treedef.unflatten(measured)
+    def measure(leaves: Leaves) -> Norms:
+        layers = stacks.layers(stacked, leaves)
+        matrices = stacks.of_leaves(leaves, layers, units)
+        norms: dict[int, jax.Array] = dict(stacks.together(capping.largest_singular_values, matrices))
+        shaped = {i: norm.reshape(jnp.shape(leaves[i].value)[: layers[i]]) for i, norm in norms.items()}
+        return leaves.as_tree(stacks.with_vectors(leaves, layers, shaped))
 
-    return Norm(measure, by_leaf.scale)
+    return Norm(measure, by_leaf.assign, "norms.spectral_norm()")
 
 
 def unit_norm(units: str = "io", *, axis: Axis = None, stacked: Any = None) -> Norm:
@@ -338,7 +328,7 @@ def unit_norm(units: str = "io", *, axis: Axis = None, stacked: Any = None) -> N
     if axis is not None:
         checks.axis("axis", axis)
     dims_of = _UNITS[units] if axis is None else functools.partial(_given, axis=axis)
-    return _by_leaf(dims_of, 2, stacked, keepdims=True)
+    return _by_leaf("unit_norm", dims_of, 2, stacked, keepdims=True)
 
 
 def relative_change(relative: Any, absolute: Any) -> Norm:
@@ -374,30 +364,22 @@ def relative_change(relative: Any, absolute: Any) -> Norm:
     relative = checks.number("relative", relative)
     absolute = checks.number("absolute", absolute)
 
-    def measure(updates: Updates, params: Any, split: list[mesh.Split]) -> Norms:
-        require_params(updates, params)
-        flat, treedef = jax.tree.flatten(updates)
-        weights = treedef.flatten_up_to(params)
-        counted = [i for i, update in enumerate(flat) if dtypes.is_inexact(update)]
-        worst = [ratios.worst_ratio(flat[i], weights[i], relative, absolute) for i in counted]
-        across = tree_norms.across(worst, [split[i].axes for i in counted], math.inf)
-        norms = dict(zip(counted, across, strict=True))
-        return treedef.unflatten([norms.get(i) for i in range(len(flat))])
+    def measure(leaves: Leaves) -> Norms:
+        pairs = zip(leaves, leaves.params(), strict=True)
+        worst = [ratios.worst_ratio(leaf.value, param.value, relative, absolute) for leaf, param in pairs]
+        return leaves.as_tree(tree_norms.across(worst, [leaf.axes for leaf in leaves], math.inf))
 
-    def scale(updates: Updates, norms: Norms, permitted: Norms) -> Updates:
-        # A saturated norm says only that no factor is small enough.
-        reachable = groups.over_groups(
-            lambda norm, goal: jnp.where(
-                (norm >= jnp.finfo(norm.dtype).max) & (goal < norm), jnp.zeros_like(goal), goal
-            ),
-            norms,
-            permitted,
-        )
-        # What is far below its limit may be scaled up beyond the largest float where parameters are large.
-        factors = jax.tree.structure(updates).flatten_up_to(scaling.factors(norms, reachable))
-        return _rescale_each(updates, factors, saturate=True)
+    def assign(leaves: Leaves, factors: Any) -> list[Factor | None]:
+        return [_or_nothing(factor) for factor in leaves.of_tree(factors)]
 
-    return Norm(measure, scale)
+    return Norm(measure, assign, "norms.relative_change(...)")
+
+
+def _or_nothing(factor: Factor) -> Factor:
+    """A factor, which is 0 where the norm is saturated and to be reduced: that says only that none is small enough."""
+    is_lost = (factor.norm >= jnp.finfo(factor.norm.dtype).max) & (factor.goal < factor.norm)
+    second, goal = (jnp.where(is_lost, jnp.zeros_like(x), x) for x in (factor.second, factor.goal))
+    return factor._replace(second=second, goal=goal)
 
 
 def _is_beyond(leaf: jax.Array, high: jax.Array) -> jax.Array:
@@ -409,96 +391,70 @@ def _is_beyond(leaf: jax.Array, high: jax.Array) -> jax.Array:
     return (wide > high) | (wide < -high)
 
 
-def _by_leaf(dims_of: DimsOf, ord: float, stacked: Any, *, keepdims: bool = False, mean: bool = False) -> Norm:
+def _by_leaf(
+    name: str, dims_of: DimsOf, ord: float, stacked: Any, *, keepdims: bool = False, mean: bool = False
+) -> Norm:
     """A Norm with groups of their own in each leaf, extending over the dimensions `dims_of(shape, path)`."""
     if stacked is not None:
         none = "stacks no leaf: give at least one leaf a number of axes, or pass None"
         checks.per_leaf("stacked", stacked, stacks.is_axis_count, "a number of axes, at least 0", none)
 
-    def dims_in(tree: Updates, shape_of: Callable[[Any, int], tuple[int, ...]]) -> list[tuple[int, ...] | None]:
-        flat = zip(jax.tree.leaves(tree), trees.paths(tree), stacks.layers(stacked, tree), strict=True)
-        return [
-            _behind_stacked(dims_of, shape_of(leaf, i), path, layers) if dtypes.is_inexact(leaf) else None
-            for i, (leaf, path, layers) in enumerate(flat)
+    def dims_in(leaves: Leaves) -> list[tuple[int, ...]]:
+        def look() -> list[tuple[int, ...]]:
+            layers = stacks.layers(stacked, leaves)
+            return [_behind_stacked(dims_of, leaf, number) for leaf, number in zip(leaves, layers, strict=True)]
+
+        return leaves.once(dims_in, look)
+
+    def measure(leaves: Leaves) -> Norms:
+        dims = dims_in(leaves)
+        norms = tree_norms.of_each(leaves, ord, dims)
+        if mean:
+            norms = [x / math.sqrt(leaf.size_over(d)) for x, leaf, d in zip(norms, leaves, dims, strict=True)]
+        return leaves.as_tree(list(map(jnp.expand_dims, norms, dims)) if keepdims else norms)
+
+    def assign(leaves: Leaves, factors: Any) -> list[Factor | None]:
+        found = leaves.of_tree(factors)
+        if keepdims or stacked is None:
+            return found
+        return [  # back to the rank of the leaf
+            jax.tree.map(lambda each, dims=dims: jnp.expand_dims(each, dims), factor)
+            for factor, dims in zip(found, dims_in(leaves), strict=True)
         ]
 
-    def measure(updates: Updates, params: Any, split: list[mesh.Split]) -> Norms:
-        del params
-        flat, treedef = jax.tree.flatten(updates)
-        dims_of_leaf = dims_in(updates, lambda leaf, i: split[i].whole_shape(jnp.shape(leaf)))
-        counted = [
-            (i, dims, split[i].over(dims, jnp.ndim(flat[i]))) for i, dims in enumerate(dims_of_leaf) if dims is not None
-        ]
-        measured = tree_norms.separate_norms(
-            [flat[i] for i, _, _ in counted], [dims for _, dims, _ in counted], [axes for _, _, axes in counted], ord
-        )
-        norms: list[Any] = [None] * len(flat)
-        for norm, (i, dims, axes) in zip(measured, counted, strict=True):
-            norms[i] = norm / math.sqrt(_size(flat[i], dims, axes)) if mean else norm
-            norms[i] = jnp.expand_dims(norms[i], dims) if keepdims else norms[i]
-        return treedef.unflatten(norms)
-
-    def scale(updates: Updates, norms: Norms, permitted: Norms) -> Updates:
-        factors = jax.tree.structure(updates).flatten_up_to(scaling.factors(norms, permitted))
-        if not keepdims:  # stacked layers: back to the rank of the leaf
-            factors = [
-                None if dims is None else jax.tree.map(lambda each, dims=dims: jnp.expand_dims(each, dims), factor)
-                for factor, dims in zip(factors, dims_in(updates, lambda leaf, _: jnp.shape(leaf)), strict=True)
-            ]
-        return _rescale_each(updates, factors, saturate=mean)
-
-    return Norm(measure, scale)
+    return Norm(measure, assign, f"norms.{name}({'' if ord == 2 else f'{ord:g}'})")
 
 
-def _behind_stacked(dims_of: DimsOf, shape: tuple[int, ...], path: str, layers: int) -> tuple[int, ...]:
-    return tuple(dim + layers for dim in dims_of(shape[layers:], path))
+def _behind_stacked(dims_of: DimsOf, leaf: Leaf, layers: int) -> tuple[int, ...]:
+    dims = dims_of(leaf.whole_shape[layers:], leaf)
+    return tuple(dim + layers for dim in dims) if layers else dims
 
 
-def _whole(shape: tuple[int, ...], path: str) -> tuple[int, ...]:
-    del path
+def _whole(shape: tuple[int, ...], leaf: Leaf) -> tuple[int, ...]:
+    del leaf
     return tuple(range(len(shape)))
 
 
-def _in_out(shape: tuple[int, ...], path: str) -> tuple[int, ...]:
+def _in_out(shape: tuple[int, ...], leaf: Leaf) -> tuple[int, ...]:
     rank = len(shape)
     if sum(length != 1 for length in shape) <= 1:
         return tuple(range(rank))
     if rank > 5:
-        raise ValueError(f'units="io" does not say what a unit of leaf {path!r} of shape {shape} is; pass axis=')
+        raise ValueError(f'units="io" does not say what a unit of leaf {leaf.path!r} of shape {shape} is; pass axis=')
     return (0,) if rank <= 3 else tuple(range(rank - 1))
 
 
-def _out_in(shape: tuple[int, ...], path: str) -> tuple[int, ...]:
-    del path
+def _out_in(shape: tuple[int, ...], leaf: Leaf) -> tuple[int, ...]:
+    del leaf
     return tuple(range(len(shape)))[0 if len(shape) <= 1 else 1 :]
 
 
-def _given(shape: tuple[int, ...], path: str, *, axis: int | tuple[int, ...]) -> tuple[int, ...]:
+def _given(shape: tuple[int, ...], leaf: Leaf, *, axis: int | tuple[int, ...]) -> tuple[int, ...]:
     rank = len(shape)
     axes = axis if isinstance(axis, tuple | list) else (axis,)
     if any(not -rank <= each < rank for each in axes):
-        raise ValueError(f"axis={axis!r} is out of range for leaf {path!r} of shape {shape}")
+        raise ValueError(f"axis={axis!r} is out of range for leaf {leaf.path!r} of shape {shape}")
     return tuple(sorted({each % rank for each in axes}))
 
 
 _UNITS: dict[str, DimsOf] = {"io": _in_out, "oi": _out_in, "leaf": _whole}
-
-
-def _size(leaf: Any, dims: tuple[int, ...], axes: tuple[str, ...]) -> int:
-    """How many coordinates a group has on all devices; 1 for none, so that one can divide by it."""
-    return max(mesh.whole_size((jnp.shape(leaf)[dim] for dim in dims), axes), 1)
-
-
-def _with_split(updates: Updates, split: list[mesh.Split]) -> list[tuple[Any, mesh.Split]]:
-    return list(zip(jax.tree.leaves(updates), split, strict=True))
-
-
-def _rescale_each(updates: Updates, factors: Sequence[scaling.Factor | None], *, saturate: bool = False) -> Updates:
-    """Each leaf by its factor; as it is where that is None."""
-    flat, treedef = jax.tree.flatten(updates)
-    return treedef.unflatten(
-        [
-            leaf if factor is None else scaling.rescale(leaf, factor, saturate=saturate)
-            for leaf, factor in zip(flat, factors, strict=True)
-        ]
-    )

@@ -1,8 +1,8 @@
 """What leaves hold: which count, and of which floats a gradient can be made."""
 
+from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from optaxclip._arrays import trees
@@ -33,11 +33,12 @@ def wide(dtype: Any) -> Any:
     return dtype if jnp.issubdtype(dtype, jnp.complexfloating) else accumulator(dtype)
 
 
-def require_usable(tree: Any) -> None:
+def require_usable(tree: Any, flat: Sequence[Any]) -> None:
     """Raises ValueError where a leaf has floats that can't be clipped, with its path, its dtype and what to do."""
-    kinds = [of(leaf) for leaf in jax.tree.leaves(tree)]
+    kinds = list(map(of, flat))
+    problems = {kind: what_is_wrong(kind) for kind in set(kinds)}
     for i, kind in enumerate(kinds):
-        if problem := what_is_wrong(kind):
+        if problem := problems[kind]:
             path = trees.paths(tree)[i]
             leaf = f"the leaf {path!r}" if path else "the gradient"
             raise ValueError(f"{leaf} is {kind}, {problem}: {_ADVICE}, or keep this leaf out with optax.masked")

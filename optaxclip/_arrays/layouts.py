@@ -35,7 +35,7 @@ def unreduced(leaf: Any) -> tuple[str, ...]:
     if not hasattr(leaf, "aval"):
         return ()
     kind: Any = jax.typeof(leaf)
-    under_jit = getattr(spec_of(leaf), "unreduced", frozenset())
+    under_jit = getattr(kind.sharding.spec, "unreduced", frozenset())
     in_shard_map = getattr(getattr(kind, "manual_axis_type", None), "unreduced", frozenset())
     return tuple(sorted(under_jit | in_shard_map))
 

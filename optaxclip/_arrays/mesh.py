@@ -4,7 +4,7 @@ Under `jit` with shardings a sum over an array is global already, and nothing he
 `pmap` each device sees its own piece of a split leaf, and a norm must be summed over the axes that the leaf is split
 over: all of them, and no other (a replicated leaf must be counted once).
 
-`split_of` decides that for every leaf, once, from `axes`:
+`splits_of` decides that for every leaf, once, from `axes`:
 
 - `"auto"`: the axes that the leaf varies over, which `shard_map` tracks in the types when `check_vma=True` (its
   default). Nothing is known in `pmap` and with `check_vma=False`: there is a warning, and the axes must be named.
@@ -58,69 +58,47 @@ def apart(names: Iterable[str]) -> Generator[None, None, None]:
 
 
 class Split(NamedTuple):
-    """How one leaf is split.
+    """How one array is split.
 
     Attributes:
-      path: the leaf's path, for messages.
       axes: the mesh axes it is split over, in order.
       by_dim: the same axes, dimension by dimension; None where that is not known.
     """
 
-    path: str
-    axes: tuple[str, ...]
-    by_dim: tuple[tuple[str, ...], ...] | None
-
-    def whole_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of the whole leaf, given that of this device's piece; where it is not known, no length is 1."""
-        if not self.axes:
-            return shape
-        if self.by_dim is None:
-            return tuple(max(length, 2) for length in shape)
-        sizes = [math.prod(jax.lax.axis_size(name) for name in names) for names in self.by_dim]
-        return tuple(length * size for length, size in zip(shape, sizes, strict=True))
-
-    def over(self, dims: tuple[int, ...], ndim: int) -> tuple[str, ...]:
-        """The mesh axes to sum over when the dimensions `dims` of this leaf of rank `ndim` are reduced."""
-        if not self.axes or len(dims) == ndim:
-            return self.axes
-        if self.by_dim is None:
-            raise ValueError(
-                f"leaf {self.path!r} is split over mesh axes {self.axes}, and it is not known which of its dimensions "
-                f"are: a norm over its dimensions {dims} alone needs axes= to be a PartitionSpec or a pytree of them"
-            )
-        return tuple(sorted(name for dim in dims for name in self.by_dim[dim]))
+    axes: tuple[str, ...] = ()
+    by_dim: tuple[tuple[str, ...], ...] | None = None
 
 
-def split_of(tree: Any, params: Any = None, axes: Axes = "auto") -> list[Split]:
-    """Says for every leaf of `tree` over which mesh axes it is split.
+_WHOLE = Split()
+
+
+def splits_of(arrays: Sequence[Any], tree: Any, places: Sequence[int], beside: Any, axes: Axes) -> list[Split]:
+    """Says over which mesh axes each of some arrays is split.
 
     Args:
+      arrays: leaves of `tree`.
       tree: gradients, updates or parameters.
-      params: the parameters, where known. A gradient that varies over an axis that its parameter does not vary over, at
-        the same shape, is a sum not yet taken: an error, unless `axes` is None or names axes.
+      places: which of the leaves of `tree` the arrays are.
+      beside: what tells how a reduced gradient would vary, the parameters say: a pytree like `tree`, or None.
       axes: see the module's docstring.
-
-    Returns:
-      One Split per leaf, in the order of `jax.tree.leaves(tree)`.
     """
-    flat, paths = jax.tree.leaves(tree), trees.paths(tree)
     is_auto = isinstance(axes, str) and axes == "auto"
-    is_chosen = axes is None or (_is_names(axes) and not is_auto)
-    require_reduced(tree, None if is_chosen else params, meant=_WHAT_CAN_BE_MEANT)
-    if axes is None:
-        return [Split(path, (), None) for path in paths]
+    is_chosen = axes is None or (not is_auto and _is_names(axes))
+    over = require_reduced(tree, None if is_chosen else beside, meant=_WHAT_CAN_BE_MEANT)
+    if axes is None or not arrays:
+        return [_WHOLE] * len(arrays)
+    if is_auto:
+        _warn_of_the_unseen()
+        if not any(over):
+            return [_WHOLE] * len(arrays)
+        return [Split(tuple(sorted(over[i] - _APART.get()))) for i in places]
     tracked = _Tracked()
     if is_chosen:
         names = (axes,) if isinstance(axes, str) else tuple(axes)
-        _warn_of_whole_leaves(axes, names, flat, tracked)
-        return [Split(path, tracked.keep(names, leaf), None) for leaf, path in zip(flat, paths, strict=True)]
-    if is_auto:
-        if flat:
-            _warn_of_the_unseen(tracked)
-        over = [tuple(sorted(layouts.varying(leaf) - _APART.get())) for leaf in flat]
-        return [Split(path, names, None) for path, names in zip(paths, over, strict=True)]
-    specs = trees.values("axes", axes, tree)
-    return [_split_by_spec(*each, tracked) for each in zip(specs, flat, paths, strict=True)]
+        _warn_of_whole_leaves(axes, names, arrays, tracked)
+        return [Split(tracked.keep(names, array)) for array in arrays]
+    specs, paths = trees.values("axes", axes, tree), trees.paths(tree)
+    return [_split_by_spec(specs[i], array, paths[i], tracked) for i, array in zip(places, arrays, strict=True)]
 
 
 _WHAT_CAN_BE_MEANT = (
@@ -128,7 +106,9 @@ _WHAT_CAN_BE_MEANT = (
 )
 
 
-def require_reduced(grads: Any, beside: Any = None, *, called: str = "parameter", meant: str = "") -> None:
+def require_reduced(
+    grads: Any, beside: Any = None, *, called: str = "parameter", meant: str = ""
+) -> list[frozenset[str]]:
     """Raises where a gradient is a sum that has not been taken yet: the piece on each device is one summand of it.
 
     Args:
@@ -137,9 +117,12 @@ def require_reduced(grads: Any, beside: Any = None, *, called: str = "parameter"
         A gradient that varies over an axis that the array beside it does not vary over, at the same shape, is refused.
       called: what the message calls an array of `beside`.
       meant: how the message goes on where the caller has a way to say that this is meant.
+
+    Returns:
+      The mesh axes over which each leaf is known to vary.
     """
-    dtypes.require_usable(grads)  # here since every update comes through here
     flat, treedef = jax.tree.flatten(grads)
+    dtypes.require_usable(grads, flat)  # here since every update comes through here
     for i, leaf in enumerate(flat):
         if names := layouts.unreduced(leaf):  # jax itself says so, in the type
             raise ValueError(
@@ -147,15 +130,17 @@ def require_reduced(grads: Any, beside: Any = None, *, called: str = "parameter"
                 "Reduce it first: under jit with jax.sharding.reshard to a PartitionSpec without `unreduced`, in "
                 "shard_map with jax.lax.psum"
             )
-    if beside is None or not any(map(layouts.varying, flat)):
-        return
+    over = [layouts.varying(leaf) for leaf in flat]
+    if beside is None or not any(over):
+        return over
     for i, (leaf, other) in enumerate(zip(flat, treedef.flatten_up_to(beside), strict=True)):
-        extra = layouts.varying(leaf) - layouts.varying(other)
+        extra = over[i] - layouts.varying(other)
         if extra and jax.numpy.shape(leaf) == jax.numpy.shape(other):
             raise ValueError(
                 f"{_the_gradient(grads, i)} varies over mesh axes {tuple(sorted(extra))} and its {called} does not: it "
                 f"has not been reduced yet. Reduce it first (jax.lax.psum or pmean){meant}"
             )
+    return over
 
 
 def _the_gradient(grads: Any, i: int) -> str:
@@ -163,15 +148,14 @@ def _the_gradient(grads: Any, i: int) -> str:
     return f"the gradient of {path!r}" if path else "the gradient"
 
 
-def may_vary_over(value: Any, splits: Sequence[Split]) -> tuple[str, ...]:
-    """The mesh axes over which something calculated from leaves that are split so may differ between devices."""
-    names = {name for split in splits for name in split.axes}
+def may_vary_over(value: Any, names: Iterable[str]) -> tuple[str, ...]:
+    """Those of some mesh axes over which a value may differ between devices."""
     return _Tracked().keep(tuple(sorted(names)), value)
 
 
-def _warn_of_the_unseen(tracked: "_Tracked") -> None:
+def _warn_of_the_unseen() -> None:
     """One warning where `"auto"` finds nothing because this `shard_map` (or `pmap`, which is one) tracks nothing."""
-    if names := _untracked(tracked):
+    if names := _untracked():
         warnings.warn(
             f"axes='auto' sees nothing along mesh axes {names}: in pmap, and in shard_map with check_vma=False, jax "
             "does not track over which axes an array is split, so every device takes the norm of its own share alone. "
@@ -182,10 +166,9 @@ def _warn_of_the_unseen(tracked: "_Tracked") -> None:
         )
 
 
-def _warn_of_whole_leaves(axes: Axes, names: tuple[str, ...], flat: list[Any], tracked: "_Tracked") -> None:
+def _warn_of_whole_leaves(axes: Axes, names: tuple[str, ...], arrays: Sequence[Any], tracked: "_Tracked") -> None:
     """One warning where names stand for all leaves and nothing tells which of them are whole on every device."""
-    measured = [leaf for leaf in flat if dtypes.is_inexact(leaf)]
-    may_be_whole = len(measured) > 1 or any(jnp.ndim(leaf) == 0 for leaf in measured)
+    may_be_whole = len(arrays) > 1 or any(jnp.ndim(array) == 0 for array in arrays)
     if may_be_whole and set(names).intersection(_untracked(tracked)):
         warnings.warn(
             f"axes={axes!r} takes every leaf to be split over these mesh axes, and in pmap, and in shard_map with "
@@ -195,12 +178,14 @@ def _warn_of_whole_leaves(axes: Axes, names: tuple[str, ...], flat: list[Any], t
         )
 
 
-def _untracked(tracked: "_Tracked") -> tuple[str, ...]:
+def _untracked(tracked: "_Tracked | None" = None) -> tuple[str, ...]:
     """The axes of the mesh along which types say nothing.
 
     A named axis of `vmap` is none of them, and one norm for each of its entries is what people want of it.
     """
-    return tuple(name for name in jax.sharding.get_abstract_mesh().manual_axes if tracked(name) is False)
+    names = jax.sharding.get_abstract_mesh().manual_axes
+    tracked = tracked or _Tracked()
+    return tuple(name for name in names if tracked(name) is False) if names else ()
 
 
 def _refuse_unknown(name: str) -> None:
@@ -259,4 +244,4 @@ def _split_by_spec(spec: Any, leaf: Any, path: str, tracked: _Tracked) -> Split:
     named = [entry if isinstance(entry, tuple) else (entry,) for entry in entries]
     by_dim = tuple(tracked.keep(tuple(n for n in names if isinstance(n, str)), leaf) for names in named)
     # In one order for all leaves: a set of axes in two orders would be two collectives.
-    return Split(path, tuple(sorted(name for names in by_dim for name in names)), by_dim)
+    return Split(tuple(sorted(name for names in by_dim for name in names)), by_dim)

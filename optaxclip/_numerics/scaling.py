@@ -5,14 +5,13 @@ reads the result. A factor outside the normal range of floats (3e38 clipped to 1
 inf: it is applied as its square root, twice. Which of the two it is, is again a number per group.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optaxclip._arrays import dtypes, groups
+from optaxclip._arrays import dtypes
 from optaxclip._numerics import arithmetic
 
 
@@ -34,17 +33,8 @@ class Factor(NamedTuple):
     goal: jax.Array
 
 
-def factors(norms: Any, permitted: Any) -> Any:
-    """The Factor of every group that takes it from its norm to the permitted one.
-
-    A group is kept where the two are the same number, where its norm is 0 or not finite, and where what is permitted is
-    not a number.
-    """
-    return groups.over_groups(factor, norms, permitted)
-
-
 def is_kept(norm: jax.Array, permitted: jax.Array) -> jax.Array:
-    """Whether a group is left as it is."""
+    """Where norm and goal are one number, the norm is 0 or not finite, or the goal is not."""
     return (permitted == norm) | ~(norm > 0) | ~jnp.isfinite(norm) | ~jnp.isfinite(permitted)
 
 
@@ -69,14 +59,13 @@ def factor(norm: jax.Array, permitted: jax.Array) -> Factor:
 
 
 # At module level and jitted, so that eager calls do not compile anew.
-@functools.partial(jax.jit, static_argnames="saturate")
-def rescale(leaf: jax.Array, factor: Factor, saturate: bool = False) -> jax.Array:
+@jax.jit
+def rescale(leaf: jax.Array, factor: Factor) -> jax.Array:
     """A leaf times its factor, calculated in float32 or wider, of the leaf's own dtype and finite where the leaf is.
 
     Args:
       leaf: floats of any shape.
       factor: scalars, or arrays that broadcast to the leaf's shape.
-      saturate: whether a coordinate may exceed the permitted norm, and so the largest float.
     """
     leaf = jnp.asarray(leaf)
     # Beside a float64 leaf a factor may be no float32.
@@ -86,9 +75,10 @@ def rescale(leaf: jax.Array, factor: Factor, saturate: bool = False) -> jax.Arra
         # here, and writes the wide array to memory.
         leaf = jax.lax.platform_dependent(leaf, cpu=jax.lax.optimization_barrier, default=lambda leaf: leaf)
     scaled = _scaled(leaf.astype(dtype), factor.first, factor.second, factor.norm, factor.goal)
-    if saturate or dtype != leaf.dtype:  # rounded, a number may pass the largest of a narrower dtype
-        scaled = arithmetic.saturated(scaled, float(jnp.finfo(leaf.dtype).max))
-    return jnp.where(factor.second == 1, leaf, scaled.astype(leaf.dtype))
+    # A coordinate may pass the largest float where it is larger than the norm, or rounded to a narrower dtype.
+    scaled = arithmetic.saturated(scaled, float(jnp.finfo(leaf.dtype).max))
+    # Of an infinite entry in a group whose norm is finite all the same, a factor of 0 would make NaN.
+    return jnp.where((factor.second == 1) | ~jnp.isfinite(leaf), leaf, scaled.astype(leaf.dtype))
 
 
 @jax.custom_jvp

@@ -8,36 +8,54 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from optaxclip._arrays import groups, layouts, mesh
+from optaxclip._arrays.leaves import Leaf
 from optaxclip._numerics import array_norms
 
 
-def total_norm(leaves: Sequence[Any], axes: Sequence[tuple[str, ...]], ord: float) -> jax.Array:
-    """One norm of all `leaves`, each split over its mesh axes in `axes`. One collective per distinct set of axes."""
-    norms = array_norms.norms(leaves, list(map(all_dims, leaves)), ord)
-    sets = groups.alike(_kind(*each) for each in zip(norms, axes, strict=True))
+def of_all(leaves: Sequence[Leaf], ord: float) -> jax.Array:
+    """One norm of all leaves together. One collective per distinct set of mesh axes."""
+    return total_norm([leaf.value for leaf in leaves], [leaf.axes for leaf in leaves], ord)
+
+
+def of_each(leaves: Sequence[Leaf], ord: float, dims: Sequence[tuple[int, ...]] | None = None) -> list[jax.Array]:
+    """The norm of each leaf, or of its parts that extend over its dimensions `dims`."""
+    arrays = [leaf.value for leaf in leaves]
+    if dims is None:
+        return separate_norms(arrays, list(map(all_dims, arrays)), [leaf.axes for leaf in leaves], ord)
+    axes = [leaf.axes_over(over) for leaf, over in zip(leaves, dims, strict=True)]
+    return separate_norms(arrays, dims, axes, ord)
+
+
+def total_norm(arrays: Sequence[Any], axes: Sequence[tuple[str, ...]], ord: float) -> jax.Array:
+    """One norm of all arrays, each split over its mesh axes in `axes`. One collective per distinct set of axes."""
+    norms = array_norms.norms(arrays, list(map(all_dims, arrays)), ord)
+    sets = groups.alike(map(_kind, norms, axes))
     totals = [norm_of_norms(jnp.stack([norms[i] for i in at]), names, ord) for (names, *_), at in sets.items()]
     return norm_of_parts(totals, ord) if totals else jnp.zeros((), jnp.float32)
 
 
 def norm_of_parts(norms: Sequence[jax.Array], ord: float) -> jax.Array:
     """The norm of what has these norms, of one shape and perhaps of two dtypes, on this device."""
-    widest = max((norm.dtype for norm in norms), key=lambda dtype: dtype.itemsize)
+    if len(norms) == 1:
+        return norms[0]
+    widest = functools.reduce(np.promote_types, [norm.dtype for norm in norms])
     return norm_of_norms(jnp.stack([norm.astype(widest) for norm in norms]), (), ord)
 
 
 def separate_norms(
-    leaves: Sequence[Any], dims: Sequence[tuple[int, ...]], axes: Sequence[tuple[str, ...]], ord: float
+    arrays: Sequence[Any], dims: Sequence[tuple[int, ...]], axes: Sequence[tuple[str, ...]], ord: float
 ) -> list[jax.Array]:
-    """The norm of each leaf over its dimensions `dims`, which are split over the mesh axes `axes`."""
-    return across(array_norms.norms(leaves, dims, ord), axes, ord)
+    """The norm of each array over its dimensions `dims`, which are split over the mesh axes `axes`."""
+    return across(array_norms.norms(arrays, dims, ord), axes, ord)
 
 
 def across(norms: Sequence[jax.Array], axes: Sequence[tuple[str, ...]], ord: float) -> list[jax.Array]:
     """Each of `norms`, of what this device holds, taken over its mesh axes. One collective per distinct set of axes."""
     norms = list(norms)
-    for (names, *_), at in groups.alike(_kind(*each) for each in zip(norms, axes, strict=True)).items():
+    for (names, *_), at in groups.alike(map(_kind, norms, axes)).items():
         if not names:
             continue
         together = norm_of_norms(jnp.concatenate([norms[i].reshape(1, -1) for i in at], axis=1), names, ord)
@@ -52,9 +70,9 @@ def _kind(norm: jax.Array, names: tuple[str, ...]) -> Any:
     return names, norm.dtype, layouts.varying(norm)
 
 
-def all_dims(leaf: Any) -> tuple[int, ...]:
-    """Every dimension of a leaf."""
-    return tuple(range(jnp.ndim(leaf)))
+def all_dims(array: Any) -> tuple[int, ...]:
+    """Every dimension of an array."""
+    return tuple(range(jnp.ndim(array)))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))

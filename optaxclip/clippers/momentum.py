@@ -13,7 +13,7 @@ from optaxclip._arrays import dtypes, mesh, states
 from optaxclip._arrays.beside import each_leaf, zeros_like
 from optaxclip._arrays.parameters import drop_missing, fill_missing, parameters
 from optaxclip._numerics import arithmetic, averages
-from optaxclip.core import Judged, Threshold, Updates, judge
+from optaxclip.core import Judged, Leaves, Threshold, Updates, apply, judge
 
 
 class ClippedMomentumState(NamedTuple):
@@ -95,7 +95,7 @@ def clipped_momentum(
         filled = fill_missing(updates, state.clipped_average)
         mesh.require_reduced(filled)
         average = averaged(filled, state.clipped_average, decay)
-        clipped, judged = clip_together(threshold, average, state.bound_state, params, axes)
+        clipped, judged = clip_together(threshold, Leaves(average, params, axes), state.bound_state)
         finite = jnp.isfinite(judged.norms)
         kept = where(finite, clipped, state.clipped_average)
         out = where(finite, in_dtypes_of(filled, clipped), filled)
@@ -104,13 +104,11 @@ def clipped_momentum(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def clip_together(
-    threshold: Threshold, updates: Updates, state: Any, params: Any, axes: mesh.Axes
-) -> tuple[Updates, Judged]:
-    """The updates clipped by their global norm, and what was measured."""
+def clip_together(threshold: Threshold, leaves: Leaves, state: Any) -> tuple[Updates, Judged]:
+    """Updates clipped by their global norm, and what was measured."""
     norm = norms.global_norm()
-    judged = judge(norm, threshold, updates, state, params, axes)
-    return norm.scale(updates, judged.norms, judged.permitted), judged
+    judged = judge(norm, threshold, leaves, state)
+    return apply(norm, leaves, judged.factors), judged
 
 
 def averaged(updates: Updates, average: Updates, decay: Any) -> Updates:

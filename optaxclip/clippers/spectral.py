@@ -11,12 +11,12 @@ import optax
 from optaxclip import norms, thresholds
 from optaxclip._arguments import bounds, checks
 from optaxclip._arguments.bounds import Bound
-from optaxclip._arrays import dtypes, groups, layouts, mesh
+from optaxclip._arrays import dtypes, groups, layouts
 from optaxclip._arrays.mesh import Axes
 from optaxclip._arrays.parameters import drop_missing, fill_missing, parameters
-from optaxclip._numerics import arithmetic
+from optaxclip._numerics import arithmetic, scaling
 from optaxclip._numerics.matrices import capping, stacks
-from optaxclip.core import State, Updates, clip_by, upper_end
+from optaxclip.core import Leaf, Leaves, State, Updates, clip_by, upper_end
 
 
 def clip_by_spectral_norm(
@@ -166,27 +166,32 @@ def clip_singular_values(
         del extra_args
         params = parameters(params, updates)
         filled = fill_missing(updates, params)
-        flat, treedef = jax.tree.flatten(filled)
-        splits, layers = mesh.split_of(filled, params, axes), stacks.layers(stacked, filled)
-        matrices = stacks.of_leaves(flat, layers, splits, units)
+        leaves = Leaves(filled, params, axes)
+        layers = stacks.layers(stacked, leaves)
+        matrices = stacks.of_leaves(leaves, layers, units)
         # Vectors have norms, and matrices for the moment only as many zeros as there are of them.
-        others = treedef.unflatten(stacks.others(flat, matrices))
-        sizes = treedef.flatten_up_to(vectors.measure(others, params, splits))
-        for i, stack in matrices.items():
-            sizes[i] = jnp.zeros(jnp.shape(flat[i])[: layers[i]], dtypes.accumulator(stack.dtype))
-        sizes = treedef.unflatten(sizes)
+        zeros = {i: _zeros(stack, leaves[i], layers[i]) for i, stack in matrices.items()}
+        sizes = leaves.as_tree(stacks.with_vectors(leaves, layers, zeros))
         (cap,), state = bounds.resolve([max_value], state, sizes)
         caps = groups.over_groups(upper_end, sizes, cap)
-        clipped = treedef.flatten_up_to(vectors.scale(filled, sizes, groups.over_groups(_map(smooth), sizes, caps)))
-        for i, one in _capped(matrices, treedef.flatten_up_to(caps), smooth).items():
-            clipped[i] = _as_leaf(one, jnp.asarray(flat[i]), layers[i], units)
-        return drop_missing(updates, treedef.unflatten(clipped)), state
+        factors = groups.over_groups(_factor(smooth), sizes, caps)
+        clipped = [
+            leaf.value if i in matrices or factor is None else scaling.rescale(leaf.value, factor)
+            for i, (leaf, factor) in enumerate(zip(leaves, vectors.assign(leaves, factors), strict=True))
+        ]
+        for i, one in _capped(matrices, leaves.of_tree(caps), smooth).items():
+            clipped[i] = _as_leaf(one, jnp.asarray(leaves[i].value), layers[i], units)
+        return drop_missing(updates, leaves.updated(clipped)), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _map(smooth: bool) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """What becomes of a norm, the only singular value of a vector."""
+def _zeros(stack: jax.Array, leaf: Leaf, layers: int) -> jax.Array:
+    return jnp.zeros(jnp.shape(leaf.value)[:layers], dtypes.accumulator(stack.dtype))
+
+
+def _factor(smooth: bool) -> Callable[[jax.Array, jax.Array], scaling.Factor]:
+    """What takes a norm, the only singular value of a vector, to what becomes of it."""
 
     def capped(norm: jax.Array, cap: jax.Array) -> jax.Array:
         low, high = jnp.minimum(norm, cap), jnp.maximum(norm, cap)
@@ -195,7 +200,7 @@ def _map(smooth: bool) -> Callable[[jax.Array, jax.Array], jax.Array]:
         share = arithmetic.quotient(low, jnp.where(high > 0, high, jnp.ones_like(high)))
         return low / jnp.sqrt(1 + jnp.square(share))
 
-    return capped
+    return lambda norm, cap: scaling.factor(norm, capped(norm, cap))
 
 
 def _capped(matrices: dict[int, jax.Array], caps: list[Any], smooth: bool) -> dict[int, capping.Capped]:

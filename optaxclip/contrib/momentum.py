@@ -14,7 +14,7 @@ from optaxclip._arrays.beside import each_leaf, zeros_like
 from optaxclip._arrays.parameters import drop_missing, fill_missing, parameters
 from optaxclip._numerics import arithmetic, averages
 from optaxclip.clippers.momentum import averaged, clip_together, where
-from optaxclip.core import Updates
+from optaxclip.core import Leaves, Updates
 
 
 class MixedClipState(NamedTuple):
@@ -110,8 +110,8 @@ def mixed_clip(
         filled = fill_missing(updates, state.mixed_average)
         mesh.require_reduced(filled)
         average = averaged(filled, state.mixed_average, decay)
-        clipped_average, judged = clip_together(threshold, average, state.bound_state, params, axes)
-        clipped, _ = clip_together(threshold, filled, state.bound_state, params, axes)
+        clipped_average, judged = clip_together(threshold, Leaves(average, params, axes), state.bound_state)
+        clipped, _ = clip_together(threshold, Leaves(filled, params, axes), state.bound_state)
         finite = jnp.isfinite(judged.norms)
         kept = where(finite, average, state.mixed_average)
 

@@ -11,7 +11,7 @@ from optaxclip._arrays import dtypes, mesh, states
 from optaxclip._arrays.beside import each_leaf, require_beside, sizes_like, zeros_like
 from optaxclip._arrays.parameters import drop_missing, fill_missing, parameters
 from optaxclip._numerics import arithmetic, averages, tree_norms
-from optaxclip.core import Updates
+from optaxclip.core import Leaves, Updates
 
 
 class AcclipState(NamedTuple):
@@ -208,12 +208,12 @@ def scale_by_stable_adam(
         filled = fill_missing(updates, state.adam_mean)
         require_beside(filled, state.adam_mean)
         flat, treedef = jax.tree.flatten(filled)
+        leaves = Leaves(filled, params, axes)
         means, roots = (treedef.flatten_up_to(tree) for tree in (state.adam_mean, state.adam_rms))
-        splits = mesh.split_of(filled, params, axes)
         counted = [i for i, leaf in enumerate(flat) if dtypes.is_inexact(leaf)]
         now = jnp.asarray(optax.safe_increment(state.adam_steps))
         new = {i: _averages(jnp.asarray(flat[i]), means[i], roots[i], b1, b2, now[i]) for i in counted}
-        excess = _excess(flat, new, splits, eps)
+        excess = dict(zip(counted, _excess(leaves, list(new.values()), eps), strict=True))
         is_good = [jnp.isfinite(excess[i]) if i in excess else jnp.zeros((), jnp.bool_) for i in range(len(flat))]
         for i in counted:
             mean, root = new[i]
@@ -240,16 +240,14 @@ def _averages(
     )
 
 
-def _excess(flat: list[Any], moments: dict[int, Any], splits: list[mesh.Split], eps: Any) -> dict[int, jax.Array]:
+def _excess(leaves: Leaves, moments: list[tuple[jax.Array, jax.Array]], eps: Any) -> list[jax.Array]:
     """The root mean square of each leaf's gradient, measured in its second moment. No share exceeds 1 / (1 - b2)."""
-    shares = [
-        arithmetic.quotient(arithmetic.modulus(flat[i]), _or_tiny(jnp.maximum(root, jnp.asarray(eps, root.dtype))))
-        for i, (_, root) in moments.items()
-    ]
-    sizes = [mesh.whole_size(jnp.shape(flat[i]), splits[i].axes) for i in moments]
-    means = [jnp.sum(jnp.square(share)) / max(size, 1) for share, size in zip(shares, sizes, strict=True)]
-    local = list(map(arithmetic.root, means))
-    return dict(zip(moments, tree_norms.across(local, [splits[i].axes for i in moments], 2), strict=True))
+    local = []
+    for leaf, (_, root) in zip(leaves, moments, strict=True):
+        unit = _or_tiny(jnp.maximum(root, jnp.asarray(eps, root.dtype)))
+        share = arithmetic.quotient(arithmetic.modulus(leaf.value), unit)
+        local.append(arithmetic.root(jnp.sum(jnp.square(share)) / leaf.size_over(tree_norms.all_dims(leaf.value))))
+    return tree_norms.across(local, [leaf.axes for leaf in leaves], 2)
 
 
 def _or_tiny(x: jax.Array) -> jax.Array:

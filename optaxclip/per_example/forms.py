@@ -19,17 +19,17 @@ import jax.numpy as jnp
 from optaxclip import core, norms
 from optaxclip._arrays import dtypes, layouts, mesh
 from optaxclip._numerics import arithmetic, rows, scaling, tree_norms
-from optaxclip.functions import empty_state
+from optaxclip.functions import empty_state, global_norm
 from optaxclip.per_example import batches, outer
 from optaxclip.per_example.problems import Batch, Form, Grads, Problem, Seen
 
 
 def choose(problem: Problem, batch: Batch) -> Form:
     """The faster of the forms that are valid."""
-    permitted_of = _permitted_of_norm(problem)
-    if permitted_of is None or not _is_better_weighted(problem, batch):
+    factor_of = _factor_of_norm(problem)
+    if factor_of is None or not _is_better_weighted(problem, batch):
         return one_pass
-    return functools.partial(two_pass, permitted_of)
+    return functools.partial(two_pass, factor_of)
 
 
 def _no_state(problem: Problem) -> Any:
@@ -50,7 +50,7 @@ def one_pass(problem: Problem, batch: Batch) -> tuple[Grads, Seen]:
     with mesh.apart(problem.apart):
         state = _no_state(problem)
         updates = jax.vmap(lambda grad: problem.tx.update(grad, state, problem.params)[0])(grads)
-        norm = jax.vmap(tree_norms.global_norm)(grads) if problem.want_norms else None
+        norm = jax.vmap(global_norm)(grads) if problem.want_norms else None
         counted = _everywhere(problem, jax.vmap(_is_finite)(updates))
     return jax.tree.map(functools.partial(_sum, counted), updates), Seen(value, aux, norm, counted)
 
@@ -78,28 +78,24 @@ def _sum(counted: jax.Array, updates: jax.Array) -> jax.Array:
 
 # Two passes.
 
-PermittedOf: TypeAlias = Callable[[jax.Array], jax.Array]
+FactorOf: TypeAlias = Callable[[jax.Array], scaling.Factor]
 
 
-def _permitted_of_norm(problem: Problem) -> PermittedOf | None:
+def _factor_of_norm(problem: Problem) -> FactorOf | None:
     """What the norm of a gradient is to become; None if its scaling does not depend on its global 2-norm alone."""
     made_of = problem.tx.made_of if isinstance(problem.tx, core.Clip) else None
     if made_of is None or made_of.norm != norms.global_norm():
         return None
     state = _no_state(problem)
     with mesh.apart(problem.apart):
-        splits = mesh.split_of(problem.params, problem.params, made_of.axes)
-    if any(split.axes for split in splits):  # a part of the norm lies on another device
+        leaves = core.Leaves(problem.params, problem.params, made_of.axes)
+    if leaves.axes:  # a part of the norm lies on another device
         return None
 
-    def permitted_of(norm: jax.Array) -> jax.Array:
-        def param_norms() -> jax.Array:
-            return made_of.norm.measure(problem.params, problem.params, splits)
+    def factor_of(norm: jax.Array) -> scaling.Factor:
+        return core.permit(made_of.threshold, norm, state, lambda: made_of.norm.measure(leaves)).factors
 
-        _, permitted, _ = core.permit(made_of.threshold, norm, state, param_norms)
-        return permitted
-
-    return permitted_of
+    return factor_of
 
 
 def _is_better_weighted(problem: Problem, batch: Batch) -> bool:
@@ -139,11 +135,11 @@ def _keeps_weights(problem: Problem, batch: Batch) -> bool:
     return not any(name.startswith("custom_vjp") for name in names) and jnp.dtype(jnp.float16) not in dtypes | given
 
 
-def two_pass(permitted_of: PermittedOf, problem: Problem, batch: Batch) -> tuple[Grads, Seen]:
+def two_pass(factor_of: FactorOf, problem: Problem, batch: Batch) -> tuple[Grads, Seen]:
     """Norms first, then one gradient of the weighted loss."""
     value, aux, norm = jax.vmap(functools.partial(_norm_of_one, problem))(batch)
     counted = jnp.isfinite(norm)
-    factor = scaling.factors(norm, jax.vmap(permitted_of)(norm))
+    factor = jax.vmap(factor_of)(norm)
     one = jnp.ones_like(norm)
     weight = jnp.where(counted, scaling.rescale(one, factor), jnp.zeros_like(norm))
     # A factor outside the normal range is applied in two steps, which a weight can't be, and weights that lie too far

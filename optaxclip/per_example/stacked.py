@@ -135,8 +135,8 @@ def _examples(grads: Grads) -> tuple[list[jax.Array], Any]:
     Raises:
       ValueError: naming an array that has no first axis, or another length than the first.
     """
-    dtypes.require_usable(grads)
     flat, treedef = jax.tree.flatten(grads)
+    dtypes.require_usable(grads, flat)
     shapes = dict(zip(trees.paths(grads), map(jnp.shape, flat), strict=True))
     for path, shape in shapes.items():
         first = next(iter(shapes.values()))
@@ -169,7 +169,7 @@ def _clip(flat: Sequence[jax.Array], bound: Any, finite: jax.Array | None = None
     norms = _norms(flat)
     finite = jnp.isfinite(norms) if finite is None else finite
     high = core.upper_end(norms, bound)
-    factor = scaling.factors(norms, jnp.minimum(norms, high))
+    factor = scaling.factor(norms, jnp.minimum(norms, high))
     clipped = jnp.sum((norms > high) & finite, dtype=jnp.int32)
 
     def terms(leaf: jax.Array, is_finite: jax.Array, factor: scaling.Factor) -> jax.Array:

@@ -7,7 +7,6 @@ leaves or all leaves; other norms cost a pass more there. `clip_stats` reads the
 """
 
 import json
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +16,7 @@ import optax
 
 from optaxclip._arguments import bounds
 from optaxclip._arrays import dtypes, groups, mesh, states, trees
+from optaxclip._arrays.leaves import Leaves
 from optaxclip._numerics import arithmetic, scaling, tree_norms
 
 
@@ -94,32 +94,20 @@ def require_state(state: Any, recorded: type, length: int) -> None:
         raise ValueError(states.wrong(f"a clipper built with record={length}", expected, came))
 
 
-def advance(
-    stats: ClipStats, norms: Any, limits: Any, permitted: Any, updates: Any, splits: Sequence[mesh.Split]
-) -> ClipStats:
+def advance(stats: ClipStats, judged: Any, leaves: Leaves) -> ClipStats:
     """The record with one step more.
 
     Args:
       stats: the record so far.
-      norms: what was measured.
-      limits: the upper end of the band, of the structure of `norms`.
-      permitted: what each norm became, likewise.
-      updates: the updates that were measured.
-      splits: over which mesh axes each of their leaves is split.
+      judged: what was measured, and the limits and factors, as `core.Judged` has them.
+      leaves: the updates that were measured.
     """
     step = jnp.asarray(optax.safe_increment(stats.recorded_steps))
     row = (step - 1) % len(stats.clip_steps)
-    if max(len(jax.tree.leaves(norms)), 1) != stats.clip_norm.shape[-1]:
-        raise ValueError(
-            f"the record is of {stats.clip_norm.shape[-1]} groups, and the updates have {len(jax.tree.leaves(norms))}: "
-            "init saw another tree"
-        )
-    norm, limit, goal, clipped = _by_entry(norms, limits, permitted, splits, stats.clip_norm.dtype)
-    kept = scaling.is_kept(norm, goal)
-    scale = arithmetic.quotient(jnp.where(kept, jnp.ones_like(goal), goal), jnp.where(kept, jnp.ones_like(norm), norm))
+    norm, limit, scale, clipped = _by_entry(judged, leaves, stats.clip_norm)
     nonfinite = ~jnp.all(jnp.isfinite(norm))
     is_first = nonfinite & (stats.first_nonfinite_step == 0)
-    leaf = _first_nonfinite(updates, splits)
+    leaf = _first_nonfinite(leaves)
 
     def into(ring: jax.Array, new: jax.Array) -> jax.Array:
         return ring.at[row].set(new.astype(ring.dtype))
@@ -134,30 +122,39 @@ def advance(
         nonfinite_steps=counted(stats.nonfinite_steps, nonfinite),
         first_nonfinite_step=jnp.where(is_first, step, stats.first_nonfinite_step),
         first_nonfinite_leaf=jnp.where(is_first & (leaf >= 0), leaf, stats.first_nonfinite_leaf),
-        norm_axes=_axes_as_bytes(sorted({name for split in splits for name in split.axes})),
+        norm_axes=_axes_as_bytes(sorted(leaves.axes)),
     )
 
 
-def _by_entry(
-    norms: Any, limits: Any, permitted: Any, splits: Sequence[mesh.Split], dtype: Any
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Norm, limit and permitted norm of each entry of `norms`, as vectors; and whether any of them is scaled."""
-    entries, limits, goals = (jax.tree.leaves(tree) for tree in (norms, limits, permitted))
-    if not entries:
-        nothing = jnp.zeros(1, dtype)
-        return nothing, jnp.full(1, bounds.highest(dtype), dtype), nothing, jnp.zeros((), jnp.bool_)
-    clipped = groups.vectorized(lambda norm, goal: ~scaling.is_kept(norm, goal), entries, goals)
+def _by_entry(judged: Any, leaves: Leaves, ring: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Norm, limit and scale of each entry of the norms, as vectors like those in `ring`; and whether any is scaled."""
+    norms, limits = jax.tree.leaves(judged.norms), jax.tree.leaves(judged.limits)
+    if max(len(norms), 1) != ring.shape[-1]:
+        raise ValueError(
+            f"the record is of {ring.shape[-1]} groups, and the updates have {len(norms)}: init saw another tree"
+        )
+    if not norms:
+        nothing = jnp.zeros(1, ring.dtype)
+        return nothing, jnp.full(1, bounds.highest(ring.dtype), ring.dtype), nothing + 1, jnp.zeros((), jnp.bool_)
+    factors = jax.tree.leaves(judged.factors, is_leaf=lambda node: isinstance(node, scaling.Factor))
+    changes = [(factor.goal, factor.norm, factor.second) for factor in factors]
+    scales, clipped = zip(*groups.vectorized(_scale, *zip(*changes, strict=True)), strict=True)
     rows = [
-        _worst_unit(*row, mesh.may_vary_over(row[0], splits)) if row[0].ndim else row
-        for row in zip(entries, limits, goals, clipped, strict=True)
+        _worst_unit(*row, mesh.may_vary_over(row[0], leaves.axes)) if row[0].ndim else row
+        for row in zip(norms, limits, scales, clipped, strict=True)
     ]
-    norm, limit, goal, some = (jnp.stack(column) for column in zip(*rows, strict=True))
-    return norm.astype(dtype), limit.astype(dtype), goal.astype(dtype), jnp.any(some)
+    norm, limit, scale, some = (jnp.stack(column) for column in zip(*rows, strict=True))
+    return norm.astype(ring.dtype), limit.astype(ring.dtype), scale.astype(ring.dtype), jnp.any(some)
 
 
-def _worst_unit(norm: Any, limit: Any, goal: Any, clipped: Any, axes: tuple[str, ...]) -> tuple[jax.Array, ...]:
+def _scale(goal: jax.Array, norm: jax.Array, second: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """By what a group is multiplied, and whether it is at all."""
+    return arithmetic.quotient(goal, norm), second != 1
+
+
+def _worst_unit(norm: Any, limit: Any, scale: Any, clipped: Any, axes: tuple[str, ...]) -> tuple[jax.Array, ...]:
     """Of many groups in one array, on all devices, the one that is furthest beyond its limit."""
-    beyond = excess(jnp, norm, limit, jnp.where(clipped, goal / jnp.where(clipped, norm, 1), 1))
+    beyond = excess(jnp, norm, limit, jnp.where(clipped, scale, jnp.ones_like(scale)))
     worst = jnp.max(beyond, initial=0)
     worst = jax.lax.pmax(worst, axes) if axes else worst
 
@@ -166,7 +163,7 @@ def _worst_unit(norm: Any, limit: Any, goal: Any, clipped: Any, axes: tuple[str,
         return jax.lax.pmax(largest, axes) if axes else largest
 
     some = jnp.any(clipped)
-    return there(norm), there(limit), there(goal), jax.lax.pmax(some, axes) if axes else some
+    return there(norm), there(limit), there(scale), jax.lax.pmax(some, axes) if axes else some
 
 
 def excess(xp: Any, norm: Any, limit: Any, scale: Any) -> Any:
@@ -177,21 +174,14 @@ def excess(xp: Any, norm: Any, limit: Any, scale: Any) -> Any:
     return xp.where(xp.isfinite(norm), ratio, xp.inf)
 
 
-def _first_nonfinite(updates: Any, splits: Sequence[mesh.Split]) -> jax.Array:
+def _first_nonfinite(leaves: Leaves) -> jax.Array:
     """Which leaf is the first that is not finite: its number, or -1.
 
     It is read off the 2-norms of the leaves, which are those of a clipper by 2-norms, and so no further pass over them.
     """
-    counted = [
-        (leaf, split) for leaf, split in zip(jax.tree.leaves(updates), splits, strict=True) if dtypes.is_inexact(leaf)
-    ]
-    if not counted:
+    if not leaves:
         return jnp.full((), -1, jnp.int32)
-    flat = [leaf for leaf, _ in counted]
-    norms = tree_norms.separate_norms(
-        flat, list(map(tree_norms.all_dims, flat)), [split.axes for _, split in counted], 2
-    )
-    bad = jnp.stack(groups.vectorized(lambda norm: ~jnp.isfinite(norm), norms))
+    bad = jnp.stack(groups.vectorized(lambda norm: ~jnp.isfinite(norm), tree_norms.of_each(leaves, 2)))
     return jnp.where(jnp.any(bad), jnp.argmax(bad).astype(jnp.int32), -1)
 
 

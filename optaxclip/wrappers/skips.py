@@ -1,6 +1,6 @@
 """Steps that are not taken: those that are not finite, and those that stand out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -244,19 +244,19 @@ class _Seen(NamedTuple):
 
 def _look(gate: _Gate, updates: Updates, state: SkipState, params: Any, extra_args: Mapping[str, Any]) -> _Seen:
     known = parameters(params, updates)
-    filled = fill_missing(updates, known)
-    judged = core.judge(gate.norm, gate.threshold, filled, state.norm_threshold_state, known, gate.axes, extra_args)
-    whole = judged.norms if gate.norm is _ALL else _ALL.measure(filled, known, judged.splits)
+    leaves = core.Leaves(fill_missing(updates, known), known, gate.axes)
+    judged = core.judge(gate.norm, gate.threshold, leaves, state.norm_threshold_state, extra_args)
+    whole = judged.norms if gate.norm is _ALL else _ALL.measure(leaves)
     seen = _Seen(
         finite=jnp.isfinite(whole),
-        high_norm=_is_any_above(judged),
+        high_norm=_is_any_above(judged, leaves),
         high_loss=jnp.zeros_like(whole, jnp.bool_),
         norm_threshold_state=judged.state,
         loss_threshold_state=state.loss_threshold_state,
     )
     if gate.loss_threshold is None:
         return seen
-    loss = _loss(extra_args, judged.splits)
+    loss = _loss(extra_args, leaves.axes)
     high_loss, loss_state = _is_loss_above(loss, gate.loss_threshold, state.loss_threshold_state, extra_args)
     return seen._replace(finite=seen.finite & jnp.isfinite(loss), high_loss=high_loss, loss_threshold_state=loss_state)
 
@@ -280,14 +280,14 @@ def _outer_state(state: SkipState, seen: _Seen, rejected: jax.Array) -> SkipStat
 _LOSS = jax.ShapeDtypeStruct((), jnp.float32)
 
 
-def _is_any_above(judged: core.Judged) -> jax.Array:
+def _is_any_above(judged: core.Judged, leaves: core.Leaves) -> jax.Array:
     """Whether some norm, on any device, is above its limit."""
     above = jax.tree.leaves(groups.over_groups(_is_above, judged.norms, judged.limits))
     found = jnp.zeros((), jnp.int32)
     for each in above:
         found = jnp.maximum(found, jnp.any(each).astype(jnp.int32))
     if any(each.ndim for each in above):  # units, which may lie on different devices
-        axes = mesh.may_vary_over(found, judged.splits)
+        axes = mesh.may_vary_over(found, leaves.axes)
         found = jax.lax.pmax(found, axes) if axes else found
     return found > 0
 
@@ -296,21 +296,21 @@ def _is_above(norm: jax.Array, limit: jax.Array) -> jax.Array:
     return jnp.isfinite(norm) & (norm > limit)
 
 
-def _loss(extra_args: Mapping[str, Any], splits: Sequence[mesh.Split]) -> jax.Array:
+def _loss(extra_args: Mapping[str, Any], names: frozenset[str]) -> jax.Array:
     if extra_args.get("value") is None:
         raise ValueError("loss_threshold needs the loss: call tx.update(updates, state, params, value=loss)")
     loss = jnp.asarray(extra_args["value"])
     if loss.shape:
         raise ValueError(f"value must be one loss, a scalar, got an array of shape {loss.shape}")
-    if names := layouts.varying(loss):
+    if over := layouts.varying(loss):
         raise ValueError(
-            f"value differs between the devices along mesh axes {tuple(sorted(names))}, so they would not all skip the "
+            f"value differs between the devices along mesh axes {tuple(sorted(over))}, so they would not all skip the "
             "same steps: pass jax.lax.pmean(loss, axes)"
         )
     loss = loss.astype(jnp.float32)
     # Where the types do not say whether the devices have the same loss, the largest makes sure that they decide alike.
     # It may lose a NaN, but no infinity.
-    axes = mesh.may_vary_over(loss, splits)
+    axes = mesh.may_vary_over(loss, names)
     return jax.lax.pmax(jnp.where(jnp.isnan(loss), jnp.inf, loss), axes) if axes else loss
 
 

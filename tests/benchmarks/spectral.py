@@ -24,6 +24,7 @@ import numpy as np
 
 import optaxclip
 from optaxclip._numerics.matrices import decompositions, iterations
+from optaxclip.core import Leaves
 from tests.benchmarks import interleaved, show_environment, write_json
 from tests.reference import spectral
 
@@ -113,7 +114,7 @@ def caps(soft, skip):
 def norms(skip):
     def ours(matrix):
         norm = optaxclip.norms.spectral_norm()
-        return norm.measure(matrix, None, optaxclip.mesh.split_of(matrix))
+        return norm.measure(Leaves(matrix))
 
     programs = {
         "ours": ours,

@@ -5,15 +5,16 @@ kernels, have one shape and go into one stack. Singular values are the same.
 """
 
 import math
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from optaxclip._arguments import checks
-from optaxclip._arrays import dtypes, groups, layouts, mesh, trees
+from optaxclip._arrays import dtypes, groups, layouts
+from optaxclip._arrays.leaves import Leaf, Leaves
+from optaxclip._numerics import tree_norms
 from optaxclip._numerics.matrices.products import turned
 
 UNITS = ("io", "oi")
@@ -24,27 +25,28 @@ def is_axis_count(value: Any) -> bool:
     return checks.is_whole(value) and value >= 0
 
 
-def layers(stacked: Any, tree: Any) -> list[int]:
+def layers(stacked: Any, leaves: Leaves) -> list[int]:
     """How many axes of each leaf index layers, from a function or a prefix pytree; None is 0.
 
     Raises:
-      ValueError: if that is no whole number, or a leaf with floats has fewer axes.
+      ValueError: if that is no whole number, or a leaf has fewer axes.
     """
-    found = [0 if axes is None else axes for axes in trees.values("stacked", stacked, tree)]
-    for path, leaf, axes in zip(trees.paths(tree), jax.tree.leaves(tree), found, strict=True):
+    if stacked is None:
+        return [0] * len(leaves)
+    found = [0 if axes is None else axes for axes in leaves.values("stacked", stacked)]
+    for leaf, axes in zip(leaves, found, strict=True):
         if not is_axis_count(axes):
-            raise ValueError(f"stacked must be a whole number of at least 0, got {axes!r} for {path!r}")
-        if dtypes.is_inexact(leaf) and axes > jnp.ndim(leaf):
+            raise ValueError(f"stacked must be a whole number of at least 0, got {axes!r} for {leaf.path!r}")
+        if axes > jnp.ndim(leaf.value):
             raise ValueError(
-                f"stacked must be from 0 to the rank of the leaf, got {axes} for {path!r} of shape {jnp.shape(leaf)}"
+                f"stacked must be from 0 to the rank of the leaf, got {axes} for {leaf.path!r} of shape "
+                f"{jnp.shape(leaf.value)}"
             )
     return found
 
 
-def of_leaves(
-    flat: Sequence[Any], layers: Sequence[int], split: Sequence[mesh.Split], units: str
-) -> dict[int, jax.Array]:
-    """The leaves that are matrices, by their place: those of floats with two dimensions or more behind `layers`.
+def of_leaves(leaves: Leaves, layers: Sequence[int], units: str) -> dict[int, jax.Array]:
+    """The leaves that are matrices, by their place: those with two dimensions or more behind `layers`.
 
     Returns:
       Of each a stack of shape [number of layers, rows, columns], with at least as many rows as columns, in float32 or
@@ -54,21 +56,30 @@ def of_leaves(
       ValueError: if a matrix is split over the devices of a `shard_map`.
     """
     return {
-        i: _as_stack(jnp.asarray(leaf), stacked, at, units)
-        for i, (leaf, stacked, at) in enumerate(zip(flat, layers, split, strict=True))
-        if dtypes.is_inexact(leaf) and jnp.ndim(leaf) - stacked >= 2
+        i: _as_stack(leaf, stacked, units)
+        for i, (leaf, stacked) in enumerate(zip(leaves, layers, strict=True))
+        if jnp.ndim(leaf.value) - stacked >= 2
     }
 
 
-def _as_stack(leaf: jax.Array, layers: int, split: mesh.Split, units: str) -> jax.Array:
-    if axes := split.over(tuple(range(layers, leaf.ndim)), leaf.ndim):
+def with_vectors(leaves: Leaves, layers: Sequence[int], matrices: dict[int, jax.Array]) -> list[jax.Array]:
+    """What `matrices` have at each place, and the norms of the vectors and numbers at the others."""
+    others = [i for i in range(len(leaves)) if i not in matrices]
+    dims = [tuple(range(layers[i], jnp.ndim(leaves[i].value))) for i in others]
+    norms = dict(zip(others, tree_norms.of_each([leaves[i] for i in others], 2, dims), strict=True))
+    return [matrices[i] if i in matrices else norms[i] for i in range(len(leaves))]
+
+
+def _as_stack(leaf: Leaf, layers: int, units: str) -> jax.Array:
+    value = jnp.asarray(leaf.value)
+    if axes := leaf.axes_over(tuple(range(layers, value.ndim))):
         raise ValueError(
-            f"the matrix {split.path!r} is split over mesh axes {axes}, and its singular values need all of it: clip "
+            f"the matrix {leaf.path!r} is split over mesh axes {axes}, and its singular values need all of it: clip "
             "under jit, outside of shard_map, where jax gathers it, or gather it before and take this device's piece "
             "after"
         )
-    number, rows, columns = _sizes(leaf.shape, layers, units)
-    stack = layouts.whole(leaf).astype(dtypes.wide(leaf.dtype)).reshape(number, rows, columns)
+    number, rows, columns = _sizes(value.shape, layers, units)
+    stack = layouts.whole(value).astype(dtypes.wide(value.dtype)).reshape(number, rows, columns)
     return turned(stack) if rows < columns else stack
 
 
@@ -82,11 +93,6 @@ def _sizes(shape: tuple[int, ...], layers: int, units: str) -> tuple[int, int, i
     """The number of a leaf's matrices, and of their rows and columns."""
     last = len(shape) - 1 if units == "io" else layers + 1  # where the columns begin
     return math.prod(shape[:layers]), math.prod(shape[layers:last]), math.prod(shape[last:])
-
-
-def others(flat: Sequence[Any], matrices: Container[int]) -> list[Any]:
-    """The leaves, with an integer in place of each matrix: it has no norm."""
-    return [np.int32(0) if i in matrices else leaf for i, leaf in enumerate(flat)]
 
 
 def together(fn: Callable[..., Any], *columns: dict[int, jax.Array]) -> dict[int, Any]:

@@ -1,0 +1,160 @@
+"""The leaves of a tree of updates, found once: what a Norm sees of it."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, overload
+
+import jax
+import jax.numpy as jnp
+
+from optaxclip._arrays import dtypes, mesh, trees
+from optaxclip._arrays.parameters import require_params
+
+
+class Leaf:
+    """One array of floats in a tree, or this device's piece of it.
+
+    Attributes:
+      value: the array.
+      axes: the mesh axes that it is split over where we run; () outside of `shard_map` and `pmap`. What is summed over
+        a leaf is summed over these, too.
+      by_dim: the same axes, dimension by dimension; None where that is not known.
+    """
+
+    __slots__ = ("_at", "_of", "axes", "by_dim", "value")
+
+    def __init__(self, value: jax.Array, split: mesh.Split, of: "Leaves", at: int) -> None:
+        self.value, self.axes, self.by_dim = value, split.axes, split.by_dim
+        self._of, self._at = of, at
+
+    @property
+    def path(self) -> str:
+        """Where the leaf is in its tree, as in "decoder/kernel"."""
+        return self._of.paths[self._at]
+
+    @property
+    def whole_shape(self) -> tuple[int, ...]:
+        """The shape of the whole leaf; where that is not known, no length is 1."""
+        shape = jnp.shape(self.value)
+        if not self.axes:
+            return shape
+        if self.by_dim is None:
+            return tuple(max(length, 2) for length in shape)
+        return tuple(mesh.whole_size((length,), names) for length, names in zip(shape, self.by_dim, strict=True))
+
+    def axes_over(self, dims: tuple[int, ...]) -> tuple[str, ...]:
+        """The mesh axes to sum over when the dimensions `dims` are reduced."""
+        if not self.axes or len(dims) == jnp.ndim(self.value):
+            return self.axes
+        if self.by_dim is None:
+            raise ValueError(
+                f"leaf {self.path!r} is split over mesh axes {self.axes}, and it is not known which of its dimensions "
+                f"are: a norm over its dimensions {dims} alone needs axes= to be a PartitionSpec or a pytree of them"
+            )
+        return tuple(sorted(name for dim in dims for name in self.by_dim[dim]))
+
+    def size_over(self, dims: tuple[int, ...]) -> int:
+        """How many entries the whole leaf has along these dimensions; 1 for none, so that one can divide by it."""
+        return max(mesh.whole_size((jnp.shape(self.value)[dim] for dim in dims), self.axes_over(dims)), 1)
+
+
+class Leaves(Sequence[Leaf]):
+    """The leaves of a tree of updates that hold floats, in order.
+
+    Integers, booleans, keys and what else a tree may hold are not among them: no clip measures or changes these.
+    """
+
+    def __init__(
+        self, tree: Any, params: Any = None, axes: mesh.Axes = "auto", *, like: "Leaves | None" = None
+    ) -> None:
+        """Flattens a tree.
+
+        Args:
+          tree: gradients, updates or parameters, without None in the place of a leaf.
+          params: the parameters in the containers of `tree`, or None.
+          axes: over which mesh axes the leaves are split; see `mesh`.
+          like: leaves of a tree of this structure and these shapes; what was found of them holds here, too.
+
+        Raises:
+          ValueError: for a gradient that is not reduced yet, or of a dtype that can't be clipped.
+        """
+        self._tree, self._params, self._axes = tree, params, axes
+        self._flat, self._treedef = jax.tree.flatten(tree)
+        self._found: dict[Any, list[Any]] = like._found if like else {}
+        self._places = like._places if like else [i for i, leaf in enumerate(self._flat) if dtypes.is_inexact(leaf)]
+        arrays = [self._flat[i] for i in self._places]
+        splits = mesh.splits_of(arrays, tree, self._places, params, axes)
+        self._leaves = [Leaf(*each, self, at) for at, each in enumerate(zip(arrays, splits, strict=True))]
+
+    @overload
+    def __getitem__(self, at: int) -> Leaf: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[Leaf]: ...
+    def __getitem__(self, at: int | slice) -> Leaf | list[Leaf]:
+        return self._leaves[at]
+
+    def __iter__(self) -> Iterator[Leaf]:
+        return iter(self._leaves)
+
+    def __len__(self) -> int:
+        return len(self._leaves)
+
+    @property
+    def paths(self) -> list[str]:
+        """The path of each leaf, as in "decoder/kernel"."""
+        return self.once("paths", lambda: self._counted(trees.paths(self._tree)))
+
+    @property
+    def axes(self) -> frozenset[str]:
+        """The mesh axes that some leaf is split over."""
+        return frozenset(name for leaf in self._leaves for name in leaf.axes)
+
+    def as_tree(self, values: Sequence[Any]) -> Any:
+        """One value per leaf in the structure of the tree, with None at what is no leaf here."""
+        whole: list[Any] = [None] * len(self._flat)
+        for i, value in zip(self._places, values, strict=True):
+            whole[i] = value
+        return self._treedef.unflatten(whole)
+
+    def of_tree(self, tree: Any) -> list[Any]:
+        """What a pytree of the structure of this tree has for each leaf: what `as_tree` was given."""
+        return self._counted(self._treedef.flatten_up_to(tree))
+
+    def updated(self, values: Sequence[Any]) -> Any:
+        """The tree with other values at its leaves, and all else as it was."""
+        whole = list(self._flat)
+        for i, value in zip(self._places, values, strict=True):
+            whole[i] = value
+        return self._treedef.unflatten(whole)
+
+    def values(self, name: str, value: Any) -> list[Any]:
+        """What an argument says of each leaf.
+
+        Args:
+          name: the argument's name, for messages.
+          value: a prefix pytree of values, or a function `path -> value`, which is called once for each leaf.
+        """
+
+        def look() -> list[Any]:
+            if trees.is_function(value):
+                return [value(path) for path in self.paths]
+            return self._counted(trees.values(name, value, self._tree))
+
+        return self.once((name, id(value)), look)
+
+    def once(self, key: Any, look: Callable[[], list[Any]]) -> list[Any]:
+        """What `look` finds of these leaves and of their parameters alike; it is called once for each key."""
+        if key not in self._found:
+            self._found[key] = look()
+        return self._found[key]
+
+    def params(self) -> "Leaves":
+        """The parameters of these leaves.
+
+        Raises:
+          ValueError: optax's message, where there are none; or where they are not of this structure and these shapes.
+        """
+        require_params(self._tree, self._params)
+        return Leaves(self._params, self._params, self._axes, like=self)
+
+    def _counted(self, values: list[Any]) -> list[Any]:
+        return [values[i] for i in self._places] if values else []
