@@ -174,7 +174,7 @@ def clip_by_block_rms(
 def clip_by_norm_range(
     min_norm: Bound, max_norm: Bound, *, norm: Norm = norms.global_norm(), axes: Axes = "auto", record: int = False
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Scales updates so that their norm is at least `min_norm` and at most `max_norm`, against vanishing gradients too.
+    r"""Scales updates so that their norm lies between `min_norm` and `max_norm`, against vanishing gradients too.
 
     .. math:: u \leftarrow u \cdot \frac{\min(\max(n, lo), hi)}{n} \quad (n > 0)
 

@@ -28,27 +28,22 @@ class AverageState(NamedTuple):
 def ema_ratio(
     ratio: Any = 1.05, *, decay: Any = 0.98, warmup_steps: int = 100, warmup_max_norm: Any = None
 ) -> Threshold:
-    r"""AdaGC: a norm may be at most `ratio` times the moving average of the norms that were let through.
+    r"""Bounds a norm by `ratio` times the moving average of the norms after clipping, as AdaGC does.
 
     .. math:: bound = ratio \cdot \gamma, \qquad \gamma \leftarrow decay \cdot \gamma + (1 - decay) \min(n, bound)
 
-    The average grows by at most `(ratio - 1) (1 - decay)` a step: a tenfold rise takes 2,300 steps at the defaults.
-    Raise `ratio` or lower `decay` where levels shift.
+    By default the norms of the warm-up pass, however large: pass `warmup_max_norm=`, or `chain` it with a `constant`.
 
     Args:
-      ratio: how much more than the average is permitted, at least 0.
-      decay: of the average, in [0, 1).
-      warmup_steps: before step `warmup_steps` the average is the smallest norm so far, after clipping by
-        `warmup_max_norm`.
-      warmup_max_norm: in the warm-up all groups are scaled together so that the norm of their norms is at most this.
-        None leaves them alone.
+      ratio: the permitted multiple of the average, at least 0.
+      decay: decay of the average, in [0, 1).
+      warmup_steps: before this step the average is the smallest norm so far, after clipping by `warmup_max_norm`. The
+        first step always belongs to the warm-up.
+      warmup_max_norm: in the warm-up all groups are scaled together so that the norm of their norms is at most this; at
+        least 0. None bounds nothing there.
 
     Returns:
       A Threshold. Its state is 8 bytes per group.
-
-    Edge cases:
-      The first step always belongs to the warm-up. A norm of 0 is not taken in. A step in which the norm of any group
-      is not finite is a step for none: all pass, and no average takes it in.
 
     Raises:
       ValueError: if an argument is out of range.
@@ -62,6 +57,12 @@ def ema_ratio(
       ...     updates, state = tx.update(jnp.array([norm]), state)
       >>> print(updates)
       [1.5]
+
+    Notes:
+      - Level shifts: the average grows by at most `(ratio - 1) * (1 - decay)` per step. A tenfold rise takes 2,300
+        steps at the defaults. Raise `ratio` or lower `decay` where levels shift.
+      - Edge cases: a norm of 0 does not enter its average. If the norm of any group is not finite, all groups pass, and
+        no average takes the step in.
 
     See also:
       `adagc`; `ema_band`, with a lower end; `average`.
@@ -109,24 +110,28 @@ def ema_band(
     max_up: Any = None,
     initial: Any = None,
 ) -> Threshold:
-    r"""AGGC: norms lie between `min_ratio` and `ratio` times the moving average of the norms that were let through.
+    r"""Keeps a norm between `min_ratio` and `ratio` times the moving average of the norms after clipping, as AGGC does.
+
+    .. math:: lower = \max(min\_ratio \cdot e,\ min\_norm), \quad upper = ratio \cdot e, \qquad
+        e \leftarrow decay \cdot e + (1 - decay) n_{clipped}
+
+    By default the first norm is its own average, so with a `ratio` of at least 1 it passes, however large: `chain` this
+    with a `constant` if your run can explode at once.
 
     Args:
-      ratio: what is permitted, in averages; at least 0. There is no published default that would do without `max_down`.
-      min_ratio: below so many averages, at most 1, a norm is raised; None is 0.
-      decay: of the average, in [0, 1).
-      min_norm: below this a norm is raised, whatever the average.
-      max_down: a norm is scaled by no less than this, in [0, 1], which lets norms past the bound; None for any factor.
-      max_up: a norm is scaled by no more than this, at least 1; None for any factor.
-      initial: the average before the first norm. None takes the first norm; 0 is the published start: the first norm
-        passes, and with `ratio=1` the average stays at `1 - decay` of it for ever, unless there is `max_down`.
+      ratio: the upper end as a multiple of the average, at least 0. Required: the published default works only together
+        with `max_down`.
+      min_ratio: the lower end as a multiple of the average, from 0 to 1 and at most `ratio`. None is 0.
+      decay: decay of the average, in [0, 1).
+      min_norm: a norm below this is raised to it, whatever the average; at least 0 and finite.
+      max_down: the smallest factor that a norm is scaled by, in [0, 1]. Norms can then exceed the bound. None allows
+        any factor.
+      max_up: the largest factor that a norm is scaled by, at least 1. None allows any factor.
+      initial: the average before the first norm, at least 0 and finite. None takes the first norm. 0 is the published
+        start.
 
     Returns:
       A Threshold. Its state is 8 bytes per group.
-
-    Edge cases:
-      The first norm is the average that it is compared with, unless there is `initial`; an average of 0 bounds nothing.
-      A norm of 0, an infinite or a NaN norm is not taken in.
 
     Raises:
       ValueError: if an argument is out of range.
@@ -141,8 +146,13 @@ def ema_band(
       >>> print(updates)
       [2.]
 
+    Notes:
+      - Start at 0: an average of 0 bounds nothing, so the first norm passes. With `initial=0` and `ratio=1` the average
+        then never rises above `1 - decay` times the first norm, unless you pass `max_down`.
+      - Edge cases: A norm of 0, or one that is not finite, does not enter the history.
+
     See also:
-      `aggc`; `ema_ratio`, with a warm-up.
+      `contrib.aggc`; `ema_ratio`, with a warm-up.
     """
     ratio = checks.number("ratio", ratio)
     decay = checks.number("decay", decay, below=1.0)
@@ -195,18 +205,18 @@ class DebiasedState(NamedTuple):
 
 
 def average(decay: Any = 0.999) -> Threshold:
-    r"""A norm may be at most the debiased moving average of the norms, itself among them.
+    r"""Bounds a norm by the debiased moving average of the norms, the current one included.
 
     .. math:: M \leftarrow \beta M + (1 - \beta) n, \qquad bound = M / (1 - \beta^t)
+
+    The first norm is its own average and passes, however large: `chain` this with a `constant` if your run can explode
+    at once.
 
     Args:
       decay: :math:`\beta`, in [0, 1).
 
     Returns:
       A Threshold. Its state is 8 bytes per group.
-
-    Edge cases:
-      The first norm is its own average, and passes. A norm of 0, an infinite or a NaN norm is not taken in.
 
     Raises:
       ValueError: if `decay` is out of range.
@@ -221,8 +231,11 @@ def average(decay: Any = 0.999) -> Threshold:
       >>> print(updates)  # a third of 4 and two thirds of 16
       [12.]
 
+    Notes:
+      - Edge cases: A norm of 0, or one that is not finite, does not enter the history.
+
     See also:
-      `adaptive_spike_clip`; `ema_ratio`, which takes in what was let through.
+      `contrib.adaptive_spike_clip`; `ema_ratio`, which takes norms in after clipping.
     """
     decay = checks.number("decay", decay, below=1.0)
 
@@ -245,18 +258,17 @@ class GrowthState(NamedTuple):
 
 
 def growth(ratio: Any = 1.01) -> Threshold:
-    r"""A norm may be at most `ratio` times the last one, as it was after clipping.
+    r"""Bounds a norm by `ratio` times the last norm after clipping.
 
     .. math:: bound = ratio \cdot (n_{prev} + 10^{-8})
 
+    The first norm passes, however large: `chain` this with a `constant` if your run can explode at once.
+
     Args:
-      ratio: by which factor norms may grow in a step, positive.
+      ratio: the permitted growth per step, positive.
 
     Returns:
       A Threshold. Its state is 4 bytes per group.
-
-    Edge cases:
-      The first norm passes. A norm of 0, an infinite or a NaN norm is not taken in.
 
     Raises:
       ValueError: if `ratio` is not positive.
@@ -271,8 +283,11 @@ def growth(ratio: Any = 1.01) -> Threshold:
       >>> print(updates)
       [1.5]
 
+    Notes:
+      - Edge cases: A norm of 0, or one that is not finite, does not enter the history.
+
     See also:
-      `clip_norm_growth`; `ema_ratio`, for a multiple of an average.
+      `contrib.clip_norm_growth`; `ema_ratio`, for a multiple of an average.
     """
     ratio = checks.number("ratio", ratio, positive=True)
 

@@ -39,27 +39,24 @@ def zscore(
     patience: int | None = 33,
     clip_to: str = "reciprocal",
 ) -> Threshold:
-    r"""ZClip: a norm that is a spike, too many standard deviations above a moving average, is brought near the average.
+    r"""Bounds a spike, a norm many standard deviations above a moving average, near the average, as ZClip does.
 
-    With mean :math:`\mu`, standard deviation :math:`\sigma` and :math:`z = (n - \mu) / (\sigma + 10^{-6})`, a norm
-    with :math:`z > z_t` may be at most :math:`\mu + z_t^2 \sigma / z`; others are not bounded.
+    With mean :math:`\mu`, standard deviation :math:`\sigma` and :math:`z = (n - \mu) / (\sigma + 10^{-6})`, a norm with
+    :math:`z > k` may be at most :math:`\mu + k^2 \sigma / z`. Other norms are not bounded.
+
+    The first `warmup_steps` norms pass, however large: `chain` this with a `constant` if your run can explode at once.
 
     Args:
-      num_std: how many standard deviations make a spike, positive.
-      decay: of mean and variance, in [0, 1). They take in the bound of a spike, and other norms as they are.
-      warmup_steps: so many norms are averaged, as they are and without a bound, before the first can be a spike.
-      patience: after so many spikes in a row norms are taken in as they are, so that a lasting rise is followed. None
-        never does, as the published method, which then clips for ever.
-      clip_to: to what a spike is brought: `"reciprocal"` as above, the further out the lower; `"mean"` to
-        :math:`\mu`; `"edge"` to :math:`\mu + z_t \sigma`, which is also where spikes begin.
+      num_std: k, how many standard deviations make a spike, positive.
+      decay: decay of mean and variance, in [0, 1). They take in the bound of a spike, and other norms as they are.
+      warmup_steps: how many norms are averaged, as measured, before the first can be a spike; at least 1.
+      patience: after this many spikes in a row the statistics take norms in as measured, so that they follow a lasting
+        rise. None never does, as in the published method.
+      clip_to: what a spike is clipped to. `"reciprocal"` is the formula above: the larger the spike, the lower its
+        bound. `"mean"` is :math:`\mu`. `"edge"` is :math:`\mu + k \sigma`, which is also where spikes then begin.
 
     Returns:
       A Threshold. Its state is 16 bytes per group.
-
-    Edge cases:
-      Nothing is bounded in the warm-up. After one of constant norms every larger norm is a spike, until `patience` runs
-      out. The 1e-6 is absolute: norms far below it are never spikes. A norm of 0, an infinite or a NaN norm is not
-      taken in.
 
     Raises:
       ValueError: if an argument is out of range.
@@ -73,6 +70,11 @@ def zscore(
       ...     updates, state = tx.update(jnp.array([norm]), state)
       >>> print(f"{updates[0]:.4f}")
       1.0625
+
+    Notes:
+      - Constant norms: after a warm-up of equal norms, every larger norm is a spike until `patience` runs out.
+      - Small norms: the 1e-6 is absolute, so norms far below it are never spikes.
+      - Edge cases: A norm of 0, or one that is not finite, does not enter the history.
 
     See also:
       `zclip`; `mean_std`, whose window forgets.
@@ -127,7 +129,7 @@ class MomentsState(NamedTuple):
 
 
 def normalised(b1: Any = 0.7, b2: Any = 0.9, *, eps: Any = 1e-8) -> Threshold:
-    r"""Every norm but 0 becomes :math:`\hat m / (\sqrt{\hat v} + \epsilon)`: near 1, and less where norms vary.
+    r"""Brings every norm except 0 to :math:`\hat m / (\sqrt{\hat v} + \epsilon)`: near 1, and less where norms vary.
 
     .. math:: m \leftarrow b_1 m + (1 - b_1) n, \qquad v \leftarrow b_2 v + (1 - b_2) n^2
 
@@ -138,10 +140,6 @@ def normalised(b1: Any = 0.7, b2: Any = 0.9, *, eps: Any = 1e-8) -> Threshold:
 
     Returns:
       A Threshold. Its state is 12 bytes per group.
-
-    Edge cases:
-      The first norm becomes 1, but for `eps`. A norm of 0 stays 0, and is taken in, too; one that is infinite or NaN is
-      not.
 
     Raises:
       ValueError: if an argument is out of range.
@@ -154,8 +152,12 @@ def normalised(b1: Any = 0.7, b2: Any = 0.9, *, eps: Any = 1e-8) -> Threshold:
       >>> print(updates)
       [0.6 0.8]
 
+    Notes:
+      - Edge cases: the first norm becomes 1, up to `eps`. A norm of 0 stays 0 and enters the averages too. A norm that
+        is not finite does not.
+
     See also:
-      `scale_by_adaptive_norm`; `exactly`, for a norm that is always the same.
+      `contrib.scale_by_adaptive_norm`; `exactly`, for a norm that is always the same.
     """
     b1 = checks.number("b1", b1, below=1.0)
     b2 = checks.number("b2", b2, below=1.0)
@@ -205,27 +207,26 @@ def mean_std(
     take_in: str = "clipped",
     patience: int | None = None,
 ) -> Threshold:
-    r"""A norm may be at most `num_std` standard deviations above the mean of the last ones.
+    r"""Bounds a norm by `num_std` standard deviations above the mean of the last norms.
 
     .. math:: bound = \mu + k \cdot \max(\sigma, 10^{-6} \max(\mu, 1))
 
+    The first `warmup_steps` norms pass, however large: `chain` this with a `constant` if your run can explode at once.
+
     Args:
-      num_std: the number k of standard deviations, at least 0.
-      window: how many norms are kept.
-      warmup_steps: nothing is bounded before so many norms are there, the current one included if `include_current`.
-      ddof: the variance divides by the number of norms less this; 0 or 1.
-      include_current: whether the norm that is to be bounded counts in mean and deviation.
-      take_in: `"clipped"` takes in a norm as it is after clipping, so that one spike does not make room for the next;
-        `"raw"` as it was, which follows a rise sooner.
-      patience: after so many spikes in a row norms are taken in as they were, so that a lasting rise is followed. None
-        never does.
+      num_std: k, the number of standard deviations, at least 0.
+      window: how many norms are kept, at least 1.
+      warmup_steps: how many norms must be there before the first is bounded, from 1 to `window`. With `include_current`
+        the current one counts.
+      ddof: the variance divides by the number of norms minus this; 0 or 1.
+      include_current: whether the current norm counts in mean and deviation.
+      take_in: `"clipped"` takes norms in after clipping, so one spike does not make room for the next. `"raw"` takes
+        them in as measured, which follows a rise sooner.
+      patience: after this many spikes in a row norms are taken in as measured, so that the bound follows a lasting
+        rise. None never does.
 
     Returns:
       A Threshold. Its state is 4 bytes per norm of the window, and 8 more, per group.
-
-    Edge cases:
-      The first `warmup_steps` norms pass. Where all norms in the window are the same, the deviation is a millionth of
-      their mean, or 1e-6 if that is below 1. A norm of 0, an infinite or a NaN norm is not taken in.
 
     Raises:
       ValueError: if an argument is out of range.
@@ -240,8 +241,13 @@ def mean_std(
       >>> print(updates)
       [4.]
 
+    Notes:
+      - Constant norms: where all norms in the window are equal, the deviation is a millionth of their mean, or 1e-6 if
+        the mean is below 1.
+      - Edge cases: A norm of 0, or one that is not finite, does not enter the history.
+
     See also:
-      `clip_by_history`; `skip_spikes`, for which it is made; `zscore`, without a window.
+      `clip_by_history`; `skip_spikes`, which it fits; `zscore`, without a window.
     """
     checks.static_together(
         window=window, warmup_steps=warmup_steps, ddof=ddof, include_current=include_current, patience=patience
