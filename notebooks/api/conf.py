@@ -29,12 +29,10 @@ napoleon_use_ivar = True
 napoleon_attr_annotations = False  # the signature has the types
 napoleon_custom_sections = [
     "Returns",  # as text: what stands before a colon there is no type
+    # `clip_by` and `per_example.clipped_value_and_grad` have these; everything else says it under Notes.
     "Guarantees",
     "Edge cases",
     "Placement",
-    "Differs from the paper",
-    "Differs from the published code",
-    "Differs from optax",
     "Differs from jax-privacy",
 ]
 
