@@ -38,7 +38,7 @@ from optaxclip._arguments.bounds import Bound
 from optaxclip._arrays import groups, states
 from optaxclip._arrays.leaves import Leaf, Leaves
 from optaxclip._arrays.mesh import Axes
-from optaxclip._arrays.parameters import drop_missing, fill_missing, parameters
+from optaxclip._arrays.parameters import beside, drop_missing, parameters
 from optaxclip._numerics import scaling
 from optaxclip._numerics.scaling import Factor
 from optaxclip.records import recorder
@@ -218,8 +218,7 @@ def clip_by(
         return RecordedState(state, recorder.init(norms, params, length)) if length else state
 
     def update(updates: Updates, state: State, params: Any = None, **extra_args: Any) -> tuple[Updates, State]:
-        params = parameters(params, updates)
-        filled = fill_missing(updates, params)
+        filled, params = beside(updates, params)
         leaves = Leaves(filled, params, axes)
         recorder.require_state(state, RecordedState, length)
         state = states.as_arrays(state)
@@ -274,7 +273,7 @@ def permit(
     (lower, upper), state = threshold.limit(norms, state, param_norms, **extra_args)
     flat, treedef = jax.tree.flatten(norms)
     edges = groups.vectorized(_edge, flat, groups.entries(lower, treedef), groups.entries(upper, treedef))
-    limits, factors = ([edge[i] for edge in edges] for i in range(2))
+    limits, factors = zip(*edges, strict=True) if edges else ((), ())
     return Judged(norms, treedef.unflatten(limits), treedef.unflatten(factors), state)
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import optaxclip as oc
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -33,10 +35,16 @@ def test_a_block_of_the_readme_runs_and_prints_what_it_says(number, capsys):
     assert capsys.readouterr().out.splitlines() == said
 
 
-def test_the_example_of_a_new_clipper_agrees_with_its_reference():
-    new = {"__name__": "contributing"}
+@pytest.fixture(scope="module")
+def new():
+    """What the code in CONTRIBUTING.md defines."""
+    namespace = {"__name__": "contributing"}
     for block in blocks("CONTRIBUTING.md"):
-        run(block, new)
+        run(block, namespace)
+    return namespace
+
+
+def test_the_example_of_a_new_clipper_agrees_with_its_reference(new):
     row = new["row"]
     assert row.factory.__name__ == row.public
     updates = {"a": np.array([0.5, -2.0], np.float32), "b": np.array([[0.25]], np.float32)}
@@ -47,3 +55,15 @@ def test_the_example_of_a_new_clipper_agrees_with_its_reference():
         np.testing.assert_allclose(leaf, expected[name], rtol=1e-6)
     for measured, low, high in row.measured(clipped, updates).values():
         assert low <= measured <= high * (1 + 1e-5)
+
+
+def test_the_norm_and_the_threshold_written_there_clip(new):
+    grads = {"a": np.array([0.5, -2.0], np.float32), "b": np.zeros(3, np.float32)}
+    by_norm = oc.clip_by(new["leaf_max"], oc.thresholds.constant(1.0))
+    updates, _ = by_norm.update(grads, by_norm.init(grads))
+    np.testing.assert_array_equal(updates["a"], [0.25, -1.0])
+    by_threshold, state = new["tx"], new["tx"].init(grads)  # the last one there
+    for scale, kept in ((1, 1), (8, 2), (8, 4)):
+        updates, state = by_threshold.update({**grads, "a": scale * grads["a"]}, state)
+        np.testing.assert_allclose(updates["a"], kept * grads["a"], rtol=1e-6)
+    np.testing.assert_array_equal(updates["b"], 0)

@@ -49,7 +49,8 @@ def resolve(given: Sequence[Bound], state: Any, tree: Any) -> tuple[list[Any], A
 
 
 def _is_scheduled(given: Sequence[Bound]) -> bool:
-    return any(callable(leaf) for leaf in jax.tree.leaves(tuple(given), is_leaf=trees.is_function))
+    others = [bound for bound in given if not jnp.isscalar(bound)]
+    return any(callable(leaf) for leaf in jax.tree.leaves(others, is_leaf=trees.is_function)) if others else False
 
 
 def _at(step: jax.Array, bound: Any) -> Any:

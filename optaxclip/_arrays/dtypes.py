@@ -23,6 +23,13 @@ def is_inexact(leaf: Any) -> bool:
     return dtype is not None and bool(jnp.issubdtype(dtype, jnp.inexact))
 
 
+def places_of_floats(flat: Sequence[Any]) -> list[int]:
+    """Which of these leaves hold real or complex floats."""
+    kinds = list(map(of, flat))
+    inexact = {kind for kind in set(kinds) if kind is not None and jnp.issubdtype(kind, jnp.inexact)}
+    return [i for i, kind in enumerate(kinds) if kind in inexact]
+
+
 def accumulator(dtype: Any) -> Any:
     """The real dtype that norms of arrays of `dtype` have."""
     return jnp.float64 if dtype in (jnp.float64, jnp.complex128) else jnp.float32
@@ -36,9 +43,10 @@ def wide(dtype: Any) -> Any:
 def require_usable(tree: Any, flat: Sequence[Any]) -> None:
     """Raises ValueError where a leaf has floats that can't be clipped, with its path, its dtype and what to do."""
     kinds = list(map(of, flat))
-    problems = {kind: what_is_wrong(kind) for kind in set(kinds)}
+    if not any(map(what_is_wrong, set(kinds))):
+        return
     for i, kind in enumerate(kinds):
-        if problem := problems[kind]:
+        if problem := what_is_wrong(kind):
             path = trees.paths(tree)[i]
             leaf = f"the leaf {path!r}" if path else "the gradient"
             raise ValueError(f"{leaf} is {kind}, {problem}: {_ADVICE}, or keep this leaf out with optax.masked")

@@ -5,7 +5,6 @@ one vector: a GPU or TPU would start a program for every small operation on ever
 """
 
 import itertools
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -29,7 +28,7 @@ def over_groups(fn: Callable[..., Any], norms: Any, *others: Any) -> Any:
       A pytree of the structure of `norms` with what `fn` returned at its leaves.
     """
     flat, treedef = jax.tree.flatten(norms)
-    return treedef.unflatten(vectorized(fn, flat, *(entries(other, treedef) for other in others)))
+    return treedef.unflatten(vectorized(fn, flat, *[entries(other, treedef) for other in others]))
 
 
 def vectorized(fn: Callable[..., Any], first: Sequence[jax.Array], *others: Sequence[Any]) -> list[Any]:
@@ -41,6 +40,8 @@ def vectorized(fn: Callable[..., Any], first: Sequence[jax.Array], *others: Sequ
       *others: arrays of the same shapes, or numbers, or None.
     """
     rows = list(zip(first, *others, strict=True))
+    if len(rows) == 1:
+        return [fn(*rows[0])]
     results: dict[int, Any] = {}
     for at in alike(i if row[0].ndim else tuple(map(_kind, row)) for i, row in enumerate(rows)).values():
         if len(at) == 1:
@@ -78,12 +79,12 @@ def unstacked(array: jax.Array) -> list[jax.Array]:
 
 def number(norms: Any) -> int:
     """How many groups there are."""
-    return sum(math.prod(entry.shape) for entry in jax.tree.leaves(norms))
+    return sum([entry.size for entry in jax.tree.leaves(norms)])
 
 
 def dtype(norms: Any) -> Any:
     """The widest dtype of the groups' norms; float32 if there are none."""
-    return jnp.result_type(jnp.float32, *(entry.dtype for entry in jax.tree.leaves(norms)))
+    return jnp.result_type(jnp.float32, *[entry.dtype for entry in jax.tree.leaves(norms)])
 
 
 def as_vector(norms: Any) -> tuple[jax.Array, Callable[[jax.Array], Any]]:

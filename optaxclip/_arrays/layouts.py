@@ -4,11 +4,21 @@ Inside `shard_map` the type says over which mesh axes an array varies; on an Exp
 out. On an Auto mesh XLA decides the layout later, and the type says only that.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+
+def on_mesh(flat: Sequence[Any]) -> list[int]:
+    """Which of these leaves have a type with a mesh in it. Of the others nothing is known, and nothing to be said."""
+    return [
+        i
+        for i, leaf in enumerate(flat)
+        if isinstance(leaf, jax.ShapeDtypeStruct)
+        or (hasattr(leaf, "aval") and not jax.typeof(leaf).sharding.mesh.empty)
+    ]
 
 
 def varying(leaf: Any) -> frozenset[str]:
@@ -56,6 +66,8 @@ def is_whole(leaf: Any) -> bool:
 
 def whole(array: jax.Array) -> jax.Array:
     """An array with all of it on every device, outside of `shard_map`."""
+    if jax.typeof(array).sharding.mesh.empty:
+        return array
     if not is_known(array):
         sharding = NamedSharding(jax.typeof(array).sharding.mesh, PartitionSpec())
         return jax.lax.with_sharding_constraint(array, sharding)
@@ -65,6 +77,8 @@ def whole(array: jax.Array) -> jax.Array:
 
 def like(array: jax.Array, other: jax.Array) -> jax.Array:
     """`array`, sharded as `other` is where the sharding is in the type."""
+    if jax.typeof(other).sharding.mesh.empty:
+        return array
     dims = dims_of(spec_of(other))
     return _resharded(array, PartitionSpec(*dims), other) if any(dims) else array
 

@@ -1,7 +1,7 @@
 """The leaves of a tree of updates, found once: what a Norm sees of it."""
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, overload
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +57,7 @@ class Leaf:
         return max(mesh.whole_size((jnp.shape(self.value)[dim] for dim in dims), self.axes_over(dims)), 1)
 
 
-class Leaves(Sequence[Leaf]):
+class Leaves(list[Leaf]):
     """The leaves of a tree of updates that hold floats, in order.
 
     Integers, booleans, keys and what else a tree may hold are not among them: no clip measures or changes these.
@@ -80,23 +80,10 @@ class Leaves(Sequence[Leaf]):
         self._tree, self._params, self._axes = tree, params, axes
         self._flat, self._treedef = jax.tree.flatten(tree)
         self._found: dict[Any, list[Any]] = like._found if like else {}
-        self._places = like._places if like else [i for i, leaf in enumerate(self._flat) if dtypes.is_inexact(leaf)]
+        self._places = like._places if like else dtypes.places_of_floats(self._flat)
         arrays = [self._flat[i] for i in self._places]
         splits = mesh.splits_of(arrays, tree, self._places, params, axes)
-        self._leaves = [Leaf(*each, self, at) for at, each in enumerate(zip(arrays, splits, strict=True))]
-
-    @overload
-    def __getitem__(self, at: int) -> Leaf: ...
-    @overload
-    def __getitem__(self, at: slice) -> list[Leaf]: ...
-    def __getitem__(self, at: int | slice) -> Leaf | list[Leaf]:
-        return self._leaves[at]
-
-    def __iter__(self) -> Iterator[Leaf]:
-        return iter(self._leaves)
-
-    def __len__(self) -> int:
-        return len(self._leaves)
+        super().__init__([Leaf(*each, self, at) for at, each in enumerate(zip(arrays, splits, strict=True))])
 
     @property
     def paths(self) -> list[str]:
@@ -106,7 +93,7 @@ class Leaves(Sequence[Leaf]):
     @property
     def axes(self) -> frozenset[str]:
         """The mesh axes that some leaf is split over."""
-        return frozenset(name for leaf in self._leaves for name in leaf.axes)
+        return frozenset(name for leaf in self for name in leaf.axes)
 
     def as_tree(self, values: Sequence[Any]) -> Any:
         """One value per leaf in the structure of the tree, with None at what is no leaf here."""

@@ -88,7 +88,8 @@ def splits_of(arrays: Sequence[Any], tree: Any, places: Sequence[int], beside: A
     if axes is None or not arrays:
         return [_WHOLE] * len(arrays)
     if is_auto:
-        _warn_of_the_unseen()
+        if jax.sharding.get_abstract_mesh().manual_axes:
+            _warn_of_the_unseen()
         if not any(over):
             return [_WHOLE] * len(arrays)
         return [Split(tuple(sorted(over[i] - _APART.get()))) for i in places]
@@ -123,14 +124,17 @@ def require_reduced(
     """
     flat, treedef = jax.tree.flatten(grads)
     dtypes.require_usable(grads, flat)  # here since every update comes through here
-    for i, leaf in enumerate(flat):
-        if names := layouts.unreduced(leaf):  # jax itself says so, in the type
+    on_mesh = layouts.on_mesh(flat)
+    for i in on_mesh:
+        if names := layouts.unreduced(flat[i]):  # jax itself says so, in the type
             raise ValueError(
                 f"{_the_gradient(grads, i)} is unreduced over mesh axes {names}: each device has one summand of it. "
                 "Reduce it first: under jit with jax.sharding.reshard to a PartitionSpec without `unreduced`, in "
                 "shard_map with jax.lax.psum"
             )
-    over = [layouts.varying(leaf) for leaf in flat]
+    over = [frozenset()] * len(flat)
+    for i in on_mesh:
+        over[i] = layouts.varying(flat[i])
     if beside is None or not any(over):
         return over
     for i, (leaf, other) in enumerate(zip(flat, treedef.flatten_up_to(beside), strict=True)):

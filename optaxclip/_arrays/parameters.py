@@ -14,6 +14,20 @@ NO_PARAMS = (
 )
 
 
+def beside(updates: Any, params: Any) -> tuple[Any, Any]:
+    """Updates without a None where the parameters have leaves, and the parameters in the containers of these."""
+    if params is not None and _are_alike(updates, params):
+        return updates, params
+    params = parameters(params, updates)
+    return fill_missing(updates, params), params
+
+
+def _are_alike(updates: Any, params: Any) -> bool:
+    flat, treedef = jax.tree.flatten(params)
+    others = [leaf for leaf in flat if not (hasattr(leaf, "dtype") and hasattr(leaf, "shape"))]
+    return not others and treedef == jax.tree.structure(updates)
+
+
 def parameters(params: Any, updates: Any = None) -> Any:
     """`params` in the containers of `updates`, with None in place of whatever is no parameter.
 
@@ -25,7 +39,7 @@ def parameters(params: Any, updates: Any = None) -> Any:
         return None
     if updates is None:
         return jax.tree.map(lambda leaf: leaf if dtypes.of(leaf) is not None else None, params)
-    if all(map(_is_array, jax.tree.leaves(params))) and jax.tree.structure(params) == jax.tree.structure(updates):
+    if _are_alike(updates, params):
         return params
     aligned = trees.aligned(params, updates)
     if aligned is not None:
@@ -51,6 +65,8 @@ def require_params(updates: Any, params: Any) -> None:
     """Raises ValueError unless there are parameters, of the structure and shapes of the updates."""
     if params is None:
         raise ValueError(NO_PARAMS)
+    if _shapes(updates) == _shapes(params):
+        return
     problem = "the structure of updates is not that of params"
     aligned = jax.tree.leaves(trees.broadcast(problem, updates, params, ("updates", "params")))
     known = trees.paths(params)
@@ -61,6 +77,11 @@ def require_params(updates: Any, params: Any) -> None:
     for path, param, update in zip(known, jax.tree.leaves(params), aligned, strict=True):
         if jnp.shape(param) != jnp.shape(update):
             raise ValueError(f"update and parameter {path!r} differ in shape: {jnp.shape(update)}, {jnp.shape(param)}")
+
+
+def _shapes(tree: Any) -> tuple[Any, list[tuple[int, ...]]]:
+    flat, treedef = jax.tree.flatten(tree)
+    return treedef, list(map(jnp.shape, flat))
 
 
 def fill_missing(updates: Any, params: Any) -> Any:

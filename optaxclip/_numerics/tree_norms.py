@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from optaxclip._arrays import groups, layouts, mesh
 from optaxclip._arrays.leaves import Leaf
@@ -31,18 +30,22 @@ def of_each(leaves: Sequence[Leaf], ord: float, dims: Sequence[tuple[int, ...]] 
 
 def total_norm(arrays: Sequence[Any], axes: Sequence[tuple[str, ...]], ord: float) -> jax.Array:
     """One norm of all arrays, each split over its mesh axes in `axes`. One collective per distinct set of axes."""
-    norms = array_norms.norms(arrays, list(map(all_dims, arrays)), ord)
+    norms = array_norms.norms(arrays, [tuple(range(jnp.ndim(array))) for array in arrays], ord)
+    if not any(axes):
+        return norm_of_parts(norms, ord) if norms else jnp.zeros((), jnp.float32)
     sets = groups.alike(map(_kind, norms, axes))
     totals = [norm_of_norms(jnp.stack([norms[i] for i in at]), names, ord) for (names, *_), at in sets.items()]
-    return norm_of_parts(totals, ord) if totals else jnp.zeros((), jnp.float32)
+    return norm_of_parts(totals, ord)
 
 
 def norm_of_parts(norms: Sequence[jax.Array], ord: float) -> jax.Array:
     """The norm of what has these norms, of one shape and perhaps of two dtypes, on this device."""
     if len(norms) == 1:
         return norms[0]
-    widest = functools.reduce(np.promote_types, [norm.dtype for norm in norms])
-    return norm_of_norms(jnp.stack([norm.astype(widest) for norm in norms]), (), ord)
+    kinds = {norm.dtype for norm in norms}
+    if len(kinds) > 1:
+        norms = [norm.astype(jnp.float64) for norm in norms]
+    return norm_of_norms(jnp.stack(norms), (), ord)
 
 
 def separate_norms(
@@ -55,6 +58,8 @@ def separate_norms(
 def across(norms: Sequence[jax.Array], axes: Sequence[tuple[str, ...]], ord: float) -> list[jax.Array]:
     """Each of `norms`, of what this device holds, taken over its mesh axes. One collective per distinct set of axes."""
     norms = list(norms)
+    if not any(axes):
+        return norms
     for (names, *_), at in groups.alike(map(_kind, norms, axes)).items():
         if not names:
             continue

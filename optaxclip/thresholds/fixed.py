@@ -195,8 +195,8 @@ def chain(*thresholds: Threshold) -> Threshold:
         after_each: list[State] = []
         for threshold, before in zip(thresholds, [state] * len(thresholds) if stateless else state, strict=True):
             (low, high), after = threshold.limit(norms, before, param_norms, **extra_args)
-            lower = groups.over_groups(_larger, norms, lower, low)
-            upper = groups.over_groups(_smaller, norms, upper, high)
+            lower = _tighter(_larger, norms, lower, low, 0.0)
+            upper = _tighter(_smaller, norms, upper, high, None)
             after_each.append(after)
         return (lower, upper), state if stateless else tuple(after_each)
 
@@ -227,6 +227,14 @@ def _harmonic(norm: jax.Array, high: Any) -> jax.Array:
     small, large = jnp.minimum(norm, high), jnp.maximum(norm, high)
     halved = small / (1 + arithmetic.quotient(small, jnp.where(large > 0, large, jnp.ones_like(large))))
     return jnp.where(bound == jnp.inf, norm, halved)
+
+
+def _tighter(fn: Callable[..., jax.Array], norms: Norms, one: Any, other: Any, nothing: float | None) -> Any:
+    """The tighter of two ends, either of which may be the number that bounds `nothing`."""
+    for end, rest in ((one, other), (other, one)):
+        if end is nothing or (isinstance(end, float) and end == nothing):
+            return rest
+    return groups.over_groups(fn, norms, one, other)
 
 
 # In both, None and NaN bound nothing, so the other end holds.

@@ -49,7 +49,7 @@ def relative_to_params(ratio: bounds.Bound, *, floor: bounds.Bound = 0.0, offset
     def permitted(norm: jax.Array, share: Any, low: Any, more: Any) -> jax.Array:
         if share is None:
             return jnp.full_like(norm, bounds.highest(norm.dtype))
-        share, low, more = (bounds.as_array(value, norm.dtype, none=0) for value in (share, low, more))
+        share, low, more = [bounds.as_array(value, norm.dtype, none=0) for value in (share, low, more)]
         return jnp.asarray(share * jnp.maximum(norm, low) + more)
 
     return from_bounds(

@@ -4,6 +4,7 @@ A rule knows one norm and its own state. `per_group` makes a Threshold of it: ev
 leaves, a leaf or a unit, gets a state of its own, and the statistics of each are guarded alone.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -64,15 +65,21 @@ def per_group(rule: Rule, *, max_groups: int | None = None) -> Threshold:
         is_seen = jnp.isfinite(flat) & ((flat > 0) | rule.takes_zero)
         seen = jnp.where(is_seen, flat, jnp.ones_like(flat))
         shared = rule.shared(flat)
-        (lower, upper), after = jax.vmap(lambda norm, state: rule.limit(norm, state, *shared))(seen, state)
-        lower, upper = jnp.where(is_seen, lower, 0), jnp.where(is_seen, upper, bounds.highest(flat.dtype))
-        return (back(lower), back(upper)), jax.tree.map(
-            lambda new, old: jnp.where(jnp.expand_dims(is_seen, tuple(range(1, new.ndim))), new.astype(old.dtype), old),
-            after,
-            state,
-        )
+
+        def one(norm: jax.Array, state: RuleState) -> Any:
+            (lower, upper), after = rule.limit(norm, state, *shared)
+            return (None if isinstance(lower, float) and lower == 0 else lower), upper, after
+
+        lower, upper, after = jax.vmap(one)(seen, state)
+        low = 0.0 if lower is None else back(jnp.where(is_seen, lower, 0))
+        high = back(jnp.where(is_seen, upper, bounds.highest(flat.dtype)))
+        return (low, high), jax.tree.map(functools.partial(_where_seen, is_seen), after, state)
 
     return Threshold(init, limit)
+
+
+def _where_seen(is_seen: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
+    return jnp.where(jnp.expand_dims(is_seen, tuple(range(1, new.ndim))), new.astype(old.dtype), old)
 
 
 def _require_like(state: State, expected: State) -> None:
@@ -80,7 +87,7 @@ def _require_like(state: State, expected: State) -> None:
     caller = "a threshold that follows the history of norms"
     if type(state) is not type(expected):
         raise ValueError(states.wrong(caller, states.described(expected), states.described(state)))
-    came, needed = ([jnp.shape(leaf) for leaf in jax.tree.leaves(tree)] for tree in (state, expected))
+    came, needed = [list(map(jnp.shape, jax.tree.leaves(tree))) for tree in (state, expected)]
     if came != needed:
         kind = states.described(expected)
         raise ValueError(

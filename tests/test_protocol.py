@@ -1,0 +1,164 @@
+"""A Norm and a Threshold written outside of the library, with public names alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import optaxclip as oc
+from optaxclip import Norm, Threshold, clip_by, norms, thresholds
+
+# The largest modulus of each leaf, on all devices; a NaN in it is told by an infinite norm.
+
+
+def largest(leaf):
+    modulus = jnp.abs(jnp.asarray(leaf.value)).astype(jnp.float32)
+    worst = jnp.max(jnp.where(jnp.isnan(modulus), jnp.inf, modulus), initial=0)
+    return jax.lax.pmax(worst, leaf.axes) if leaf.axes else worst
+
+
+LEAF_MAX = Norm(
+    lambda leaves: leaves.as_tree([largest(leaf) for leaf in leaves]),
+    lambda leaves, factors: leaves.of_tree(factors),
+    "leaf_max()",
+)
+
+
+# One group for the leaves that a function chooses, by the mean of their moduli, and finite whatever these hold.
+
+
+def mean_of(choose):
+    def chosen(leaves):
+        return leaves.values("choose", choose)
+
+    def measure(leaves):
+        picked = [leaf.value for leaf, is_in in zip(leaves, chosen(leaves), strict=True) if is_in]
+        total = sum(jnp.sum(jnp.abs(jnp.nan_to_num(x, posinf=0, neginf=0))) for x in picked)
+        return jnp.asarray(total / sum(x.size for x in picked), jnp.float32)
+
+    return Norm(measure, lambda leaves, factors: [factors if is_in else None for is_in in chosen(leaves)])
+
+
+# At most so much more than one so far, in all groups together.
+
+
+def record_high(ratio):
+    def limit(norms, highest, param_norms, **extra_args):
+        del param_norms, extra_args
+        worst = jnp.stack([jnp.max(norm) for norm in jax.tree.leaves(norms)]).max()
+        bound = jnp.where(highest > 0, ratio * highest, jnp.inf)
+        return (0.0, bound), jnp.where(jnp.isfinite(worst), jnp.maximum(highest, jnp.minimum(worst, bound)), highest)
+
+    return Threshold(lambda norms: jnp.zeros(()), limit)
+
+
+GRADS = {"a": jnp.array([3.0, -4.0]), "b": jnp.array([[0.5, 0.25]]), "n": jnp.arange(3)}
+
+
+def run(tx, *steps, params=None):
+    state, update = tx.init(steps[0]), jax.jit(tx.update)
+    for grads in steps:
+        updates, state = update(grads, state, params)
+    return updates, state
+
+
+def test_a_norm_of_each_leaf():
+    updates, _ = run(clip_by(LEAF_MAX, thresholds.constant({"a": 2.0, "b": 1.0, "n": None})), GRADS)
+    np.testing.assert_array_equal(updates["a"], [1.5, -2.0])
+    np.testing.assert_array_equal(updates["b"], GRADS["b"])
+    np.testing.assert_array_equal(updates["n"], GRADS["n"])
+
+
+def test_it_is_named_in_messages_and_signatures():
+    assert repr(LEAF_MAX) == "leaf_max()"
+    assert repr(norms.global_norm()) == "norms.global_norm()"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "complex64"])
+@pytest.mark.parametrize("bound", [0.0, 1e-3, 2.0, np.inf])
+def test_what_is_zero_or_not_finite_never_becomes_nan(dtype, bound):
+    """A Norm that is finite for every leaf, so that all of them are scaled."""
+    entries = [[0.0, 0.0], [np.inf, 2.0], [-np.inf, 0.0], [1.0, 3.0], [float(jnp.finfo(dtype).max), 1.0]]
+    grads = {str(i): jnp.asarray(pair, dtype) for i, pair in enumerate(entries)}
+    for norm in (LEAF_MAX, mean_of(lambda path: True)):
+        updates, _ = run(clip_by(norm, thresholds.constant(bound)), grads)
+        for path, given in grads.items():
+            assert not np.isnan(np.asarray(updates[path])).any()
+            finite = np.isfinite(np.asarray(given))
+            assert np.isfinite(np.asarray(updates[path]))[finite].all()
+            np.testing.assert_array_equal(np.asarray(updates[path])[~finite], np.asarray(given)[~finite])
+
+
+def test_a_function_of_the_path_is_asked_once_for_each_leaf():
+    asked = []
+
+    def choose(path):
+        asked.append(path)
+        return path != "b"
+
+    tx = clip_by(mean_of(choose), thresholds.relative_to_params(0.5))
+    state = tx.init(GRADS)
+    asked.clear()
+    updates, _ = tx.update(GRADS, state, GRADS)
+    assert sorted(asked) == ["a", "b"]
+    np.testing.assert_array_equal(updates["a"], [1.5, -2.0])
+    np.testing.assert_array_equal(updates["b"], GRADS["b"])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda f: norms.global_norm(include=f), lambda f: norms.group_norm(lambda path: str(f(path)))],
+    ids=["include", "labels"],
+)
+def test_so_are_those_of_the_library(make):
+    asked = []
+    tx = clip_by(make(lambda path: asked.append(path) is None), thresholds.relative_to_params(0.5))
+    state = tx.init(GRADS)
+    asked.clear()
+    tx.update(GRADS, state, GRADS)
+    assert sorted(asked) == ["a", "b"]
+
+
+def test_it_goes_with_every_threshold_and_in_every_place():
+    for threshold in (thresholds.zscore(), thresholds.quantile(0.5, window=4), record_high(1.5)):
+        updates, state = run(clip_by(LEAF_MAX, threshold, record=2), *[GRADS] * 3)
+        assert oc.clip_stats(state)["clip_norm"] == 4.0
+        np.testing.assert_array_equal(updates["a"], GRADS["a"])
+    tx = oc.skip_spikes(optax.sgd(1.0), record_high(1.5), norm=LEAF_MAX)
+    spike = jax.tree.map(lambda leaf: 100 * leaf, GRADS)
+    _, state = run(tx, GRADS, spike, GRADS)
+    assert oc.clip_stats(state)["skipped_norm"] == 1
+
+
+def test_a_threshold_with_a_state_of_its_own():
+    tx = clip_by(norms.global_norm(), record_high(2.0))
+    steps = [{"a": jnp.array([3.0, 4.0]) * scale} for scale in (1.0, 10.0, 10.0)]
+    updates, state = run(tx, *steps)
+    np.testing.assert_allclose(np.linalg.norm(updates["a"]), 20.0, rtol=1e-6)
+    assert float(state) == 20.0
+
+
+def test_a_group_that_is_not_finite_is_let_alone_in_its_state_too():
+    updates, state = run(clip_by(LEAF_MAX, record_high(2.0)), {"a": jnp.array([1.0, jnp.nan])}, {"a": jnp.ones(2)})
+    assert float(state) == 1.0
+    np.testing.assert_array_equal(updates["a"], [1.0, 1.0])
+
+
+def test_in_shard_map_a_leaf_says_over_which_axes_it_is_split():
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    tx = clip_by(LEAF_MAX, thresholds.constant(1.0))
+    step = jax.shard_map(
+        lambda grads: tx.update(grads, tx.init(grads))[0], mesh=mesh, in_specs=P("data"), out_specs=P("data")
+    )
+    np.testing.assert_allclose(jax.jit(step)(jnp.arange(8.0)), np.arange(8.0) / 7, rtol=1e-6)
+
+
+def test_the_derivative_at_zero_is_finite():
+    tx = clip_by(LEAF_MAX, thresholds.constant(1.0))
+
+    def total(grads):
+        return jnp.sum(tx.update(grads, tx.init(grads))[0])
+
+    np.testing.assert_array_equal(jax.grad(total)(jnp.zeros(3)), np.ones(3))
