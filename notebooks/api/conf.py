@@ -42,7 +42,7 @@ default_role = "py:obj"
 nitpicky = True
 nitpick_ignore_regex = [
     ("py:obj", r"(?s)(?!(optaxclip|norms|thresholds|diagnostics|per_example|contrib)\.).*"),
-    ("py:class", r"(collections|jax|numpy|optax|optaxclip\._arrays\.mesh|pathlib|typing)\b.*"),
+    ("py:class", r"(collections|jax|numpy|optax|optaxclip\._(arrays|numerics)|pathlib|typing)\b.*"),
 ]
 
 

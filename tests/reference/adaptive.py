@@ -187,8 +187,8 @@ def aggc(
     """AGGC, Li et al. 2026 (arXiv 2601.11864), one group; `PerModuleGradClipper` in ZhiyuanLi218/AGGC.
 
     Above ratio * ema: down to it; otherwise below max(min_norm, min_ratio * ema): up to it, past the upper end if they
-    cross. No factor is under `max_down` or over `max_up`. The average takes in the norm after clipping. An upper end of 0 is
-    none. `min_ratio=None` counts as 0, so that `min_norm` alone raises; the authors have a switch for raising.
+    cross. No factor is under `max_down` or over `max_up`. The average takes in the norm after clipping. An upper end of
+    0 is none. `min_ratio=None` counts as 0, so that `min_norm` alone raises; the authors have a switch for raising.
 
     The authors start the average at 0: `initial=0`. `initial=None` is ours: it starts at the first norm.
     """
