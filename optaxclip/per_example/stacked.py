@@ -47,7 +47,7 @@ def per_example_global_norm_clip(grads: Grads, l2_norm_clip: Any) -> tuple[Grads
       - Placement: between the gradients and the optimizer. In `shard_map` each device clips its own examples. Gradients
         with respect to a replicated argument are not those of single examples there; see
         `per_example.clipped_value_and_grad`.
-      - Differs from optax: in optax one example with a NaN makes the sum NaN, one of norm 1e20 counts as zeros, and
+      - Differs from optax: in optax one example with a NaN makes the sum NaN, and one of norm 1e20 counts as zeros.
         16-bit gradients are measured in 16 bits.
 
     References:

@@ -63,9 +63,10 @@ def with_carry(
     Notes:
       - Guarantees: the updates keep the bound of `inner`. All updates so far plus the carry are the sum of the
         gradients so far, up to rounding.
-      - Growth: if the mean gradient stays outside the bound, as in the first steps of a run that always clips, the
-        carry grows by the difference at every step. It is given back long after, as fast as the bound allows, so the
-        iterate overshoots. To avoid it, clip alone until the mean gradient is inside, then start with a fresh carry.
+      - Growth: while the mean gradient is outside the bound, the carry grows by the difference at every step. The first
+        steps of a run that always clips are an example. The carry is given back long after, as fast as the bound
+        allows, so the iterate overshoots. To avoid it, clip alone until the mean gradient is inside, then start with a
+        fresh carry.
       - Non-finite gradients: a coordinate whose gradient or update is not finite keeps its carry, and its update is
         that of `inner`. A clip by norm then lets the other coordinates of the group pass, and with them their whole
         carry. Where that can happen, put `skip_nonfinite` around it.
