@@ -178,17 +178,11 @@ WORDS = {
     *("argument", "gradients", "grads", "inf", "leaf", "leaves", "path", "schedule", "step", "tx", "update"),
     *("aux", "loss", "rows", "value", "values", "demo", "grad_norm", "row"),
 }
-# What docstrings name of other libraries.
+# What docstrings name of other libraries, and of some versions of jax alone.
 FOREIGN = {
     *("AdaGC", "ClippyAdagrad", "clip_update_by_historical_norm", "clipnorm", "clipped_grad", "jax_privacy", "nn"),
-    *(
-        "percentile_clipping",
-        "pre_clipping_transform",
-        "tf",
-        "torch",
-        "zclip",
-        "jax.lax.pvary",
-    ),  # the last before jax 0.9
+    *("percentile_clipping", "pre_clipping_transform", "tf", "torch", "zclip"),
+    *("jax.lax.pcast", "jax.lax.pvary"),
 }
 KEYS = set(re.findall(r"^`(\w+)` ", text_of("clip_stats"), flags=re.MULTILINE))  # of what `clip_stats` returns
 
