@@ -2,8 +2,8 @@
 
 Nearly every gradient clipper answers these two questions, and differs from the others in one of the answers:
 
-- a **Norm** measures the updates, one number per group of coordinates (all of them, a leaf, a unit), and can bring each
-  group from one number to another;
+- a **Norm** measures the updates, one number per group of coordinates (all of them, a leaf, a unit), and says which
+  group each leaf belongs to;
 - a **Threshold** says in which band each of those numbers may lie, from constants, from the parameters, or from what it
   has seen.
 
@@ -14,12 +14,13 @@ Nearly every gradient clipper answers these two questions, and differs from the 
     clip_by_spectral_norm(c)    clip_by(norms.spectral_norm(), thresholds.constant(c))
     clip_by_norm_range(lo, hi)  clip_by(norms.global_norm(), thresholds.between(lo, hi))
     adaptive_grad_clip(r, eps)  clip_by(norms.unit_norm(), thresholds.relative_to_params(r, floor=eps))
-    clippy(rel, abs)            clip_by(norms.relative_change(rel, abs), thresholds.constant(1.0))
     autoclip(10)                clip_by(norms.global_norm(), thresholds.quantile(0.10))
     zclip(2.5)                  clip_by(norms.global_norm(), chain(thresholds.zscore(2.5), thresholds.constant(1.0)))
-    percentile_clip(5)          clip_by(norms.leaf_norm(), thresholds.order_statistic(5))
-    aggc(labels, 2)             clip_by(norms.group_norm(labels), thresholds.ema_band(2))
-    adaptive_spike_clip()       clip_by(norms.leaf_peaks(), thresholds.average())
+    contrib.clippy(rel, abs)    clip_by(norms.relative_change(rel, abs), thresholds.constant(1.0))
+    contrib.aggc(labels, 2)     clip_by(norms.group_norm(labels), thresholds.ema_band(2))
+
+`clip_by` does the rest: it flattens the updates, asks the norm and the threshold, computes one factor per group, and
+multiplies.
 
 Any norm goes with any threshold. What needs more than these two hooks (values, state per coordinate, momentum) is a
 plain transformation elsewhere.

@@ -1,28 +1,39 @@
-"""A command line of the package, called in this process."""
+"""The commands of this repository, called in this process."""
 
-from optaxclip.demo import command
+from collections.abc import Callable
+from typing import NamedTuple
 
-
-def main(*arguments):
-    """The exit code."""
-    try:
-        return command.main([str(argument) for argument in arguments])
-    except SystemExit as error:
-        return error.code
+from optaxclip.demo import command as demo
+from tests.benchmarks.sweep import command as sweep
 
 
-def run(capsys, *arguments):
-    """The exit code, and what was written to stdout and stderr."""
-    code = main(*arguments)
-    written = capsys.readouterr()
-    return code, written.out, written.err
+class Command(NamedTuple):
+    """A command: what a shell calls it, and its function."""
+
+    name: str
+    function: Callable
+
+    def main(self, *arguments):
+        """The exit code."""
+        try:
+            return self.function([str(argument) for argument in arguments])
+        except SystemExit as error:
+            return error.code
+
+    def run(self, capsys, *arguments):
+        """The exit code, and what was written to stdout and stderr."""
+        code = self.main(*arguments)
+        written = capsys.readouterr()
+        return code, written.out, written.err
+
+    def assert_refused(self, capsys, complaint, *arguments):
+        """Code 2, nothing on stdout, and one line on stderr that begins with the name of the command."""
+        code, out, err = self.run(capsys, *arguments)
+        assert (code, out) == (2, "")
+        assert err.startswith(f"{self.name}: error: ")
+        assert complaint in err
+        assert err.count("\n") == 1
 
 
-def assert_refused(capsys, complaint, *arguments):
-    """Code 2, nothing on stdout, and one line on stderr that begins with the name of the command."""
-    code, out, err = run(capsys, *arguments)
-    assert (code, out) == (2, "")
-    name = " ".join(["python -m optaxclip", *(each for each in arguments[:1] if each in {"advise", "sweep"})])
-    assert err.startswith(f"{name}: error: ")
-    assert complaint in err
-    assert err.count("\n") == 1
+DEMO = Command("python -m optaxclip", demo.main)
+SWEEP = Command("python -m tests.benchmarks.sweep", sweep.main)

@@ -99,10 +99,8 @@ PUBLIC = {
     "thresholds.tracked_quantile": (thresholds.tracked_quantile, {}),
     "thresholds.zscore": (thresholds.zscore, {}),
     "per_example.clipped_value_and_grad": (per_example.clipped_value_and_grad, {"fun": jnp.dot, "tx": IDENTITY}),
-    "diagnostics.advise": (diagnostics.advise, {"norms": STEPS}),
     "diagnostics.from_state": (diagnostics.from_state, {"opt_state": optax.EmptyState()}),
     "diagnostics.plot": (diagnostics.plot, {"norms": STEPS, "file": "norms.png"}),
-    "diagnostics.read_csv": (diagnostics.read_csv, {"path": "norms.csv"}),
     "diagnostics.summary": (diagnostics.summary, {"norms": STEPS}),
 }
 WITHOUT_ARGUMENTS = {"zero_nonfinite", "norms.leaf_peaks"}

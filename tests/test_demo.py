@@ -24,7 +24,7 @@ from optaxclip.demo import batches, corpus, csv_files, figures, folder, job, mod
 from optaxclip.demo.table import Line, table
 from optaxclip.demo.training import History, Program, Result
 from optaxclip.demo.watching import last_update_clipped, watch
-from tests.commands import assert_refused, main, run
+from tests.commands import DEMO
 
 ROOT = Path(__file__).parents[1]
 FILES = {"loss.png", "norm.png", "table.csv", "steps.csv"}
@@ -64,7 +64,7 @@ def finished(tmp_path_factory):
     stdout, stderr = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
         names = "optax.clip_by_global_norm,clip_by_global_norm"
-        code = main("--steps", 12, "--clippers", names, "--seed", 1, "--out", out)
+        code = DEMO.main("--steps", 12, "--clippers", names, "--seed", 1, "--out", out)
     return SimpleNamespace(code=code, out=stdout.getvalue(), err=stderr.getvalue(), folder=out)
 
 
@@ -141,7 +141,7 @@ def test_figures_are_pngs_of_a_readable_size(finished):
 def test_the_seed_decides_the_table(capsys, monkeypatch):
     monkeypatch.setattr(job, "relative_step_times", lambda programs, *_, **__: dict.fromkeys(programs, 1.0))
     arguments = ["--steps", "3", "--clippers", "none", "--learning-rate", "0.001", "--seed"]
-    first, again, other = (cells(run(capsys, *arguments, seed)[1]) for seed in ("5", "5", "6"))
+    first, again, other = (cells(DEMO.run(capsys, *arguments, seed)[1]) for seed in ("5", "5", "6"))
     assert first == again
     assert first != other
 
@@ -170,7 +170,7 @@ def test_without_out_nothing_is_written(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(job, "train", lambda *_args, **_kwargs: line().result)
     monkeypatch.setattr(job, "relative_step_times", lambda programs, *_args, **_kwargs: dict.fromkeys(programs, 1.0))
-    code, out, _ = run(capsys, "--clippers", "none")
+    code, out, _ = DEMO.run(capsys, "--clippers", "none")
     assert (code, "2.500" in out, list(tmp_path.iterdir())) == (0, True, [])
 
 
@@ -208,7 +208,7 @@ def no_training(monkeypatch):
     ],
 )
 def test_a_bad_command_line_gives_one_line(capsys, arguments, complaint):
-    assert_refused(capsys, complaint, *arguments.split())
+    DEMO.assert_refused(capsys, complaint, *arguments.split())
 
 
 def test_a_bad_command_line_exits_with_2_as_a_process():
@@ -230,7 +230,7 @@ def test_a_bad_command_line_exits_with_2_as_a_process():
 )
 def test_a_missing_module_gives_one_line(capsys, monkeypatch, tmp_path, module, complaint):
     monkeypatch.setitem(sys.modules, module, None)
-    assert_refused(capsys, complaint, "--steps", 1, "--out", tmp_path / "out")
+    DEMO.assert_refused(capsys, complaint, "--steps", 1, "--out", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -248,29 +248,29 @@ def test_a_missing_module_gives_one_line(capsys, monkeypatch, tmp_path, module, 
 def test_a_bad_text_gives_one_line(capsys, tmp_path, content, complaint):
     if content is not None:
         (tmp_path / "text.txt").write_bytes(content)
-    assert_refused(capsys, complaint, "--text", tmp_path / "text.txt", "--out", tmp_path / "out")
+    DEMO.assert_refused(capsys, complaint, "--text", tmp_path / "text.txt", "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.usefixtures("no_training")
 def test_a_text_that_cannot_be_read_gives_one_line(capsys, monkeypatch, tmp_path):
-    assert_refused(capsys, f"cannot read '{tmp_path}': Is a directory", "--text", tmp_path)
+    DEMO.assert_refused(capsys, f"cannot read '{tmp_path}': Is a directory", "--text", tmp_path)
 
     def denied(*_args, **_kwargs):
         raise PermissionError(errno.EACCES, "Permission denied")  # root is denied nothing
 
     monkeypatch.setattr(Path, "read_text", denied)
-    assert_refused(capsys, "cannot read 'text.txt': Permission denied", "--text", "text.txt")
+    DEMO.assert_refused(capsys, "cannot read 'text.txt': Permission denied", "--text", "text.txt")
 
 
 @pytest.mark.usefixtures("no_training")
 def test_an_out_that_cannot_be_a_folder_gives_one_line(capsys, tmp_path):
     (tmp_path / "file").write_text("untouched", encoding="utf-8")
-    assert_refused(capsys, "file': it is not a folder", "--out", tmp_path / "file")
-    assert_refused(capsys, "below': Not a directory", "--out", tmp_path / "file" / "below")
-    assert_refused(capsys, "File name too long", "--out", tmp_path / "new" / ("a" * 300))
+    DEMO.assert_refused(capsys, "file': it is not a folder", "--out", tmp_path / "file")
+    DEMO.assert_refused(capsys, "below': Not a directory", "--out", tmp_path / "file" / "below")
+    DEMO.assert_refused(capsys, "File name too long", "--out", tmp_path / "new" / ("a" * 300))
     (tmp_path / "out" / "loss.png").mkdir(parents=True)
-    assert_refused(capsys, "loss.png': it is a folder", "--out", tmp_path / "out")
+    DEMO.assert_refused(capsys, "loss.png': it is a folder", "--out", tmp_path / "out")
     assert (tmp_path / "file").read_text(encoding="utf-8") == "untouched"
     assert {path.name for path in tmp_path.rglob("*")} == {"file", "out", "loss.png"}
 
@@ -281,7 +281,7 @@ def test_an_out_without_permission_gives_one_line(capsys, monkeypatch, tmp_path)
         raise PermissionError(errno.EACCES, "Permission denied")  # root is denied nothing
 
     monkeypatch.setattr(folder.tempfile, "mkdtemp", denied)
-    assert_refused(capsys, "out': Permission denied", "--out", tmp_path / "new" / "out")
+    DEMO.assert_refused(capsys, "out': Permission denied", "--out", tmp_path / "new" / "out")
     assert list(tmp_path.iterdir()) == []  # the new folders are gone again
 
 
@@ -309,7 +309,7 @@ def trains(monkeypatch):
 @pytest.mark.parametrize("count", [0, 2])
 def test_interrupt_keeps_the_rows_that_are_finished(capsys, trains, tmp_path, count):
     trains(count)
-    code, out, err = run(capsys, "--out", tmp_path / "new" / "out")
+    code, out, err = DEMO.run(capsys, "--out", tmp_path / "new" / "out")
     assert code == 130
     assert out.count("2.500") == count
     assert err.splitlines()[-1] == f"interrupted; {count} of {len(rows.ROWS)} rows finished"
@@ -332,7 +332,7 @@ def test_interrupt_while_timing_keeps_all_rows(capsys, monkeypatch, trains, ctrl
         pytest.fail("between_rounds should have raised KeyboardInterrupt")
 
     monkeypatch.setattr(job, "relative_step_times", interrupted)
-    code, out, err = run(capsys, "--clippers", "clip_by_leaf_norm")
+    code, out, err = DEMO.run(capsys, "--clippers", "clip_by_leaf_norm")
     assert code == 130
     assert cells(out) == {"clip_by_leaf_norm(1.0)": ["2.500", "0", "-", "-"]}
     assert err.endswith("interrupted; 1 of 1 rows finished\n")
@@ -348,7 +348,7 @@ def test_interrupt_waits_for_the_end_of_a_step(capsys, monkeypatch, ctrl_c):
         pytest.fail("report should have raised KeyboardInterrupt")
 
     monkeypatch.setattr(job, "train", train)
-    code, _, err = run(capsys)
+    code, _, err = DEMO.run(capsys)
     assert (code, after_signal) == (130, ["still here"])
     assert err == f"interrupted; 0 of {len(rows.ROWS)} rows finished\n"
 
@@ -366,7 +366,7 @@ def test_interrupt_waits_for_the_files_unless_it_comes_twice(
         write(*arguments)
 
     monkeypatch.setattr(csv_files, "write_steps", interrupted)
-    code, out, _ = run(capsys, "--clippers", "none", "--out", tmp_path / "out")
+    code, out, _ = DEMO.run(capsys, "--clippers", "none", "--out", tmp_path / "out")
     assert (code, "2.500" in out) == (130, True)
     assert {path.name for path in tmp_path.glob("out/*")} == names
 
@@ -380,7 +380,7 @@ def test_a_full_disk_leaves_the_folder_as_it_was(capsys, monkeypatch, trains, tm
     (tmp_path / "table.csv").write_text("old", encoding="utf-8")
     for out in (tmp_path, tmp_path / "new"):
         trains(1)
-        code, printed, err = run(capsys, "--clippers", "none", "--out", out)
+        code, printed, err = DEMO.run(capsys, "--clippers", "none", "--out", out)
         assert (code, "2.500" in printed) == (1, True)  # the table at least is there
         assert err.splitlines()[-1].endswith(f"cannot write to '{out}': No space left on device")
     assert [path.name for path in tmp_path.iterdir()] == ["table.csv"]
@@ -391,7 +391,7 @@ def test_a_full_disk_leaves_the_folder_as_it_was(capsys, monkeypatch, trains, tm
 
 
 def test_list_names_every_row(capsys):
-    code, out, err = run(capsys, "--list")
+    code, out, err = DEMO.run(capsys, "--list")
     assert (code, err) == (0, "")
     assert [each.split()[0] for each in out.splitlines()] == list(rows.ROWS)
 
@@ -513,7 +513,7 @@ def test_step_times_need_no_row_without_clipping(capsys, monkeypatch):
 
     monkeypatch.setattr(job, "train", lambda *_args, **_kwargs: line().result)
     monkeypatch.setattr(job, "relative_step_times", times)
-    _, out, _ = run(capsys, "--clippers", "clippy")
+    _, out, _ = DEMO.run(capsys, "--clippers", "clippy")
     assert asked == {"none": ["none", "clippy"]}
     assert cells(out) == {"clippy(0.1, 0.01) after Adam": ["2.500", "0", "-", "1.12x"]}
 

@@ -12,20 +12,14 @@ import jax
 import numpy as np
 import pytest
 
-from optaxclip.demo import command, ending, folder, interrupts, job, memory, model, options, rows, training
-from optaxclip.demo.sweep import job as sweep_job
-from tests.commands import assert_refused, main, run
+from optaxclip.demo import ending, folder, interrupts, job, memory, model, options, rows, training
+from optaxclip.demo.command import FILES
+from tests.benchmarks.sweep import job as sweep_job
+from tests.commands import DEMO, SWEEP
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ["--list", "advise {norms}", "sweep --list"]
+COMMANDS = pytest.mark.parametrize("command", [DEMO, SWEEP], ids=lambda each: each.name)
 SHORT = ["--steps", "2", "--clippers", "none"]
-
-
-@pytest.fixture
-def norms(tmp_path):
-    path = tmp_path / "norms.csv"
-    path.write_text("norm\n1\n2\n3\n", encoding="utf-8")
-    return path
 
 
 class Stream:
@@ -42,22 +36,22 @@ class Stream:
             raise self._error
 
 
-@pytest.mark.parametrize("arguments", COMMANDS)
+@COMMANDS
 @pytest.mark.parametrize(
     ("number", "expected"),
     [(errno.EPIPE, (141, "")), (errno.ENOSPC, (1, "cannot write the output: No space left on device\n"))],
     ids=["closed", "full"],
 )
-def test_an_output_that_cannot_be_written_is_no_traceback(monkeypatch, capsys, norms, arguments, number, expected):
-    asked = arguments.format(norms=norms).split()
+def test_an_output_that_cannot_be_written_is_no_traceback(monkeypatch, capsys, command, number, expected):
     monkeypatch.setattr(sys, "stdout", Stream(OSError(number, os.strerror(number))))
-    code = main(*asked)
+    code = command.main("--list")
     assert (code, capsys.readouterr().err.split("error: ")[-1]) == expected
 
 
-def test_help_that_cannot_be_written_is_no_traceback(monkeypatch):
+@COMMANDS
+def test_help_that_cannot_be_written_is_no_traceback(monkeypatch, command):
     monkeypatch.setattr(sys, "stdout", Stream(BrokenPipeError(errno.EPIPE, "Broken pipe")))
-    assert main("--help") == 141
+    assert command.main("--help") == 141
 
 
 @pytest.mark.parametrize(
@@ -85,7 +79,7 @@ def test_every_end_has_a_code_and_at_most_one_line(capsys, raised, code):
 
 def test_an_error_is_not_lost_behind_a_stderr_that_cannot_be_written(monkeypatch):
     monkeypatch.setattr(sys, "stderr", Stream(OSError(errno.ENOSPC, "No space left on device")))
-    assert main("advise", "missing.csv") == 2
+    assert DEMO.main("--text", "missing.txt") == 2
 
 
 def test_files_are_written_although_the_reader_of_the_table_has_gone(monkeypatch, tmp_path):
@@ -100,16 +94,16 @@ def test_files_are_written_although_the_reader_of_the_table_has_gone(monkeypatch
 
     run_job = job.Job.run
     monkeypatch.setattr(job.Job, "run", trained)
-    assert main(*SHORT, "--out", tmp_path / "out") == 141
-    assert {path.name for path in (tmp_path / "out").iterdir()} == set(command.FILES)
+    assert DEMO.main(*SHORT, "--out", tmp_path / "out") == 141
+    assert {path.name for path in (tmp_path / "out").iterdir()} == set(FILES)
 
 
 # Numbers.
 
-NUMBERS = [("--steps",), ("--seed",), ("--learning-rate",), ("sweep", "--steps"), ("sweep", "--seeds")]
+NUMBERS = [(DEMO, "--steps"), (DEMO, "--seed"), (DEMO, "--learning-rate"), (SWEEP, "--steps"), (SWEEP, "--seeds")]
 
 
-@pytest.mark.parametrize("option", NUMBERS, ids=" ".join)
+@pytest.mark.parametrize(("command", "option"), NUMBERS, ids=lambda each: getattr(each, "name", each))
 @pytest.mark.parametrize(
     "value",
     [
@@ -130,16 +124,15 @@ NUMBERS = [("--steps",), ("--seed",), ("--learning-rate",), ("sweep", "--steps")
     ],
     ids=ascii,
 )
-def test_a_number_outside_its_range_gives_one_line(capsys, tmp_path, monkeypatch, option, value):
+def test_a_number_outside_its_range_gives_one_line(capsys, tmp_path, monkeypatch, command, option, value):
     monkeypatch.chdir(tmp_path)
-    *subcommand, name = option
-    assert_refused(capsys, f"argument {name}: must be a", *subcommand, f"{name}={value}")
+    command.assert_refused(capsys, f"argument {option}: must be a", f"{option}={value}")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_message_repeats_little_of_a_long_value(capsys):
     for asked in (["--steps", "9" * 5000], ["--clippers", "a" * 5000]):
-        _, _, err = run(capsys, *asked)
+        _, _, err = DEMO.run(capsys, *asked)
         assert "(5000 characters)" in err
         assert len(err) < 300
 
@@ -158,11 +151,11 @@ def test_steps_that_do_not_fit_are_refused_and_the_largest_that_do_are_not(capsy
     monkeypatch.setattr(memory, "free", lambda: 2.0**30)
     monkeypatch.setattr(job, "prepare", lambda *_args, **_kwargs: pytest.fail("it is about to allocate"))
     asked = ["--clippers", "none,zclip", *out, "--steps"]
-    _, _, err = run(capsys, *asked, 2_000_000_000)
+    _, _, err = DEMO.run(capsys, *asked, 2_000_000_000)
     most = int(err.split("ask for at most ")[1].split(",")[0])
-    assert_refused(capsys, f"ask for at most {most}, or for fewer --clippers", *asked, most + 1)
+    DEMO.assert_refused(capsys, f"ask for at most {most}, or for fewer --clippers", *asked, most + 1)
     with pytest.raises(pytest.fail.Exception, match="about to allocate"):
-        main(*asked, most)
+        DEMO.main(*asked, most)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -171,7 +164,7 @@ def test_a_sweep_that_does_not_fit_is_refused(capsys, monkeypatch, tmp_path, ask
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sweep_job, "prepare", lambda *_args, **_kwargs: pytest.fail("it is about to allocate"))
     monkeypatch.setattr(memory, "free", lambda: 2.0**36)
-    assert_refused(capsys, "GiB is free: ask for at most ", "sweep", *asked)
+    SWEEP.assert_refused(capsys, "GiB is free: ask for at most ", *asked)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -187,11 +180,12 @@ def test_no_row_logs_more_in_a_step_than_is_reckoned_with(row):
     assert 0 < size(2) - size(1) <= job.LOG
 
 
-@pytest.mark.parametrize("asked", [("--text",), ("advise",)], ids=" ".join)
-def test_files_without_an_end_or_too_large_are_refused(capsys, monkeypatch, norms, asked):
-    assert_refused(capsys, "cannot read '/dev/zero': it is a device", *asked, "/dev/zero")
+def test_files_without_an_end_or_too_large_are_refused(capsys, monkeypatch, tmp_path):
+    DEMO.assert_refused(capsys, "cannot read '/dev/zero': it is a device", "--text", "/dev/zero")
+    text = tmp_path / "text.txt"
+    text.write_text("a few letters", encoding="utf-8")
     monkeypatch.setattr(memory, "free", lambda: 100.0)
-    assert_refused(capsys, "of memory, and 9.31e-08 GiB is free: cut it to at most ", *asked, norms)
+    DEMO.assert_refused(capsys, "of memory, and 9.31e-08 GiB is free: cut it to at most ", "--text", text)
 
 
 @pytest.mark.parametrize(
@@ -269,13 +263,13 @@ def test_list_into_a_pipe_without_a_reader():
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has one")
-def test_advice_onto_a_full_disk(norms):
-    with Path("/dev/full").open("w", encoding="utf-8") as full, process("advise", norms, stdout=full) as advising:
-        line = "python -m optaxclip advise: error: cannot write the output: No space left on device\n"
-        assert (advising.communicate()[1], advising.returncode) == (line, 1)
+def test_list_onto_a_full_disk():
+    with Path("/dev/full").open("w", encoding="utf-8") as full, process("--list", stdout=full) as listing:
+        line = "python -m optaxclip: error: cannot write the output: No space left on device\n"
+        assert (listing.communicate()[1], listing.returncode) == (line, 1)
 
 
-def test_closed_streams(norms):
+def test_closed_streams():
     closed = subprocess.run(
         ["sh", "-c", '"$0" -m optaxclip --list >&-', sys.executable], cwd=ROOT, stderr=subprocess.PIPE, check=False
     )
@@ -318,5 +312,5 @@ def test_a_signal_at_any_moment(tmp_path, number, delay):
     assert running.returncode in {0, 128 + number, *([-number] if number == signal.SIGTERM else [])}
     assert "Traceback" not in err
     assert "Exception" not in err
-    assert {path.name for path in (tmp_path / "new" / "out").glob("*")} in (set(), set(command.FILES))
+    assert {path.name for path in (tmp_path / "new" / "out").glob("*")} in (set(), set(FILES))
     assert list(tmp_path.iterdir()) == [] or list((tmp_path / "new" / "out").iterdir())

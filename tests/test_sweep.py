@@ -1,4 +1,4 @@
-"""`python -m optaxclip sweep`, with few steps."""
+"""`python -m tests.benchmarks.sweep`, with few steps."""
 
 import contextlib
 import csv
@@ -20,13 +20,13 @@ import pytest
 from matplotlib.figure import Figure
 
 import optaxclip
-from optaxclip.demo.sweep import characters, digits, figures, job, methods, programs, report, scores, tables
-from optaxclip.demo.sweep.command import FILES
-from optaxclip.demo.sweep.methods import METHODS, PLACES
-from optaxclip.demo.sweep.programs import Losses
-from optaxclip.demo.sweep.registry import RATES, TASKS
-from optaxclip.demo.sweep.tasks import Measured, Spikes, Task
-from tests import commands
+from tests.benchmarks.sweep import characters, digits, figures, job, methods, programs, report, scores, tables
+from tests.benchmarks.sweep.command import FILES
+from tests.benchmarks.sweep.methods import METHODS, PLACES
+from tests.benchmarks.sweep.programs import Losses
+from tests.benchmarks.sweep.registry import RATES, TASKS
+from tests.benchmarks.sweep.tasks import Measured, Spikes, Task
+from tests.commands import SWEEP
 from tests.recording import record_calls
 from tests.table import NOT_TRANSFORMATIONS
 
@@ -36,14 +36,6 @@ SHORT = ("--tasks", "regression", "--clippers", "none,clip_by_global_norm", "--s
 
 # Transformations of the library that are in no row, each with the reason.
 EXCEPTIONS = {"clip_by_value": "clip(1.0), which is in one, is clip_by_value(-1.0, 1.0)"}
-
-
-def main(*arguments):
-    return commands.main("sweep", *arguments)
-
-
-def run(capsys, *arguments):
-    return commands.run(capsys, "sweep", *arguments)
 
 
 def read(path):
@@ -69,7 +61,7 @@ def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("sweep") / "new" / "folder"
     stdout, stderr = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
-        code = main(*SHORT, "--out", out)
+        code = SWEEP.main(*SHORT, "--out", out)
     return SimpleNamespace(code=code, out=stdout.getvalue(), err=stderr.getvalue(), folder=out)
 
 
@@ -115,7 +107,7 @@ def test_a_second_sweep_trains_nothing_and_prints_the_same(capsys, monkeypatch, 
     before = contents(finished.folder)
     for name in ("losses", "prepare"):
         monkeypatch.setattr(job, name, lambda *_args, **_kwargs: pytest.fail("all of it was finished"))
-    code, out, err = run(capsys, *SHORT, "--out", finished.folder)
+    code, out, err = SWEEP.run(capsys, *SHORT, "--out", finished.folder)
     assert (code, err) == (0, "")
     assert out == finished.out.replace("0 of 2 programs finished", "2 of 2 programs finished")
     assert contents(finished.folder) == before
@@ -127,7 +119,7 @@ def test_other_settings_are_refused_and_nothing_is_changed(capsys, monkeypatch, 
     monkeypatch.setattr(job, "losses", lambda *_args: pytest.fail("the settings are others, and still it trains"))
     name = changed[0].removeprefix("--")
     complaint = f"regression-none.json' has other settings ({name} "
-    refused(capsys, complaint, *SHORT, *changed, "--out", finished.folder)
+    SWEEP.assert_refused(capsys, complaint, *SHORT, *changed, "--out", finished.folder)
     assert files(finished.folder) == before
 
 
@@ -153,7 +145,7 @@ def trained(monkeypatch):
 
 def test_cut_off_and_resumed_gives_what_an_uncut_sweep_gives(capsys, monkeypatch, trained, ctrl_c, tmp_path):
     asked = ("--tasks", "regression", "--clippers", "none,clip,zclip,adagc", "--steps", 3)
-    code, uncut, _ = run(capsys, *asked, "--out", tmp_path / "uncut")
+    code, uncut, _ = SWEEP.run(capsys, *asked, "--out", tmp_path / "uncut")
     assert (code, trained) == (0, ["none", "clip", "zclip", "adagc"])
     trained.clear()
 
@@ -166,13 +158,13 @@ def test_cut_off_and_resumed_gives_what_an_uncut_sweep_gives(capsys, monkeypatch
             return losses(prepared, method, rates)
 
         patch.setattr(job, "losses", interrupted)
-        code, out, err = run(capsys, *asked, "--out", tmp_path / "cut")
+        code, out, err = SWEEP.run(capsys, *asked, "--out", tmp_path / "cut")
     assert (code, trained) == (130, ["none", "clip"])  # the program under way is finished, and kept
     assert err.splitlines()[-1] == "interrupted; 2 of 4 programs finished; the same command goes on from there"
     assert "decades" not in out
     assert set(files(tmp_path / "cut")) == {"programs/regression-none.json", "programs/regression-clip.json"}
 
-    code, resumed, _ = run(capsys, *asked, "--out", tmp_path / "cut")
+    code, resumed, _ = SWEEP.run(capsys, *asked, "--out", tmp_path / "cut")
     assert (code, trained) == (0, ["none", "clip", "zclip", "adagc"])
     assert contents(tmp_path / "cut") == contents(tmp_path / "uncut")
     assert resumed.replace("2 of 4", "0 of 4").replace("/cut", "/uncut") == uncut
@@ -180,8 +172,8 @@ def test_cut_off_and_resumed_gives_what_an_uncut_sweep_gives(capsys, monkeypatch
 
 def test_more_methods_and_tasks_can_be_added(capsys, trained, tmp_path):
     asked = ("--steps", 3, "--out", tmp_path)
-    run(capsys, "--tasks", "regression", "--clippers", "none", *asked)
-    code, out, _ = run(capsys, "--tasks", "characters,regression", "--clippers", "clip,none", *asked)
+    SWEEP.run(capsys, "--tasks", "regression", "--clippers", "none", *asked)
+    code, out, _ = SWEEP.run(capsys, "--tasks", "characters,regression", "--clippers", "clip,none", *asked)
     assert (code, trained) == (0, ["none", "clip", "none", "clip"])
     assert "1 of 4 programs finished before" in out
     table = read(tmp_path / "table.csv")
@@ -198,7 +190,7 @@ def test_interrupted_at_once_leaves_no_folder(capsys, monkeypatch, tmp_path):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(job, "losses", interrupted)
-    code, _, err = run(capsys, *SHORT, "--out", tmp_path / "new" / "out")
+    code, _, err = SWEEP.run(capsys, *SHORT, "--out", tmp_path / "new" / "out")
     assert (code, list(tmp_path.iterdir())) == (130, [])
     assert "0 of 2 programs finished" in err
 
@@ -210,15 +202,15 @@ def test_a_file_of_something_else_is_refused(capsys, trained, tmp_path, content)
     path = tmp_path / "programs" / "regression-none.json"
     path.parent.mkdir()
     path.write_text(content, encoding="utf-8")
-    refused(capsys, "regression-none.json' is no result of a sweep", *SHORT, "--out", tmp_path)
+    SWEEP.assert_refused(capsys, "regression-none.json' is no result of a sweep", *SHORT, "--out", tmp_path)
     assert (trained, path.read_text(encoding="utf-8")) == ([], content)
 
 
 def test_a_method_that_has_other_arguments_now_is_refused(capsys, monkeypatch, trained, tmp_path):
-    run(capsys, *SHORT, "--out", tmp_path)
+    SWEEP.run(capsys, *SHORT, "--out", tmp_path)
     trained.clear()
     monkeypatch.setitem(METHODS, "none", METHODS["none"]._replace(shown="no clipping at all"))
-    refused(capsys, "regression-none.json' has other settings (no clipping)", *SHORT, "--out", tmp_path)
+    SWEEP.assert_refused(capsys, "regression-none.json' has other settings (no clipping)", *SHORT, "--out", tmp_path)
     assert trained == []
 
 
@@ -232,20 +224,20 @@ def with_a_number_beyond_floats(found):
 
 @pytest.mark.parametrize("spoilt", [with_rows_missing, with_a_number_beyond_floats])
 def test_a_file_with_other_numbers_is_refused(capsys, trained, tmp_path, spoilt):
-    run(capsys, *SHORT, "--out", tmp_path)
+    SWEEP.run(capsys, *SHORT, "--out", tmp_path)
     path = tmp_path / "programs" / "regression-none.json"
     content = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps(spoilt(content)), encoding="utf-8")
     trained.clear()
-    refused(capsys, "regression-none.json' is no result of a sweep", *SHORT, "--out", tmp_path)
+    SWEEP.assert_refused(capsys, "regression-none.json' is no result of a sweep", *SHORT, "--out", tmp_path)
     assert trained == []
 
 
 def test_another_precision_is_refused(capsys, trained, tmp_path):
-    run(capsys, *SHORT, "--out", tmp_path)
+    SWEEP.run(capsys, *SHORT, "--out", tmp_path)
     trained.clear()
     with jax.enable_x64(True):
-        refused(capsys, "now optaxclip", *SHORT, "--out", tmp_path)
+        SWEEP.assert_refused(capsys, "now optaxclip", *SHORT, "--out", tmp_path)
     assert trained == []
 
 
@@ -255,10 +247,6 @@ def test_another_precision_is_refused(capsys, trained, tmp_path):
 @pytest.fixture
 def no_training(monkeypatch):
     monkeypatch.setattr(job, "losses", lambda *_args: pytest.fail("the input is bad, and still it trains"))
-
-
-def refused(capsys, complaint, *arguments):
-    commands.assert_refused(capsys, complaint, "sweep", *arguments)
 
 
 @pytest.mark.usefixtures("no_training")
@@ -278,7 +266,7 @@ def refused(capsys, complaint, *arguments):
 )
 def test_a_bad_command_line_gives_one_line(capsys, monkeypatch, tmp_path, arguments, complaint):
     monkeypatch.chdir(tmp_path)
-    refused(capsys, complaint, *arguments.split())
+    SWEEP.assert_refused(capsys, complaint, *arguments.split())
     assert list(tmp_path.iterdir()) == []
 
 
@@ -288,7 +276,7 @@ def test_a_bad_command_line_gives_one_line(capsys, monkeypatch, tmp_path, argume
     [
         ("tqdm", "tqdm: pip install 'optaxclip[demo]'"),
         ("matplotlib", "matplotlib: pip install 'optaxclip[demo]'"),
-        ("sklearn.datasets", "the digits need scikit-learn: pip install 'optaxclip[notebooks]'"),
+        ("sklearn.datasets", "the digits need scikit-learn: pip install -e '.[notebooks]'"),
         ("pydoc_data.topics", "this Python has no pydoc_data.topics"),
     ],
 )
@@ -296,25 +284,25 @@ def test_a_missing_module_gives_one_line(capsys, monkeypatch, tmp_path, module, 
     for each in (module, module.partition(".")[0]) if module.startswith("sklearn") else (module,):
         monkeypatch.setitem(sys.modules, each, None)
     task = {"pydoc_data.topics": "characters"}.get(module, "spikes" if "sklearn" in module else "regression")
-    refused(capsys, complaint, "--tasks", task, "--out", tmp_path / "out")
+    SWEEP.assert_refused(capsys, complaint, "--tasks", task, "--out", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_task_without_digits_needs_no_scikit_learn(capsys, monkeypatch, trained, tmp_path):
     monkeypatch.setitem(sys.modules, "sklearn", None)
-    assert run(capsys, *SHORT, "--out", tmp_path)[0] == 0
+    assert SWEEP.run(capsys, *SHORT, "--out", tmp_path)[0] == 0
     assert trained == ["none", "clip_by_global_norm"]
 
 
 def test_an_out_that_is_a_file_gives_one_line(capsys, tmp_path):
     (tmp_path / "file").write_text("untouched", encoding="utf-8")
-    refused(capsys, "file': it is not a folder", *SHORT, "--out", tmp_path / "file")
+    SWEEP.assert_refused(capsys, "file': it is not a folder", *SHORT, "--out", tmp_path / "file")
     assert (tmp_path / "file").read_text(encoding="utf-8") == "untouched"
 
 
 @pytest.mark.slow
 def test_as_a_process_with_warnings_as_errors(tmp_path):
-    command_line = [sys.executable, "-W", "error", "-m", "optaxclip", "sweep", *map(str, SHORT)]
+    command_line = [sys.executable, "-W", "error", "-m", "tests.benchmarks.sweep", *map(str, SHORT)]
     done = subprocess.run(
         command_line, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
     )
@@ -323,7 +311,7 @@ def test_as_a_process_with_warnings_as_errors(tmp_path):
 
 
 def test_list_names_every_task_and_method(capsys):
-    code, out, err = run(capsys, "--list")
+    code, out, err = SWEEP.run(capsys, "--list")
     assert (code, err) == (0, "")
     named = [line.split()[0] for line in out.splitlines() if line]
     assert named == ["Tasks", *TASKS, "Clippers", *METHODS]
@@ -452,12 +440,12 @@ def test_a_method_stands_where_it_says():
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
 def test_every_method_can_be_traced_in_every_task(task):
     if task.name in {"digits", "spikes"}:
-        pytest.importorskip("sklearn", reason="the digits: pip install 'optaxclip[notebooks]'")
+        pytest.importorskip("sklearn", reason="the digits: pip install -e '.[notebooks]'")
     prepared = programs.prepare(task, seeds=1, steps=2)
     one_seed = jax.tree.map(lambda leaf: leaf[0], prepared.seen)
     for method in METHODS.values():
-        run_ = programs._run(task, method)
-        out = jax.eval_shape(run_, jnp.asarray(True), jnp.asarray(0.1), one_seed)
+        run = programs._run(task, method)
+        out = jax.eval_shape(run, jnp.asarray(True), jnp.asarray(0.1), one_seed)
         shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), (out, one_seed.params))
         assert shapes[0] == shapes[1], method.name
 

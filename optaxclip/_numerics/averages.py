@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optaxclip._arrays import dtypes
 from optaxclip._numerics import arithmetic
 
 
@@ -79,6 +80,12 @@ def moved(average: jax.Array, value: jax.Array, by: Shares) -> jax.Array:
             moved(jnp.real(average), jnp.real(value), by), moved(jnp.imag(average), jnp.imag(value), by)
         )
     return _moved(average, value, by)
+
+
+def moved_widened(average: jax.Array, value: Any, decay: Any) -> jax.Array:
+    """An average one step on, both in float32 or wider, whatever the dtypes of the two."""
+    wide = jnp.promote_types(dtypes.wide(jnp.result_type(value)), dtypes.wide(average.dtype))
+    return moved(average.astype(wide), jnp.asarray(value).astype(wide), shares(decay, dtypes.accumulator(wide)))
 
 
 @jax.custom_jvp

@@ -9,7 +9,7 @@ import optax
 from optaxclip import norms, thresholds
 from optaxclip._arguments import bounds, checks
 from optaxclip._arguments.bounds import Bound
-from optaxclip._arrays import dtypes, mesh, states
+from optaxclip._arrays import mesh, states
 from optaxclip._arrays.beside import each_leaf, zeros_like
 from optaxclip._arrays.parameters import drop_missing, fill_missing, parameters
 from optaxclip._numerics import arithmetic, averages
@@ -115,10 +115,7 @@ def averaged(updates: Updates, average: Updates, decay: Any) -> Updates:
     """The moving average one step on, in its own dtypes."""
 
     def one(leaf: Any, old: jax.Array) -> tuple[Any, jax.Array]:
-        wide = jnp.result_type(dtypes.wide(jnp.result_type(leaf)), dtypes.wide(old.dtype))
-        by = averages.shares(decay, dtypes.accumulator(wide))
-        moved = averages.moved(old.astype(wide), jnp.asarray(leaf).astype(wide), by)
-        return leaf, arithmetic.narrowed(moved, old.dtype)
+        return leaf, arithmetic.narrowed(averages.moved_widened(old, leaf, decay), old.dtype)
 
     return each_leaf(one, updates, average)[1]
 

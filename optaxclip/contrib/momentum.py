@@ -9,7 +9,7 @@ import optax
 from optaxclip import thresholds
 from optaxclip._arguments import bounds, checks
 from optaxclip._arguments.bounds import Bound
-from optaxclip._arrays import dtypes, mesh, states
+from optaxclip._arrays import mesh, states
 from optaxclip._arrays.beside import each_leaf, zeros_like
 from optaxclip._arrays.parameters import drop_missing, fill_missing, parameters
 from optaxclip._numerics import arithmetic, averages
@@ -111,10 +111,7 @@ def mixed_clip(
         kept = where(finite, average, state.mixed_average)
 
         def one(grad: Any, old: jax.Array) -> tuple[jax.Array, jax.Array]:
-            wide = dtypes.wide(jnp.result_type(grad))
-            by = averages.shares(mix, dtypes.accumulator(wide))
-            mixed = averages.moved(old.astype(wide), jnp.asarray(grad).astype(wide), by)
-            return arithmetic.narrowed(mixed, jnp.result_type(grad)), old
+            return arithmetic.narrowed(averages.moved_widened(old, grad, mix), jnp.result_type(grad)), old
 
         mixed, _ = each_leaf(one, clipped, clipped_average)
         return drop_missing(updates, where(finite, mixed, filled)), MixedClipState(kept, judged.state)

@@ -91,12 +91,12 @@ def scale_by_acclip(
 
         def one(leaf: Any, momentum: jax.Array, size: jax.Array) -> tuple[jax.Array, ...]:
             leaf = jnp.asarray(leaf)
-            wide, real = dtypes.wide(leaf.dtype), dtypes.accumulator(leaf.dtype)
-            new = averages.moved(momentum.astype(wide), leaf.astype(wide), averages.shares(b1, real))
+            real = dtypes.accumulator(leaf.dtype)
+            new = averages.moved_widened(momentum, leaf, b1)
             tau = averages.power_mean(size.astype(real), arithmetic.modulus(leaf), averages.shares(b2, real), order)
             is_good = jnp.isfinite(new) & jnp.isfinite(tau)
             length = jnp.maximum(arithmetic.modulus(new) + eps, jnp.finfo(real).tiny)
-            kept = jnp.minimum(tau, length).astype(wide)
+            kept = jnp.minimum(tau, length).astype(new.dtype)
             out = jnp.where(tau < length, arithmetic.quotient(new, length) * kept, new)
             return (
                 jnp.where(is_good, arithmetic.narrowed(out, leaf.dtype), leaf),

@@ -16,7 +16,5 @@ The files, in the order in which they are used:
 - `progress`, `interrupts`: a bar; Ctrl-C and SIGTERM;
 - `table`: what is printed;
 - `folder`: where files go, whole or not at all;
-- `csv_files`, `figures`, `panels`: the numbers and the figures;
-- `advising`: `python -m optaxclip advise`, which trains nothing;
-- `sweep`: `python -m optaxclip sweep`, which compares all methods over learning rates.
+- `csv_files`, `figures`, `panels`: the numbers and the figures.
 """

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jax
 
-from optaxclip.demo import advising, corpus, csv_files, figures, memory, model, options
+from optaxclip.demo import corpus, csv_files, figures, memory, model, options
 from optaxclip.demo.corpus import Corpus
 from optaxclip.demo.ending import INTERRUPTED, ended
 from optaxclip.demo.folder import Write, folder
@@ -17,17 +17,14 @@ from optaxclip.demo.options import Options
 from optaxclip.demo.panels import require_matplotlib
 from optaxclip.demo.progress import Progress
 from optaxclip.demo.rows import ROWS
-from optaxclip.demo.sweep import command as sweep
-from optaxclip.demo.sweep.options import NAME as SWEEP
 from optaxclip.demo.table import Line, table
 from optaxclip.demo.timing import ROUNDS
 
-SUBCOMMANDS = {advising.NAME: advising.run, SWEEP: sweep.run}
 FILES = ("loss.png", "norm.png", "table.csv", "steps.csv")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Trains one model per clipper and prints a table; or `advise`: reads norms; or `sweep`: compares all methods.
+    """Trains one model per clipper and prints a table.
 
     Args:
       argv: the arguments; those of the process by default.
@@ -38,11 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
       SystemExit: of argparse, with code 0 after the help, with 2 after one line on stderr.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments and arguments[0] in SUBCOMMANDS:
-        subcommand, *others = arguments
-        return ended(f"{options.COMMAND} {subcommand}", lambda: SUBCOMMANDS[subcommand](others))
-    return ended(options.COMMAND, lambda: _run(options.parsed(arguments)))
+    return ended(options.COMMAND, lambda: _run(options.parsed(argv)))
 
 
 def _run(asked: Options) -> int:

@@ -60,8 +60,6 @@ def parser() -> Parser:
     made = Parser(
         prog=COMMAND,
         description="Trains a character model that explodes on its own, once without clipping and once per clipper.",
-        epilog="python -m optaxclip advise norms.csv says which clipper a recorded history of norms speaks for; "
-        "python -m optaxclip sweep compares all methods over learning rates. Both take --help.",
         allow_abbrev=False,
     )
     made.add_argument(

@@ -35,7 +35,7 @@ def plot(norms: Any, file: Path | str, bound: float | None = None) -> None:
     Args:
       norms: a history of norms, a vector or list, one per step.
       file: where the PNG goes.
-      bound: a bound to draw in all three panels, that of `advise` for one; None draws none.
+      bound: a bound to draw in all three panels; None draws none.
 
     Raises:
       ImportError: if matplotlib is missing; it comes with the extra `demo`.
@@ -46,13 +46,13 @@ def plot(norms: Any, file: Path | str, bound: float | None = None) -> None:
       >>> import pathlib, tempfile
       >>> from optaxclip import diagnostics
       >>> with tempfile.TemporaryDirectory() as folder:
-      ...     path = pathlib.Path(folder, "advice.png")
+      ...     path = pathlib.Path(folder, "norms.png")
       ...     diagnostics.plot([0.5, 1.0, 2.0, 40.0], path, bound=3.0)
       ...     print(path.read_bytes()[1:4].decode())
       PNG
 
     See also:
-      `summary`, for the same in numbers; `advise`, for a bound.
+      `summary`, for the same in numbers.
 
       Notebook: `notebooks/choosing_a_threshold.ipynb`, how to choose a bound.
     """
@@ -62,7 +62,7 @@ def plot(norms: Any, file: Path | str, bound: float | None = None) -> None:
     found = summary(norms)
     if not len(ordinary_norms(found.norms)):
         raise ValueError("norms has no finite, positive norm to draw")
-    require_matplotlib()
+    _require_matplotlib()
     # Not pyplot, which looks for a screen and keeps every figure: a plain Figure draws PNGs with Agg.
     import matplotlib as mpl  # noqa: PLC0415
     from matplotlib.figure import Figure  # noqa: PLC0415
@@ -77,7 +77,7 @@ def plot(norms: Any, file: Path | str, bound: float | None = None) -> None:
         figure.savefig(file, format="png")
 
 
-def require_matplotlib() -> None:
+def _require_matplotlib() -> None:
     """Raises ImportError, with what to install, if matplotlib is missing."""
     try:
         import_module("matplotlib")

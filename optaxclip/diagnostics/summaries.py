@@ -103,12 +103,12 @@ def summary(norms: Any) -> Summary:
       Hill, A simple general approach to inference about the tail of a distribution, 1975, Annals of Statistics 3(5).
 
     See also:
-      `advise`, which draws conclusions; `plot`; `from_state` and `read_csv`, where histories come from.
+      `plot`, for the same as a figure; `from_state`, for a history that a clipper has recorded.
     """
     history = checked(norms)
     usable = ordinary(history)
     positive = history[usable]
-    index, count = tail(positive)
+    index, count = _tail(positive)
     return Summary(
         norms=history,
         steps=len(history),
@@ -116,7 +116,7 @@ def summary(norms: Any) -> Summary:
         zeros=int((history == 0).sum()),
         percentiles=MappingProxyType({at: _percentile(positive, at) for at in PERCENTILES}),
         tail_index=index,
-        tail_interval=interval(index, count),
+        tail_interval=_interval(index, count),
         tail_count=count,
         spikes=tuple(int(step) + 1 for step in np.flatnonzero(usable)[_is_spike(np.log(positive))]),
         drift=_drift(positive),
@@ -127,7 +127,7 @@ def _percentile(positive: np.ndarray, at: float) -> float:
     return float(np.percentile(positive, at)) if len(positive) else math.nan
 
 
-def tail(positive: np.ndarray) -> tuple[float, int]:
+def _tail(positive: np.ndarray) -> tuple[float, int]:
     """Hill's estimate: the reciprocal mean of log(x_i / x_(k+1)) over the k largest."""
     if len(positive) < FEWEST_FOR_TAIL:
         return math.nan, 0
@@ -137,7 +137,7 @@ def tail(positive: np.ndarray) -> tuple[float, int]:
     return (1 / excess if excess > 0 else math.inf), count
 
 
-def interval(index: float, count: int) -> tuple[float, float]:
+def _interval(index: float, count: int) -> tuple[float, float]:
     """The 95 % interval of such an estimate."""
     half = 1.96 / math.sqrt(count) if count else math.nan
     return index * (1 - half), index * (1 + half)

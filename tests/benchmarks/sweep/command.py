@@ -1,4 +1,4 @@
-"""What `python -m optaxclip sweep` does, from the command line to the exit code."""
+"""What `python -m tests.benchmarks.sweep` does, from the command line to the exit code."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -6,31 +6,37 @@ from pathlib import Path
 
 import jax
 
-from optaxclip.demo.ending import INTERRUPTED
+from optaxclip.demo.ending import INTERRUPTED, ended
 from optaxclip.demo.folder import Write, folder
 from optaxclip.demo.interrupts import held_back
 from optaxclip.demo.panels import require_matplotlib
-from optaxclip.demo.sweep import figures, results, tables
-from optaxclip.demo.sweep.job import Job, require_memory
-from optaxclip.demo.sweep.methods import METHODS, PLACES
-from optaxclip.demo.sweep.options import Options, parser
-from optaxclip.demo.sweep.registry import RATES, TASKS
-from optaxclip.demo.sweep.report import Report, report
+from tests.benchmarks.sweep import figures, results, tables
+from tests.benchmarks.sweep.job import Job, require_memory
+from tests.benchmarks.sweep.methods import METHODS, PLACES
+from tests.benchmarks.sweep.options import COMMAND, Options, parser
+from tests.benchmarks.sweep.registry import RATES, TASKS
+from tests.benchmarks.sweep.report import Report, report
 
 PROGRAMS = "programs"  # the folder in the folder, with a file per program
 FILES = ("table.csv", "table.md", "ranges.png", "losses.png")
 
 
-def run(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Trains every method in every task, and prints a table.
 
     Args:
-      argv: the arguments after `sweep`.
+      argv: the arguments; those of the process by default.
 
     Returns:
-      The exit code: 0, or 130 after Ctrl-C.
+      The exit code; `optaxclip.demo.ending` lists them.
+
+    Raises:
+      SystemExit: of argparse, with code 0 after the help, with 2 after one line on stderr.
     """
-    asked = parser().parse_args(argv, Options())
+    return ended(COMMAND, lambda: _run(parser().parse_args(argv, Options())))
+
+
+def _run(asked: Options) -> int:
     if asked.list:
         print(_listing())
         return 0

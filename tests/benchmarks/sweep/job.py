@@ -6,13 +6,13 @@ from pathlib import Path
 from optaxclip.demo import memory
 from optaxclip.demo.folder import Write
 from optaxclip.demo.interrupts import held_back
-from optaxclip.demo.sweep import results
-from optaxclip.demo.sweep.methods import Method
-from optaxclip.demo.sweep.options import Options
-from optaxclip.demo.sweep.programs import Losses, Prepared, losses, prepare
-from optaxclip.demo.sweep.progress import Progress
-from optaxclip.demo.sweep.registry import RATES
-from optaxclip.demo.sweep.tasks import Task
+from tests.benchmarks.sweep import results
+from tests.benchmarks.sweep.methods import Method
+from tests.benchmarks.sweep.options import Options
+from tests.benchmarks.sweep.programs import Losses, Prepared, losses, prepare
+from tests.benchmarks.sweep.progress import Progress
+from tests.benchmarks.sweep.registry import RATES
+from tests.benchmarks.sweep.tasks import Task
 
 Found = Mapping[str, Mapping[str, Losses]]
 SEED = 128 * 2**20  # bytes; measured: 87 MiB for `characters`, most of it when the models are measured

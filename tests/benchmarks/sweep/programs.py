@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optaxclip.demo.sweep.methods import Method
-from optaxclip.demo.sweep.tasks import Measured, Task
+from tests.benchmarks.sweep.methods import Method
+from tests.benchmarks.sweep.tasks import Measured, Task
 
 
 class Losses(NamedTuple):

@@ -13,7 +13,7 @@ import optax
 
 from optaxclip.demo import corpus
 from optaxclip.demo.corpus import CorpusError
-from optaxclip.demo.sweep.tasks import Measured, Task, TaskError
+from tests.benchmarks.sweep.tasks import Measured, Task, TaskError
 
 UNITS = 32
 SEQUENCE = 32

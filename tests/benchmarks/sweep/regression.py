@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optaxclip.demo.sweep.tasks import Measured, Task
+from tests.benchmarks.sweep.tasks import Measured, Task
 
 FEATURES = 32
 TRAIN = 1024

@@ -5,11 +5,11 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from optaxclip.demo.sweep.methods import Method
-from optaxclip.demo.sweep.report import Report
-from optaxclip.demo.sweep.scores import TOLERANCE, WORSE, Score
-from optaxclip.demo.sweep.tasks import Task
 from optaxclip.demo.table import aligned, loss
+from tests.benchmarks.sweep.methods import Method
+from tests.benchmarks.sweep.report import Report
+from tests.benchmarks.sweep.scores import TOLERANCE, WORSE, Score
+from tests.benchmarks.sweep.tasks import Task
 
 
 def text(report: Report) -> str:

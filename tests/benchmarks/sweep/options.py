@@ -3,12 +3,12 @@
 import argparse
 from pathlib import Path
 
-from optaxclip.demo.options import COMMAND, Parser, integer, named, path
-from optaxclip.demo.sweep.methods import METHODS, Method
-from optaxclip.demo.sweep.registry import SEEDS, TASKS
-from optaxclip.demo.sweep.tasks import Task
+from optaxclip.demo.options import Parser, integer, named, path
+from tests.benchmarks.sweep.methods import METHODS, Method
+from tests.benchmarks.sweep.registry import SEEDS, TASKS
+from tests.benchmarks.sweep.tasks import Task
 
-NAME = "sweep"
+COMMAND = "python -m tests.benchmarks.sweep"
 
 
 class Options(argparse.Namespace):
@@ -32,9 +32,9 @@ class Options(argparse.Namespace):
 
 
 def parser() -> Parser:
-    """The parser of `python -m optaxclip sweep`, which fills in `Options`."""
+    """The parser of `python -m tests.benchmarks.sweep`, which fills in `Options`."""
     made = Parser(
-        prog=f"{COMMAND} {NAME}",
+        prog=COMMAND,
         description="Which clipper? Trains four small models with every method, over four decades of learning rates. "
         "What is finished is kept in the folder, and the same command goes on from there.",
         allow_abbrev=False,
@@ -52,7 +52,7 @@ def parser() -> Parser:
     made.add_argument("--steps", type=integer(1), help=f"of each run ({steps})")
     made.add_argument("--seeds", type=integer(1), default=SEEDS, help="how many seeds (%(default)s)")
     made.add_argument(
-        "--out", type=path, default=Path(NAME), metavar="DIR", help="the folder for all that is found (%(default)s)"
+        "--out", type=path, default=Path("sweep"), metavar="DIR", help="the folder for all that is found (%(default)s)"
     )
     made.add_argument("--list", action="store_true", help="list the tasks and the clippers, and stop")
     return made

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from optaxclip.demo.sweep.programs import Losses
+from tests.benchmarks.sweep.programs import Losses
 
 TOLERANCE = 0.05  # a loss is good if it is at most so much above the best of all methods in its task
 WORSE = 1.5  # a run has survived its spikes if its loss is at most so many times that without them

@@ -13,9 +13,9 @@ import optax
 import optaxclip
 from optaxclip.demo.ending import InputError
 from optaxclip.demo.folder import Write
-from optaxclip.demo.sweep.methods import Method
-from optaxclip.demo.sweep.programs import Losses
-from optaxclip.demo.sweep.tasks import Task
+from tests.benchmarks.sweep.methods import Method
+from tests.benchmarks.sweep.programs import Losses
+from tests.benchmarks.sweep.tasks import Task
 
 
 class ResultsError(InputError):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optaxclip.demo.sweep.tasks import Measured, Spikes, Task, TaskError
+from tests.benchmarks.sweep.tasks import Measured, Spikes, Task, TaskError
 
 TRAIN = 1000  # of the 1797 images, others with each seed; the rest is held out
 CHANNELS = 8
@@ -19,10 +19,10 @@ WRONG = 0.1  # of the labels, held-out ones too: without them 5 % of the best lo
 
 def _load() -> dict[str, np.ndarray]:
     try:
-        # An extra of the package, which the other tasks do without.
+        # In the extra `notebooks`; the other tasks do without it.
         datasets: Any = import_module("sklearn.datasets")
     except ImportError as error:
-        raise TaskError("the digits need scikit-learn: pip install 'optaxclip[notebooks]'") from error
+        raise TaskError("the digits need scikit-learn: pip install -e '.[notebooks]'") from error
     digits = datasets.load_digits()
     return {"images": digits.images[..., None] / 16.0, "labels": digits.target}
 

@@ -1,4 +1,4 @@
-"""What `python -m optaxclip sweep` runs: every method in the same four tasks, over learning rates and seeds.
+"""What `python -m tests.benchmarks.sweep` runs: every method in the same four tasks, over learning rates and seeds.
 
 The files, in the order in which they are used:
 

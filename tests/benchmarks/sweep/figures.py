@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from optaxclip.demo.panels import FAINT, INK, MARK, STYLE
-from optaxclip.demo.sweep.report import Report
-from optaxclip.demo.sweep.scores import TOLERANCE, median
-from optaxclip.demo.sweep.tasks import Task
+from tests.benchmarks.sweep.report import Report
+from tests.benchmarks.sweep.scores import TOLERANCE, median
+from tests.benchmarks.sweep.tasks import Task
 
 PANEL = 2.3  # inches
 LINE = 0.19

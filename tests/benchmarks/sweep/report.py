@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from optaxclip.demo.sweep.job import Found
-from optaxclip.demo.sweep.methods import Method
-from optaxclip.demo.sweep.scores import Score, scores
-from optaxclip.demo.sweep.tasks import Task
+from tests.benchmarks.sweep.job import Found
+from tests.benchmarks.sweep.methods import Method
+from tests.benchmarks.sweep.scores import Score, scores
+from tests.benchmarks.sweep.tasks import Task
 
 
 class Report(NamedTuple):
