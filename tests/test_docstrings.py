@@ -8,6 +8,7 @@ import ast
 import builtins
 import doctest
 import inspect
+import math
 import re
 from pathlib import Path
 
@@ -172,11 +173,11 @@ def test_an_example_uses_what_it_explains_and_prints_something_to_check():
 
 # The names in them. What stands in single backticks and reads as an expression of Python must mean something.
 
-PACKAGES = {"jax": jax, "jnp": jnp, "np": np, "numpy": np, "optax": optax, "optaxclip": oc}
-# Of transformations and Norms, of a loss and its batch, of a history of norms, and of what installs matplotlib.
+PACKAGES = {"jax": jax, "jnp": jnp, "math": math, "np": np, "numpy": np, "optax": optax, "optaxclip": oc}
+# Of transformations and Norms, of a loss and its batch, and of what installs matplotlib.
 WORDS = {
     *("argument", "gradients", "grads", "inf", "leaf", "leaves", "path", "schedule", "step", "tx", "update"),
-    *("aux", "loss", "rows", "value", "values", "demo", "grad_norm", "row"),
+    *("aux", "loss", "rows", "value", "values", "demo"),
 }
 # What docstrings name of other libraries, and of some versions of jax alone.
 FOREIGN = {
