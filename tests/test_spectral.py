@@ -396,11 +396,11 @@ def make(name, **kwargs):
     return {
         "norm": functools.partial(oc.clip_by_spectral_norm, 1.0),
         "cap": functools.partial(oc.clip_singular_values, 1.0),
-        "soft": functools.partial(oc.clip_singular_values, 1.0, soft=True),
+        "smooth cap": functools.partial(oc.clip_singular_values, 1.0, smooth=True),
     }[name](**kwargs)
 
 
-each_clip = pytest.mark.parametrize("name", ["norm", "cap", "soft"])
+each_clip = pytest.mark.parametrize("name", ["norm", "cap", "smooth cap"])
 
 
 def layers(rng):
@@ -461,7 +461,7 @@ def test_a_matrix_split_over_devices_in_shard_map_is_an_error(rng, name):
     [
         (oc.clip_by_spectral_norm, {"max_norm": -1.0}, "max_norm must be at least 0, got -1.0"),
         (oc.clip_singular_values, {"max_value": np.nan}, "max_value must be at least 0, got nan"),
-        (oc.clip_singular_values, {"max_value": 1.0, "soft": 0.5}, "soft must be True or False, got 0.5"),
+        (oc.clip_singular_values, {"max_value": 1.0, "smooth": 0.5}, "smooth must be True or False, got 0.5"),
         (oc.clip_singular_values, {"max_value": 1.0, "units": "leaf"}, "units must be one of 'io', 'oi', got 'leaf'"),
         (oc.clip_by_spectral_norm, {"max_norm": 1.0, "units": "hwio"}, "units must be one of"),
         (oc.clip_singular_values, {"max_value": 1.0, "stacked": -1}, "stacked"),
