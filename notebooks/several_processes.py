@@ -31,7 +31,8 @@ OPTIMIZERS = {
     "clip_by_global_norm": optax.chain(optaxclip.clip_by_global_norm(1.0), ADAM),
     "zclip": optax.chain(optaxclip.zclip(warmup_steps=3, max_norm=None), ADAM),
     "skip_spikes": optaxclip.skip_spikes(
-        optax.chain(optaxclip.clip_by_global_norm(1.0), ADAM), optaxclip.thresholds.mean_std(3.0, window=8, min_count=4)
+        optax.chain(optaxclip.clip_by_global_norm(1.0), ADAM),
+        optaxclip.thresholds.mean_std(3.0, window=8, warmup_steps=4),
     ),
 }
 SIZES = {"hidden": (16, 32), "bias": (32,), "out": (32, 1), "scale": ()}

@@ -20,57 +20,23 @@ _NO_STATE = (
 
 
 def clip_cotangents(x: Any, tx: optax.GradientTransformation, *, tap: jax.Array | None = None) -> Any:
-    r"""Returns `x` as it is; on the way back the cotangent of `x` goes through `tx`, which bounds it there.
+    r"""Returns `x` unchanged, and in the backward pass sends the cotangent of `x` through `tx`.
 
     .. math:: y = x, \qquad \bar{x} = \mathrm{tx}(\bar{y})
 
-    The cotangent of an array is the derivative of the loss with respect to it. In a recurrent network it is multiplied
-    by one matrix per step on its way back, and grows like a power: clipped at every step, it can't.
+    The cotangent of an array is the derivative of the loss with respect to it. In a recurrent network one matrix per
+    step multiplies it on its way back, so it grows like a power. A clip at every step stops that.
 
     Args:
       x: a pytree of arrays: activations, the carry of a scan, parameters.
-      tx: any transformation without state, or a chain of these. Its updates are the cotangents of `x`, and where it
-        needs parameters they are `x` itself: `adaptive_grad_clip(0.1)` bounds the cotangent of each unit by a tenth of
-        the norm of the unit.
-      tap: a float array of shape (2,), of any values. The gradient with respect to it is the global norm of the
-        cotangent before `tx`, and that after it. In a scan, one of shape (steps, 2) goes along as `xs` and gets a row
-        per step.
+      tx: any transformation without state, or a chain of these. Its updates are the cotangents of `x`. Where it needs
+        parameters, they are `x`: `adaptive_grad_clip(0.1)` bounds the cotangent of each unit by a tenth of the unit's
+        norm.
+      tap: a float array of shape (2,), of any values. Its gradient is the global norm of the cotangent before and after
+        `tx`. In a scan, pass one of shape (steps, 2) as `xs` for a row per step.
 
     Returns:
       `x`.
-
-    Guarantees:
-      The forward pass does not change, and without `tap` the backward pass has nothing but `tx` in it. Structure,
-      shapes and dtypes of the cotangents are kept, and they have the guarantees of `tx`. Nothing is stored for the
-      backward pass but the bound, if it is traced, and `x` where `tx` calculates with it. Higher derivatives are those
-      of the clipped gradient, also with respect to a bound.
-
-    Edge cases:
-      None stays. Integer, boolean and key leaves have no cotangent: they are returned as they came, and are None to
-      `tx`, also in its parameters. A cotangent that is infinite or NaN is what `tx` makes of it: a clip by norm lets it
-      pass, so that it is seen, and the tap has its norm.
-
-      A bound may be traced, differentiated and mapped by `vmap`. A *scheduled* bound has a count for its state: build
-      `tx` where the step is known, as in `clip_by_global_norm(schedule(step))`.
-
-      The norm is one over all that `x` holds, batch axes included; for each example by itself call it under `vmap`. An
-      `x` that `vmap` does not map is one value: what is clipped is the sum of its cotangents over the examples. With a
-      bound that is mapped and an `x` that is not the result is not defined.
-
-      Where one tap serves several calls or examples, their norms are added: give each a row of its own. The cotangent
-      of an example in a mean over many is that of its loss divided by their number, and so are its norms. An `x` that
-      the loss does not depend on has no backward pass, and its tap gets 0.
-
-      In `shard_map` the norm of a cotangent is taken over the `axes=` of `tx`; "auto" means all that `x` is split over.
-      The norms of a tap are always "auto": in `pmap` and with `check_vma=False` there is a warning, and they are those
-      of the device's share.
-
-      Forward-mode derivatives (`jax.jvp`, `jax.jacfwd`) raise, as for every `jax.custom_vjp`. Forward over reverse, as
-      in `jax.hessian`, works.
-
-    Placement:
-      In the model, around what the gradient is to be bounded at: the carry at the top of a scan's body, the output of a
-      block. It changes the direction of the gradient of the parameters, which a clip in the optimizer does not.
 
     Raises:
       ValueError: if `tx` is no transformation or has a state, or `tap` is no float array of shape (2,).
@@ -96,11 +62,34 @@ def clip_cotangents(x: Any, tx: optax.GradientTransformation, *, tap: jax.Array 
       >>> print(cotangent, norms[0], norms[-1])
       1.0 [2. 1.] [2. 1.]
 
-    Differs from the paper:
-      Graves clips coordinate by coordinate: the derivatives with respect to what enters an LSTM layer, before its
-      nonlinearities, to [-10, 10] in handwriting prediction, and those with respect to the outputs to [-100, 100]. That
-      is `clip(10.0)` and `clip(100.0)`. Pascanu et al. clip the gradient of the parameters, as a clip in the optimizer
-      does.
+    Notes:
+      - Guarantees: the forward pass does not change, and without `tap` the backward pass has only `tx` in it.
+        Structure, shapes and dtypes of the cotangents are kept, and the guarantees of `tx` hold for them.
+      - Memory: the backward pass stores only a traced bound, and `x` where `tx` calculates with it.
+      - Derivatives: higher ones are those of the clipped gradient, also with respect to a bound. Forward mode
+        (`jax.jvp`, `jax.jacfwd`) raises, as for every `jax.custom_vjp`. Forward over reverse, as in `jax.hessian`,
+        works.
+      - Bounds: a bound may be traced, differentiated and mapped by `vmap`. A *scheduled* bound has a step count for its
+        state, so build `tx` where the step is known: `clip_by_global_norm(schedule(step))`.
+      - Batches: one norm covers all that `x` holds, batch axes included. For each example alone, call it under `vmap`.
+        If `vmap` does not map `x`, the clip sees the sum of its cotangents over the examples. With a mapped bound and
+        an unmapped `x` the result is undefined.
+      - Means: in a mean over examples, the cotangent of each example, and so its norm, is divided by their number.
+      - Taps: if one tap serves several calls or examples, their norms add up. Give each a row of its own. If the loss
+        does not depend on `x` there is no backward pass, and the tap gets 0.
+      - Meshes: in `shard_map` the norm goes over the `axes=` of `tx`; `"auto"` means all axes that split `x`. The norms
+        of a tap are always `"auto"`. In `pmap` and with `check_vma=False` they are those of the device's share, with a
+        warning.
+      - Edge cases: None stays. Integer, boolean and key leaves have no cotangent: they are returned unchanged, and `tx`
+        sees None for them, also in its parameters. A cotangent that is not finite is what `tx` makes of it: a clip by
+        norm lets it pass, and the tap shows its norm.
+      - Placement: in the model, where you want to bound the gradient: the carry at the top of a scan's body, the output
+        of a block. It changes the direction of the gradient of the parameters; a clip by global norm in the optimizer
+        does not.
+      - Differs from the paper: Graves clips by coordinate, in handwriting prediction. The derivatives with respect to
+        an LSTM layer's inputs, before its nonlinearities, go to [-10, 10], and those of the outputs to [-100, 100]:
+        `clip(10.0)` and `clip(100.0)`. Pascanu et al. clip the gradient of the parameters, as a clip in the optimizer
+        does.
 
     References:
       Graves, Generating sequences with recurrent neural networks, 2013, arXiv:1308.0850, section 2.1.

@@ -14,16 +14,16 @@ from optaxclip.core import Updates
 
 
 def global_norm(tree: Any, *, ord: float = 2, axes: mesh.Axes = "auto") -> jax.Array:
-    r"""The norm of all leaves of a pytree taken together, right over the whole float range and on every kind of mesh.
+    r"""Measures the norm of all leaves of a pytree together, over the whole float range and on every mesh.
 
     .. math:: \|x\|_p = \Bigl(\sum_{\mathrm{leaves}} \sum_i |x_i|^p\Bigr)^{1/p}
 
     Args:
-      tree: pytree of arrays of any shapes and dtypes. Complex entries count by modulus; integer, boolean, float0 and
+      tree: pytree of arrays of any shapes and dtypes. Complex entries count by modulus. Integer, boolean, float0 and
         PRNG-key leaves are not counted.
       ord: p, a number of at least 1, or inf for the largest modulus.
-      axes: over which mesh axes the leaves are split, inside `shard_map` and `pmap`. `"auto"` asks the types
-        (`check_vma=True`); otherwise a name, a tuple of names, a prefix pytree of PartitionSpec, or None for this
+      axes: which mesh axes split the leaves, in `shard_map` and `pmap`. `"auto"` reads them from the types
+        (`check_vma=True`). Otherwise a name, a tuple of names, a prefix pytree of PartitionSpec, or None for this
         device's share alone.
 
     Returns:
@@ -52,10 +52,10 @@ def global_norm(tree: Any, *, ord: float = 2, axes: mesh.Axes = "auto") -> jax.A
 
 
 def as_function(tx: optax.GradientTransformation, params: Any = None) -> Callable[[Updates], Updates]:
-    """A stateless transformation as a function of the gradients alone.
+    """Turns a stateless transformation into a function of the gradients alone.
 
-    For what takes a function and knows nothing of optax: the `pre_clipping_transform` of jax-privacy's `clipped_grad`,
-    `jax.vmap` over examples.
+    Use it where optax is unknown: as `pre_clipping_transform` of jax-privacy's `clipped_grad`, or in `jax.vmap` over
+    examples.
 
     Args:
       tx: a transformation without state, or a chain of these.

@@ -39,7 +39,7 @@ METHODS = {
     "zclip": Method(lambda: oc.zclip(max_norm=None), lambda norms: adaptive.zclip(norms, max_norm=None)),
     "adagc": Method(oc.adagc, one_tensor),
     "aggc": Method(
-        lambda: contrib.aggc("all", 1.5, low=0.8),
+        lambda: contrib.aggc("all", 1.5, min_ratio=0.8),
         lambda norms: adaptive.aggc(norms, 1.5, 0.8, initial=0.0, max_down=0.9, max_up=1.1),
     ),
     "clip_by_history": Method(oc.clip_by_history, lambda norms: adaptive.clip_by_history(norms, take_in="raw")),

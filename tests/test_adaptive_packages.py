@@ -9,20 +9,20 @@ from tests.reference import packages, sequences
 
 RTOL = 2e-5
 
-OPTIONS = {"reciprocal": {}, "percentile": {"mode": "percentile"}, "mean": {"clip_option": "mean"}}
+OPTIONS = {"reciprocal": {}, "edge": {"mode": "percentile"}, "mean": {"clip_option": "mean"}}
 
 
 @pytest.mark.parametrize("max_norm", [None, 1.0])
 @pytest.mark.parametrize(
-    ("option", "drift"),
-    [("reciprocal", 0.1), ("reciprocal", 10.0), ("percentile", 0.1), ("percentile", 10.0), ("mean", 0.1)],
+    ("clip_to", "drift"),
+    [("reciprocal", 0.1), ("reciprocal", 10.0), ("edge", 0.1), ("edge", 10.0), ("mean", 0.1)],
 )
 @pytest.mark.parametrize("patience", [None, 33])
-def test_zclip(rng, option, drift, max_norm, patience):
+def test_zclip(rng, clip_to, drift, max_norm, patience):
     """zclip 1.0.0. It has no patience: where there are no 33 spikes in a row it must not matter."""
     given = sequences.training(rng, drift=drift)
-    theirs, stats = packages.zclip(given, max_grad_norm=max_norm, **OPTIONS[option])
-    tx = oc.zclip(option=option, max_norm=max_norm, patience=patience)
+    theirs, stats = packages.zclip(given, max_grad_norm=max_norm, **OPTIONS[clip_to])
+    tx = oc.zclip(clip_to=clip_to, max_norm=max_norm, patience=patience)
     after, seen = drive(tx, given, fields("zscore_mean", "zscore_std", "zscore_spikes"))
     np.testing.assert_allclose(after, packages.without_eps(given, theirs), rtol=RTOL)
     np.testing.assert_allclose(seen["zscore_mean"][24:, 0], stats["mu"][24:], rtol=RTOL)

@@ -28,8 +28,8 @@ METHODS = {
     "zclip": lambda axes: oc.zclip(warmup_steps=3, max_norm=lambda step: 9.0 / (1 + step), axes=axes),
     "zclip per group": lambda axes: oc.zclip(warmup_steps=3, norm=norms.group_norm(LABELS), axes=axes),
     "adagc": lambda axes: oc.adagc(warmup_steps=3, axes=axes),
-    "aggc": lambda axes: contrib.aggc(LABELS, 1.1, low=0.9, axes=axes),
-    "clip_by_history": lambda axes: oc.clip_by_history(1.0, window=4, min_count=2, axes=axes),
+    "aggc": lambda axes: contrib.aggc(LABELS, 1.1, min_ratio=0.9, axes=axes),
+    "clip_by_history": lambda axes: oc.clip_by_history(1.0, window=4, warmup_steps=2, axes=axes),
     "clip_by_tracked_quantile": lambda axes: contrib.clip_by_tracked_quantile(axes=axes),
     "clip_norm_growth": lambda axes: contrib.clip_norm_growth(axes=axes),
     "a record of units": lambda axes: clip_by(

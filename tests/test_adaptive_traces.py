@@ -18,15 +18,15 @@ ZCLIP = [1, 1.2, 0.8, 1, 3, 1, 10, 0.1]
 
 
 @pytest.mark.parametrize(
-    ("option", "after"),
+    ("clip_to", "after"),
     [
         ("reciprocal", [1, 1.2, 0.8, 1, 1.0625, 1, 1.01496, 0.1]),
         ("mean", [1, 1.2, 0.8, 1, 1, 1, 1, 0.1]),
-        ("percentile", [1, 1.2, 0.8, 1, 1.353553, 1, 1.383146, 0.1]),
+        ("edge", [1, 1.2, 0.8, 1, 1.353553, 1, 1.383146, 0.1]),
     ],
 )
-def test_zclip(option, after):
-    ours, _ = drive(oc.zclip(warmup_steps=4, max_norm=None, option=option), ZCLIP)
+def test_zclip(clip_to, after):
+    ours, _ = drive(oc.zclip(warmup_steps=4, max_norm=None, clip_to=clip_to), ZCLIP)
     # Half a unit of the last digit: 1.01496 has one less than the others.
     assert np.all(np.abs(ours - after) <= [1e-6] * 6 + [5e-6, 1e-6])
 
@@ -103,7 +103,7 @@ def test_adagc_of_two_tensors():
     ],
 )
 def test_aggc(scales, after, average):
-    tx = contrib.aggc("all", 1.5, low=0.8, decay=0.5, min_norm=0.01, initial=0.0, **scales)
+    tx = contrib.aggc("all", 1.5, min_ratio=0.8, decay=0.5, min_norm=0.01, initial=0.0, **scales)
     ours, seen = drive(tx, [1, 1, 1, 4, 0.1], fields("norm_average"))
     close(ours, after)
     close(seen["norm_average"][:, 0], average)
@@ -113,9 +113,9 @@ HISTORY = [1, 1.2, 0.8, 1, 3, 10, 1, 1, 10]
 
 
 def test_clip_by_history():
-    raw, _ = drive(oc.clip_by_history(3.0, window=8, min_count=4, take_in="raw"), HISTORY)
+    raw, _ = drive(oc.clip_by_history(3.0, window=8, warmup_steps=4, take_in="raw"), HISTORY)
     close(raw, [1, 1.2, 0.8, 1, 1.424264, 3.829815, 1, 1, 10])
-    clipped, _ = drive(oc.clip_by_history(3.0, window=8, min_count=4), HISTORY)
+    clipped, _ = drive(oc.clip_by_history(3.0, window=8, warmup_steps=4), HISTORY)
     close(clipped, [1, 1.2, 0.8, 1, 1.424264, 1.719833, 1, 1, 1.974491])
 
 
@@ -123,7 +123,7 @@ def test_mean_std_is_the_test_of_skip_step():
     """OLMo-core keeps a step whose norm is not above the bound; window 8 is active from step 4, so after 3 norms."""
     given = [1, 1.2, 0.8, 1, 5, 5, 1, 1]
     for take_in, kept in (("raw", [1, 1, 1, 1, 0, 1, 1, 1]), ("clipped", [1, 1, 1, 1, 0, 0, 1, 1])):
-        threshold = thresholds.mean_std(3.0, window=8, min_count=3, ddof=1, take_in=take_in)
+        threshold = thresholds.mean_std(3.0, window=8, warmup_steps=3, ddof=1, take_in=take_in)
         after, _ = drive(clip_by(norms.global_norm(), threshold), given)
         np.testing.assert_array_equal(after == jnp.asarray(given, jnp.float32), kept)
 

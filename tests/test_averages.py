@@ -99,8 +99,8 @@ FORGETFUL = {
 RELATIVE = {
     "aggc": (contrib.aggc("all", 2.0, decay=0.0), lambda before: 2 * before),
     "adagc": (oc.adagc(1.5, decay=0.0, warmup_steps=0, warmup_max_norm=None), lambda before: 1.5 * max(before, 1e-8)),
-    "zclip": (oc.zclip(2.0, decay=0.0, warmup_steps=1, max_norm=None, option="mean"), lambda before: before),
-    "spam_clip": (contrib.spam_clip(4.0, decay=0.0, idle_steps=1), lambda before: 2 * before),
+    "zclip": (oc.zclip(2.0, decay=0.0, warmup_steps=1, max_norm=None, clip_to="mean"), lambda before: before),
+    "spam_clip": (contrib.spam_clip(4.0, decay=0.0, warmup_steps=1), lambda before: 2 * before),
 }
 # Falls and rises by 1e8 to 1e38, and back.
 SEQUENCE = (1.0, 1e-8, 1.0, 1e8, 1e-30, 1e8, 1e-37, 1.0, 1e37, 1e-1, 1e-30)

@@ -34,7 +34,7 @@ def run(tx, sequence):
 # name -> (transformation, gradients, what comes out), to the digits that the traces have
 TRACES = {
     "spam_clip": (
-        contrib.spam_clip(4.0, decay=0.9, idle_steps=2),
+        contrib.spam_clip(4.0, decay=0.9, warmup_steps=2),
         [1, 1, 3, 1, 10, 0.5, 1],
         [[1], [1], [0.871780], [0.993982], [1.133314], [0.5], [1]],
     ),
@@ -136,8 +136,8 @@ def test_a_coordinate_that_was_silent_is_not_clipped():
     np.testing.assert_array_equal(outs[-3:], [(1.0, 1.0)] * 3)
 
 
-def test_the_idle_steps_come_again_with_every_period():
-    tx = contrib.spam_clip(4.0, decay=0.9, idle_steps=2, period=6)
+def test_the_warmup_comes_again_with_every_period():
+    tx = contrib.spam_clip(4.0, decay=0.9, warmup_steps=2, period=6)
     spikes = [1e3 if step % 3 == 2 else 1.0 for step in range(1, 15)]  # 2, 5, 8, 11, 14
     outs, states = run(tx, spikes)
     clipped = [step for step, (out, spike) in enumerate(zip(outs[:, 0], spikes, strict=True), 1) if out < spike]

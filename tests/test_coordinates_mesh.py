@@ -25,14 +25,14 @@ SHAPES = {"both": (8, 4), "rows": (8,), "whole": (5,)}
 STEPS = 6
 
 METHODS = {
-    "spam_clip": contrib.spam_clip(4.0, decay=0.9, idle_steps=2, period=5),
+    "spam_clip": contrib.spam_clip(4.0, decay=0.9, warmup_steps=2, period=5),
     "adaptive_spike_clip": contrib.adaptive_spike_clip(0.9),
     "scale_by_adaptive_norm": contrib.scale_by_adaptive_norm(),
     "scale_by_acclip": contrib.scale_by_acclip(),
     "scale_by_stable_adam": contrib.scale_by_stable_adam(),
     "clipped_momentum": oc.clipped_momentum(1.0),
     "mixed_clip": contrib.mixed_clip(1.0, decay=0.9),
-    "SPAM": optax.chain(contrib.spam_clip(4.0, idle_steps=2), contrib.reset_state_every(optax.scale_by_adam(), 3)),
+    "SPAM": optax.chain(contrib.spam_clip(4.0, warmup_steps=2), contrib.reset_state_every(optax.scale_by_adam(), 3)),
 }
 
 

@@ -23,7 +23,7 @@ def both(ours, method, options, *, per_leaf=False):
     return ours(**options), functools.partial(spiky.by_leaf, reference) if per_leaf else reference
 
 
-SPAM = {"threshold": 4.0, "decay": 0.9, "idle_steps": 5, "period": 100}
+SPAM = {"ratio": 4.0, "decay": 0.9, "warmup_steps": 5, "period": 100}
 
 # name -> ((ours, the reference), the tolerance). Relative to each number:
 BY_NUMBER = {

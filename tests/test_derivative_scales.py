@@ -114,7 +114,7 @@ def test_they_are_those_of_float64(row):
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-20, 1.0, 1e20, 1e30])
 def test_the_soft_cap_of_a_vector_has_the_slope_of_its_scale(scale):
-    tx = oc.clip_singular_values(scale, soft=True)
+    tx = oc.clip_singular_values(scale, smooth=True)
     slope = jax.grad(lambda g: tx.update(g, optax.EmptyState())[0][0])
     np.testing.assert_allclose(slope(jnp.array([1.5 * scale])), [(1 + 1.5**2) ** -1.5], rtol=1e-5)
     np.testing.assert_allclose(slope(jnp.zeros(1)), [1.0])

@@ -101,7 +101,7 @@ WITH_STATE = {
     "scale_by_acclip": lambda dtype: contrib.scale_by_acclip(state_dtype=dtype),
     "clipped_momentum": lambda dtype: oc.clipped_momentum(1e3, state_dtype=dtype),
     "mixed_clip": lambda dtype: contrib.mixed_clip(1e3, state_dtype=dtype),
-    "spam_clip": lambda dtype: contrib.spam_clip(4.0, decay=0.5, idle_steps=1, state_dtype=dtype),
+    "spam_clip": lambda dtype: contrib.spam_clip(4.0, decay=0.5, warmup_steps=1, state_dtype=dtype),
     "with_carry": lambda dtype: oc.with_carry(oc.clip(1.0), state_dtype=dtype),
 }
 
@@ -180,14 +180,14 @@ FACTORIES = {
     "scale_by_adaptive_norm": ("record",),
     "scale_by_acclip": ("alpha",),
     "scale_by_stable_adam": (),
-    "spam_clip": ("idle_steps",),
+    "spam_clip": ("warmup_steps",),
     "adaptive_spike_clip": ("record",),
     "autoclip": ("record",),
     "percentile_clip": ("window", "record"),
     "clip_by_tracked_quantile": ("record",),
     "zclip": ("warmup_steps", "patience", "record"),
     "adagc": ("warmup_steps", "record"),
-    "clip_by_history": ("window", "min_count", "record"),
+    "clip_by_history": ("window", "warmup_steps", "record"),
     "clip_norm_growth": ("record",),
     "clippy": ("record",),
 }

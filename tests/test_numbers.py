@@ -276,7 +276,7 @@ INSIDE = {
     "adaptive_grad_clip, inf": lambda _: oc.adaptive_grad_clip(np.inf, units="oi"),
     "clip_by_spectral_norm": lambda _: oc.clip_by_spectral_norm(1e5),
     "clip_singular_values": lambda _: oc.clip_singular_values(1e5),
-    "clip_singular_values, soft, inf": lambda _: oc.clip_singular_values(np.inf, soft=True),
+    "clip_singular_values, soft, inf": lambda _: oc.clip_singular_values(np.inf, smooth=True),
     "clippy": lambda _: contrib.clippy(1e9, 1e9),
 }
 
@@ -322,7 +322,7 @@ ZERO = {
     "adaptive_grad_clip": oc.adaptive_grad_clip,
     "clip_by_spectral_norm": oc.clip_by_spectral_norm,
     "clip_singular_values": oc.clip_singular_values,
-    "clip_singular_values, soft": lambda c: oc.clip_singular_values(c, soft=True),
+    "clip_singular_values, soft": lambda c: oc.clip_singular_values(c, smooth=True),
     "clippy": lambda c: contrib.clippy(c, c),
     "exactly": lambda c: oc.clip_by(oc.norms.leaf_norm(), oc.thresholds.exactly(c)),
 }
@@ -416,7 +416,7 @@ HOSTILE = {
     "agc, oi": lambda c: oc.adaptive_grad_clip(c, eps=0.0, units="oi"),
     "spectral norm": oc.clip_by_spectral_norm,
     "singular values": oc.clip_singular_values,
-    "singular values, soft": lambda c: oc.clip_singular_values(c, soft=True),
+    "singular values, soft": lambda c: oc.clip_singular_values(c, smooth=True),
     "clippy": lambda c: contrib.clippy(c, c),
     "clippy, no floor": lambda c: contrib.clippy(c, 0.0),
     "exactly, rms": lambda c: oc.clip_by(oc.norms.leaf_rms(), oc.thresholds.exactly(c)),

@@ -223,7 +223,7 @@ ADAPTIVE = {
     "zclip": lambda: oc.zclip(warmup_steps=5, max_norm=None),
     "adagc": lambda: oc.adagc(warmup_steps=5),
     "aggc": lambda: contrib.aggc("all", 2.0),
-    "clip_by_history": lambda: oc.clip_by_history(window=8, min_count=4),
+    "clip_by_history": lambda: oc.clip_by_history(window=8, warmup_steps=4),
     "clip_by_tracked_quantile": contrib.clip_by_tracked_quantile,
     "clip_norm_growth": contrib.clip_norm_growth,
     "adaptive_spike_clip": lambda: contrib.adaptive_spike_clip(0.9),
@@ -292,7 +292,7 @@ def test_16_infinity_before_a_clip():
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
 def test_17_a_step_that_is_skipped_is_zero_and_leaves_the_window_clean(bad):
     # levanter multiplies by 0, and 0 * NaN is NaN; its window then holds the NaN for 128 steps.
-    tx = oc.skip_spikes(optax.identity(), thresholds.mean_std(6.0, window=16, min_count=8))
+    tx = oc.skip_spikes(optax.identity(), thresholds.mean_std(6.0, window=16, warmup_steps=8))
     good = np.random.default_rng(4).lognormal(0.0, 0.1, 30)
     with_bad = after_each(tx, np.insert(good, [12, 20], [bad, bad]))
     np.testing.assert_array_equal(with_bad[[12, 21]], [0.0, 0.0])
@@ -432,7 +432,7 @@ def test_30_a_singular_value_far_above_a_soft_cap(times):
     matrix = np.float32(spectral.with_singular_values(np.random.default_rng(0), (8, 6), [times, 2, 1, 1, 0.5, 0.1]))
     for soft in (True, False):
         right = spectral.capped(spectral.svd(matrix), 1.0, soft=soft)
-        error = once(oc.clip_singular_values(1.0, soft=soft), jnp.asarray(matrix)) - right
+        error = once(oc.clip_singular_values(1.0, smooth=soft), jnp.asarray(matrix)) - right
         assert np.linalg.norm(error, 2) <= 1e-3 + 20 * np.finfo(np.float32).eps * times
 
 
@@ -441,7 +441,7 @@ def test_30_a_singular_value_beyond_what_float32_resolves(times):
     # Thirty steps: NaN at 1e4.
     matrix = np.float32(times * spectral.with_singular_values(np.random.default_rng(1), (8, 6), np.ones(6)))
     for soft in (True, False):
-        ours = once(oc.clip_singular_values(1.0, soft=soft), jnp.asarray(matrix))
+        ours = once(oc.clip_singular_values(1.0, smooth=soft), jnp.asarray(matrix))
         np.testing.assert_allclose(np.linalg.svd(np.float64(ours), compute_uv=False), 1.0, rtol=1e-5)
 
 

@@ -17,15 +17,15 @@ ZCLIP = [1, 1.2, 0.8, 1, 3, 1, 10, 0.1]
 
 
 @pytest.mark.parametrize(
-    ("option", "after"),
+    ("clip_to", "after"),
     [
         ("reciprocal", [1, 1.2, 0.8, 1, 1.0625, 1, 1.01496, 0.1]),
         ("mean", [1, 1.2, 0.8, 1, 1, 1, 1, 0.1]),
-        ("percentile", [1, 1.2, 0.8, 1, 1.353553, 1, 1.383146, 0.1]),
+        ("edge", [1, 1.2, 0.8, 1, 1.353553, 1, 1.383146, 0.1]),
     ],
 )
-def test_zclip(option, after):
-    run = adaptive.zclip(ZCLIP, warmup_steps=4, max_norm=None, option=option)
+def test_zclip(clip_to, after):
+    run = adaptive.zclip(ZCLIP, warmup_steps=4, max_norm=None, clip_to=clip_to)
     # Half a unit of the last digit: 1.01496 has one less than the others.
     assert np.all(np.abs(run.after - after) <= [5e-7] * 6 + [5e-6, 5e-7])
     np.testing.assert_array_equal(np.isfinite(run.bound), [0, 0, 0, 0, 1, 0, 1, 0])
@@ -157,7 +157,7 @@ METHODS = {
     "zclip": lambda norms: adaptive.zclip(norms, warmup_steps=8),
     "zclip, patient": lambda norms: adaptive.zclip(norms, warmup_steps=8, max_norm=None, patience=3),
     "aggc": lambda norms: adaptive.aggc(norms, 1.5, 0.5),
-    "clip_by_history": lambda norms: adaptive.clip_by_history(norms, window=16, min_count=8, patience=3),
+    "clip_by_history": lambda norms: adaptive.clip_by_history(norms, window=16, warmup_steps=8, patience=3),
     "tracked_quantile": adaptive.tracked_quantile,
     "clip_norm_growth": adaptive.clip_norm_growth,
     "skip_step": lambda norms: adaptive.skip_step(norms, window=16),
@@ -237,19 +237,19 @@ def dtype(request):
 
 @pytest.mark.parametrize("max_norm", [None, 1.0])
 @pytest.mark.parametrize(
-    ("option", "theirs", "drift"),
+    ("clip_to", "theirs", "drift"),
     [
         ("reciprocal", {}, 0.1),
         ("reciprocal", {}, 10.0),
-        ("percentile", {"mode": "percentile"}, 0.1),
-        ("percentile", {"mode": "percentile"}, 10.0),
+        ("edge", {"mode": "percentile"}, 0.1),
+        ("edge", {"mode": "percentile"}, 10.0),
         ("mean", {"clip_option": "mean"}, 0.1),
     ],
 )
-def test_zclip_is_the_packages(rng, dtype, option, theirs, drift, max_norm):
+def test_zclip_is_the_packages(rng, dtype, clip_to, theirs, drift, max_norm):
     norms = sequences.training(rng, drift=drift)
     after, stats = packages.zclip(norms, dtype=dtype, max_grad_norm=max_norm, **theirs)
-    run = adaptive.zclip(norms, max_norm=max_norm, option=option)
+    run = adaptive.zclip(norms, max_norm=max_norm, clip_to=clip_to)
     np.testing.assert_allclose(packages.without_eps(norms, after), run.after, rtol=TOLERANCE[dtype])
     for name in ("mu", "var"):
         np.testing.assert_allclose(stats[name], run.stats[name], rtol=TOLERANCE[dtype])

@@ -263,7 +263,7 @@ def test_a_gradient_that_is_missing_reaches_inner_as_none():
 
 def adam_that_skips():
     return oc.skip_spikes(
-        optax.chain(oc.clip_by_global_norm(1.0), optax.adam(1e-2)), thresholds.mean_std(6.0, window=8, min_count=4)
+        optax.chain(oc.clip_by_global_norm(1.0), optax.adam(1e-2)), thresholds.mean_std(6.0, window=8, warmup_steps=4)
     )
 
 
@@ -561,7 +561,7 @@ class Growth:
 
 
 RULES = {
-    "mean_std": (lambda: thresholds.mean_std(4.0, window=32, min_count=8), lambda: MeanStd(4.0, 32, 8)),
+    "mean_std": (lambda: thresholds.mean_std(4.0, window=32, warmup_steps=8), lambda: MeanStd(4.0, 32, 8)),
     "growth": (lambda: thresholds.growth(3.0), lambda: Growth(3.0)),
 }
 
@@ -621,8 +621,8 @@ ADAPTIVE = {
     "order_statistic": lambda: thresholds.order_statistic(90.0, window=8),
     "tracked_quantile": lambda: thresholds.tracked_quantile(0.5),
     "zscore": lambda: thresholds.zscore(warmup_steps=4),
-    "mean_std": lambda: thresholds.mean_std(3.0, window=8, min_count=4),
-    "mean_std, raw": lambda: thresholds.mean_std(3.0, window=8, min_count=4, take_in="raw", include_current=True),
+    "mean_std": lambda: thresholds.mean_std(3.0, window=8, warmup_steps=4),
+    "mean_std, raw": lambda: thresholds.mean_std(3.0, window=8, warmup_steps=4, take_in="raw", include_current=True),
     "ema_ratio": lambda: thresholds.ema_ratio(1.5, warmup_steps=4, warmup_max_norm=10.0),
     "ema_band": lambda: thresholds.ema_band(2.0),
     "growth": lambda: thresholds.growth(1.5),
@@ -658,7 +658,7 @@ NORMS = {
 
 @pytest.mark.parametrize("name", slow_but(NORMS, "unit", "leaf"))
 def test_a_spike_in_one_group_rejects_the_whole_step(name):
-    tx = oc.skip_spikes(optax.identity(), thresholds.mean_std(6.0, window=8, min_count=3), norm=NORMS[name])
+    tx = oc.skip_spikes(optax.identity(), thresholds.mean_std(6.0, window=8, warmup_steps=3), norm=NORMS[name])
     step, state = jax.jit(tx.update), tx.init(params())
 
     def good(scale):

@@ -51,7 +51,7 @@ def inner(axes):
 
 
 def spikes(norm, **options):
-    threshold = thresholds.mean_std(9.0, window=8, min_count=2)
+    threshold = thresholds.mean_std(9.0, window=8, warmup_steps=2)
     return lambda axes: oc.skip_spikes(inner(axes), threshold, norm=norm, axes=axes, **options)
 
 
@@ -60,7 +60,7 @@ SKIPS = {
     "largest": spikes(norms.global_norm(np.inf)),
     "leaf": spikes(norms.leaf_norm()),
     "some": spikes(norms.global_norm(include=lambda path: path == "both")),
-    "loss": spikes(norms.global_norm(), loss_threshold=thresholds.mean_std(9.0, window=8, min_count=2)),
+    "loss": spikes(norms.global_norm(), loss_threshold=thresholds.mean_std(9.0, window=8, warmup_steps=2)),
     # Groups that lie on different devices: no history, but a constant.
     "unit": lambda axes: oc.skip_spikes(inner(axes), thresholds.constant(100.0), norm=norms.unit_norm("io"), axes=axes),
     # It takes the spike.
@@ -176,7 +176,7 @@ def test_pmap(axes):
     given = [{key: np.float32(rng.normal(size=(8, 2))) for key in in_axes} for _ in range(6)]
     given[2]["both"][6, 1] = np.nan
     given[4]["rows"][0] = 1e6
-    threshold = thresholds.mean_std(9.0, window=8, min_count=2)
+    threshold = thresholds.mean_std(9.0, window=8, warmup_steps=2)
     tx, alone = (oc.skip_spikes(optax.sgd(1.0), threshold, axes=each) for each in (axes, None))
     step, expected_step = jax.pmap(tx.update, axis_name="device", in_axes=(in_axes, 0)), jax.jit(alone.update)
     expected_state = alone.init(given[0])

@@ -142,7 +142,7 @@ def test_sixteen_bits(rng, dtype, soft):
             triple = spectral.svd(np.asarray(matrix, np.float64))
             top = triple[1][0]
             for part in (1.0, 0.1, 0.01, 0.001):
-                ours = update(oc.clip_singular_values(float(part * top), soft=soft), matrix)
+                ours = update(oc.clip_singular_values(float(part * top), smooth=soft), matrix)
                 assert ours.dtype == dtype
                 error = np.linalg.norm(np.asarray(ours, np.float64) - spectral.capped(triple, part * top, soft=soft), 2)
                 assert error <= allowed(part * top, top, 2e-2), (part, values[:3])
@@ -202,12 +202,12 @@ def test_zeros_infinities_and_nan(soft):
         "inf": jnp.where(jnp.isnan(bad), jnp.inf, bad),
         "none": jnp.ones((0, 3)),
     }
-    tx = oc.clip_singular_values(0.5, soft=soft)
+    tx = oc.clip_singular_values(0.5, smooth=soft)
     assert_same_bits(update(tx, tree), tree)
     assert_same_bits(update(oc.clip_by_spectral_norm(0.5), tree), tree)
     ones = jnp.ones((3, 2))
-    assert not np.any(update(oc.clip_singular_values(0.0, soft=soft), ones))
-    assert_same_bits(update(oc.clip_singular_values(np.inf, soft=soft), ones), ones)
+    assert not np.any(update(oc.clip_singular_values(0.0, smooth=soft), ones))
+    assert_same_bits(update(oc.clip_singular_values(np.inf, smooth=soft), ones), ones)
 
 
 def test_a_matrix_within_its_cap_keeps_every_bit_beside_one_that_is_not(rng):
@@ -226,12 +226,12 @@ def test_a_matrix_within_its_cap_keeps_every_bit_beside_one_that_is_not(rng):
 def test_vectors_take_the_norm_form_of_the_same_map():
     vector = jnp.array([3.0, 4.0])
     for c, soft, factor in ((2.0, False, 0.4), (5.0, False, 1.0), (5.0, True, 0.5**0.5), (2.0, True, 1 / 7.25**0.5)):
-        tx = oc.clip_singular_values(c, soft=soft)
+        tx = oc.clip_singular_values(c, smooth=soft)
         for leaf in (vector, vector[:, None], vector[None, :]):
             np.testing.assert_allclose(update(tx, leaf), factor * np.asarray(leaf), rtol=1e-6)
         np.testing.assert_allclose(update(tx, jnp.float32(-5.0)), -5 * factor, rtol=1e-6)
     huge = jnp.array([3e38, 0.0])
-    np.testing.assert_allclose(update(oc.clip_singular_values(1.0, soft=True), huge), [1.0, 0.0], rtol=1e-6)
+    np.testing.assert_allclose(update(oc.clip_singular_values(1.0, smooth=True), huge), [1.0, 0.0], rtol=1e-6)
 
 
 @pytest.mark.parametrize(("units", "matrix"), [("io", (18, 5)), ("oi", (3, 30))])
@@ -368,7 +368,7 @@ def test_derivatives_through_the_transformations_are_finite():
         for tx in (
             oc.clip_by_spectral_norm(0.5),
             oc.clip_singular_values(0.5),
-            oc.clip_singular_values(0.5, soft=True),
+            oc.clip_singular_values(0.5, smooth=True),
         ):
             slope = jax.grad(lambda x, tx=tx: jnp.sum(jnp.sin(tx.update(x, tx.init(x))[0])))(matrix)
             assert np.all(np.isfinite(slope))
@@ -396,11 +396,11 @@ def make(name, **kwargs):
     return {
         "norm": functools.partial(oc.clip_by_spectral_norm, 1.0),
         "cap": functools.partial(oc.clip_singular_values, 1.0),
-        "soft": functools.partial(oc.clip_singular_values, 1.0, soft=True),
+        "smooth cap": functools.partial(oc.clip_singular_values, 1.0, smooth=True),
     }[name](**kwargs)
 
 
-each_clip = pytest.mark.parametrize("name", ["norm", "cap", "soft"])
+each_clip = pytest.mark.parametrize("name", ["norm", "cap", "smooth cap"])
 
 
 def layers(rng):
@@ -461,7 +461,7 @@ def test_a_matrix_split_over_devices_in_shard_map_is_an_error(rng, name):
     [
         (oc.clip_by_spectral_norm, {"max_norm": -1.0}, "max_norm must be at least 0, got -1.0"),
         (oc.clip_singular_values, {"max_value": np.nan}, "max_value must be at least 0, got nan"),
-        (oc.clip_singular_values, {"max_value": 1.0, "soft": 0.5}, "soft must be True or False, got 0.5"),
+        (oc.clip_singular_values, {"max_value": 1.0, "smooth": 0.5}, "smooth must be True or False, got 0.5"),
         (oc.clip_singular_values, {"max_value": 1.0, "units": "leaf"}, "units must be one of 'io', 'oi', got 'leaf'"),
         (oc.clip_by_spectral_norm, {"max_norm": 1.0, "units": "hwio"}, "units must be one of"),
         (oc.clip_singular_values, {"max_value": 1.0, "stacked": -1}, "stacked"),

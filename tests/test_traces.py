@@ -67,7 +67,7 @@ SINGULAR_VALUES = {
 def test_singular_values(form):
     matrix = np.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
     reference = spectral.capped(spectral.svd(matrix), 2.0, soft=form == "soft")
-    tx = oc.clip_singular_values(2.0, soft=form == "soft")
+    tx = oc.clip_singular_values(2.0, smooth=form == "soft")
     np.testing.assert_allclose(reference, SINGULAR_VALUES[form], rtol=0, atol=5e-7)
     np.testing.assert_allclose(trees.update(tx, jnp.array(matrix)), reference, rtol=0, atol=1e-6)
     np.testing.assert_allclose(trees.update(tx, jnp.array(matrix.T)), reference.T, rtol=0, atol=1e-6)

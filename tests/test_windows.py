@@ -15,9 +15,9 @@ LENGTHS = [(5, 8), (8, 5), (20, 8), (8, 20)]  # the window before and after; 14 
 THRESHOLDS = {
     "quantile": lambda window: thresholds.quantile(0.3, window=window),
     "order_statistic": lambda window: thresholds.order_statistic(30.0, window=window),
-    "mean_std": lambda window: thresholds.mean_std(0.5, window=window, min_count=3, take_in="raw"),
+    "mean_std": lambda window: thresholds.mean_std(0.5, window=window, warmup_steps=3, take_in="raw"),
     "mean_std, with this norm": lambda window: thresholds.mean_std(
-        0.5, window=window, min_count=3, take_in="raw", include_current=True
+        0.5, window=window, warmup_steps=3, take_in="raw", include_current=True
     ),
 }
 
@@ -78,7 +78,7 @@ def test_a_window_of_another_length(name, before, after, tmp_path):
 
 
 def test_nothing_is_bounded_before_there_are_enough_norms_whatever_the_count_says():
-    tx = clip_by(norms.leaf_norm(), thresholds.mean_std(0.0, window=4, min_count=3))
+    tx = clip_by(norms.leaf_norm(), thresholds.mean_std(0.0, window=4, warmup_steps=3))
     _, state = followed(tx, OLD)
     emptied = state._replace(window_norms=state.window_norms.at[:, 1:].set(0))
     outs, _ = followed(tx, np.float32([[1e3, 1e3]]), emptied)

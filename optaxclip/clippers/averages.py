@@ -24,29 +24,21 @@ def adagc(
     .. math:: u_l \leftarrow u_l \cdot \min(1, r \gamma_l / n_l), \qquad
         \gamma_l \leftarrow \beta \gamma_l + (1 - \beta) \min(n_l, r \gamma_l)
 
+    In the warm-up all leaves are clipped together to a global norm of `warmup_max_norm`, by default 1. With
+    `warmup_max_norm=None` the first norms pass: put a fixed clip in front, `chain(clip_by_leaf_norm(1.0),
+    adagc(warmup_max_norm=None))`.
+
     Args:
-      ratio: r, how much more than the average is permitted; 1.05 in the paper.
-      decay: of the average, in [0, 1); 0.98 in the paper.
-      warmup_steps: before this step all leaves are clipped together, and gamma is the smallest norm after that; 100 in
-        the paper. The first step always counts as one of these.
-      warmup_max_norm: to what global norm they are clipped; 1 in the paper. None clips nothing then.
-      axes: over which mesh axes the leaves are split; see `clip_by`.
-      record: of how many of the last steps the state keeps a record for `clip_stats`; see `clip_by`.
+      ratio: r, the permitted multiple of the average, at least 0; 1.05 in the paper.
+      decay: decay of the average, in [0, 1); 0.98 in the paper.
+      warmup_steps: before this step all leaves are clipped together, and gamma is the smallest norm after that clip;
+        100 in the paper. The first step always belongs to the warm-up.
+      warmup_max_norm: bound on the global norm in the warm-up, at least 0; 1 in the paper. None clips nothing there.
+      axes: which mesh axes split the leaves; see `clip_by`.
+      record: how many of the last steps to record for `clip_stats`; see `clip_by`.
 
     Returns:
       An optax transformation. Its state is 8 bytes per leaf.
-
-    Guarantees:
-      The direction of each leaf is kept. Leaves up to their bound are returned bit for bit.
-
-    Edge cases:
-      If the norm of any leaf is infinite or NaN the whole step passes, and no statistic takes it in. A leaf of norm 0
-      stays 0 and is not taken in. Gamma can rise by 0.1 % a step: a lasting tenfold rise is followed after 2,200 steps,
-      at a ratio of 1.5 after 180. A spike of one leaf in the warm-up shrinks all leaves, and so the gamma of all:
-      `warmup_max_norm=None`, and a clip of its own before it, avoids that.
-
-    Placement:
-      Before the optimizer.
 
     Raises:
       ValueError: if an argument is out of range.
@@ -62,16 +54,24 @@ def adagc(
       [1.]
       [1.05]
 
-    Differs from the paper:
-      Zero gradients do not enter gamma, which they would pin near 1e-10 for 18,500 steps. The clamps of gamma and norm
-      at 1e-8 are those of the published code.
+    Notes:
+      - Guarantees: those of `clip_by`. The direction of each leaf is kept.
+      - Edge cases: if the norm of any leaf is not finite, the whole step passes and enters no average. A leaf of norm 0
+        stays 0 and does not enter its average.
+      - Level shifts: gamma rises by at most 0.1 % per step. A lasting tenfold rise is followed after 2,200 steps, at a
+        ratio of 1.5 after 180.
+      - Warm-up: a spike of one leaf shrinks all leaves, and so every gamma. `warmup_max_norm=None` with a clip in front
+        avoids that.
+      - Placement: before the optimizer.
+      - Differs from the paper: zero gradients do not enter gamma. They would hold it near 1e-10 for 18,500 steps. The
+        floors of gamma and norm at 1e-8 are those of the published code.
 
     References:
       Wang et al., AdaGC: improving training stability for large language model pretraining, 2025, arXiv:2502.11034;
       `AdaGC` of pytorch_optimizer 4.1.0.
 
     See also:
-      `thresholds.ema_ratio` with any norm; `clip_norm_growth`.
+      `thresholds.ema_ratio` with any norm; `contrib.clip_norm_growth`.
 
       Notebook: `notebooks/which_clipper.ipynb`, all methods compared.
     """

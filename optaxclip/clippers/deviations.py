@@ -12,49 +12,42 @@ from optaxclip.core import Norm, clip_by
 
 
 def zclip(
-    z_threshold: Any = 2.5,
+    num_std: Any = 2.5,
     *,
     decay: Any = 0.97,
     warmup_steps: int = 25,
     max_norm: Bound | None = 1.0,
     patience: int | None = 33,
-    option: str = "reciprocal",
+    clip_to: str = "reciprocal",
     norm: Norm = norms.global_norm(),
     axes: Axes = "auto",
     record: int = False,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Brings spikes, norms many standard deviations above a moving average, back to near the average.
+    r"""Clips spikes, norms many standard deviations above a moving average, to near the average.
 
     .. math:: u \leftarrow u \cdot \min(1, c / n), \qquad
-        c = \min\Bigl(\mu + \frac{z_t^2 \sigma}{z}, c_{max}\Bigr) \quad\text{where}\quad
-        z = \frac{n - \mu}{\sigma + 10^{-6}} > z_t
+        c = \min\Bigl(\mu + \frac{k^2 \sigma}{z}, c_{max}\Bigr) \quad\text{where}\quad
+        z = \frac{n - \mu}{\sigma + 10^{-6}} > k
+
+    In the warm-up only `max_norm` bounds, by default 1. With `max_norm=None` the first norms pass: put a fixed clip in
+    front, `chain(clip_by_global_norm(10.0), zclip(max_norm=None))`.
 
     Args:
-      z_threshold: how many standard deviations make a spike, positive; 2.5 in the paper.
-      decay: of mean and variance, in [0, 1); 0.97 in the paper.
-      warmup_steps: how many norms are averaged, as measured, before the first can be a spike; 25 in the paper.
+      num_std: k, how many standard deviations make a spike, positive; 2.5 in the paper.
+      decay: decay of mean and variance, in [0, 1); 0.97 in the paper.
+      warmup_steps: how many norms are averaged, as measured, before the first can be a spike; at least 1; 25 in the
+        paper.
       max_norm: a bound for every step, the warm-up included: a number, an array, a schedule, or a prefix pytree of
-        these. 1 in the paper; None is none.
-      patience: after so many spikes in a row the statistics take norms in as they are. None is the published method.
-      option: to what a spike is brought, `"reciprocal"`, `"mean"` or `"percentile"`; see `thresholds.zscore`.
-      norm: what is measured, from `optaxclip.norms`; each group has a history of its own.
-      axes: over which mesh axes the leaves are split; see `clip_by`.
-      record: of how many of the last steps the state keeps a record for `clip_stats`; see `clip_by`.
+        these. 1 in the paper; None is no bound.
+      patience: after this many spikes in a row the statistics take norms in as measured. None never does, as in the
+        paper.
+      clip_to: what a spike is clipped to, `"reciprocal"`, `"mean"` or `"edge"`; see `thresholds.zscore`.
+      norm: what to measure, from `optaxclip.norms`. Each group has its own history.
+      axes: which mesh axes split the leaves; see `clip_by`.
+      record: how many of the last steps to record for `clip_stats`; see `clip_by`.
 
     Returns:
-      An optax transformation. Its state is 16 bytes per group, and with a schedule a step count.
-
-    Guarantees:
-      The direction of each group is kept. Norms up to the bound are returned bit for bit. A lasting rise is followed:
-      one of ten times within about 40 steps at the default patience, 10 at a patience of 5.
-
-    Edge cases:
-      In the warm-up only `max_norm` bounds. After a warm-up of constant norms every larger one is a spike, until
-      `patience` runs out. The 1e-6 is absolute: norms far below it are never spikes. A norm of 0, an infinite or a NaN
-      norm leaves its updates and its statistics as they are.
-
-    Placement:
-      Before the optimizer.
+      An optax transformation. Its state is 16 bytes per group. A schedule adds a step count.
 
     Raises:
       ValueError: if an argument is out of range.
@@ -69,24 +62,30 @@ def zclip(
       >>> print(f"{updates[0]:.4f}")  # mean 1, deviation 0.1414, z 14.14
       1.0625
 
-    Differs from the paper:
-      Spikes are taken in as what they were clipped to, so after a lasting rise by three times or more the published
-      method clips for ever, its variance gone; and after one NaN never again. `patience` and the guard mend that. The
-      package multiplies by `c / (n + 1e-6)`.
+    Notes:
+      - Guarantees: those of `clip_by`. The direction of each group is kept.
+      - Edge cases: those of `clip_by`. A norm of 0, or one that is not finite, does not enter the history.
+      - Level shifts: a lasting tenfold rise is followed within about 40 steps, with `patience=5` within 10.
+      - Constant norms: after a warm-up of equal norms, every larger norm is a spike until `patience` runs out.
+      - Small norms: the 1e-6 is absolute, so norms far below it are never spikes.
+      - Placement: before the optimizer.
+      - Differs from the paper: `patience`, and NaN stays out of the statistics. The published method takes a spike in
+        as what it was clipped to. After a lasting rise by three times or more its variance is gone, and it clips every
+        step. After one NaN it never clips again. The package multiplies by `c / (n + 1e-6)`.
 
     References:
       Kumar, Owen, Chowdhury, Güra, ZClip: adaptive spike mitigation for LLM pre-training, 2025, arXiv:2504.02507; the
       package `zclip` 1.0.0.
 
     See also:
-      `clip_by_history`, whose window forgets; `thresholds.zscore` with any norm, per leaf say.
+      `clip_by_history`, whose window forgets; `thresholds.zscore` with any norm, for example per leaf.
 
       Notebook: `notebooks/choosing_a_threshold.ipynb`, how to choose a bound.
     """
     checks.static_together(warmup_steps=warmup_steps, patience=patience, record=record)
     if max_norm is not None:
         checks.bound("max_norm", max_norm)
-    spikes = thresholds.zscore(z_threshold, decay=decay, warmup_steps=warmup_steps, patience=patience, option=option)
+    spikes = thresholds.zscore(num_std, decay=decay, warmup_steps=warmup_steps, patience=patience, clip_to=clip_to)
     threshold = spikes if max_norm is None else thresholds.chain(spikes, thresholds.constant(max_norm))
     return clip_by(norm, threshold, axes=axes, record=record)
 
@@ -95,67 +94,66 @@ def clip_by_history(
     num_std: Any = 3.0,
     *,
     window: int = 128,
-    min_count: int = 64,
+    warmup_steps: int = 64,
     take_in: str = "clipped",
     patience: int | None = None,
     norm: Norm = norms.global_norm(),
     axes: Axes = "auto",
     record: int = False,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Clips each norm to a number of standard deviations above the mean of the last ones.
+    r"""Clips each norm to a number of standard deviations above the mean of the last norms.
 
     .. math:: u \leftarrow u \cdot \min(1, c / n), \qquad c = \mu + k \max(\sigma, 10^{-6} \max(\mu, 1))
 
+    The first `warmup_steps` norms pass, however large. If your run can explode at once, put a fixed clip in front:
+    `chain(clip_by_global_norm(10.0), clip_by_history())`.
+
     Args:
-      num_std: k, how many standard deviations, at least 0.
-      window: over how many of the last norms, without this one; 128 in levanter.
-      min_count: how many norms must be there before the first is clipped; 64 in levanter.
-      take_in: `"clipped"` takes norms in as they are after clipping, so that a spike does not make room for the next;
-        `"raw"` as measured, as levanter.
-      patience: after so many clipped norms in a row they are taken in as measured. None never does.
-      norm: what is measured, from `optaxclip.norms`; each group has a history of its own.
-      axes: over which mesh axes the leaves are split; see `clip_by`.
-      record: of how many of the last steps the state keeps a record for `clip_stats`; see `clip_by`.
+      num_std: k, the number of standard deviations, at least 0.
+      window: how many of the last norms count, without the current one; at least 1; 128 in levanter.
+      warmup_steps: how many norms must be there before the first is clipped; from 1 to `window`; 64 in levanter.
+      take_in: `"clipped"` takes norms in after clipping, so one spike does not make room for the next. `"raw"` takes
+        them in as measured, as levanter does.
+      patience: after this many clipped norms in a row, norms are taken in as measured. None never does.
+      norm: what to measure, from `optaxclip.norms`. Each group has its own history.
+      axes: which mesh axes split the leaves; see `clip_by`.
+      record: how many of the last steps to record for `clip_stats`; see `clip_by`.
 
     Returns:
       An optax transformation. Its state is 4 bytes per norm of the window, and 8 more, per group.
 
-    Guarantees:
-      The direction of each group is kept. Norms up to the bound are returned bit for bit.
-
-    Edge cases:
-      The first `min_count` norms pass. A lasting tenfold rise is followed within about 100 steps, or 500 where all
-      norms before were the same; `patience=33` brings both to about 45, and `take_in="raw"` to 5 to 15. A norm of 0, an
-      infinite or a NaN norm leaves its updates and its statistics as they are.
-
-    Placement:
-      Before the optimizer.
-
     Raises:
-      ValueError: if an argument is out of range, or `min_count` larger than `window`.
+      ValueError: if an argument is out of range, or `warmup_steps` is larger than `window`.
 
     Example:
       >>> import jax.numpy as jnp
       >>> import optaxclip
-      >>> tx = optaxclip.clip_by_history(2.0, window=4, min_count=2)
+      >>> tx = optaxclip.clip_by_history(2.0, window=4, warmup_steps=2)
       >>> state = tx.init(jnp.zeros(1))
       >>> for norm in (1.0, 3.0, 9.0):  # mean 2, deviation 1
       ...     updates, state = tx.update(jnp.array([norm]), state)
       >>> print(updates)
       [4.]
 
-    Differs from the published code:
-      levanter takes in raw norms, so that one spike lets the next pass, and one NaN lasts for the whole window. Its
-      floor of the deviation is 1e-6 alone, which float32 loses beside a mean of 100.
+    Notes:
+      - Guarantees: those of `clip_by`. The direction of each group is kept.
+      - Edge cases: those of `clip_by`. A norm of 0, or one that is not finite, does not enter the history.
+      - Level shifts: a lasting tenfold rise is followed within about 100 steps, or 500 where all norms before were
+        equal. `patience=33` brings both to about 45, `take_in="raw"` to 5 to 15.
+      - Placement: before the optimizer.
+      - Differs from levanter: levanter takes in raw norms. One spike then lets the next pass, and one NaN lasts for the
+        whole window. Its floor of the deviation is 1e-6 alone, which float32 loses beside a mean of 100.
 
     References:
       `clip_update_by_historical_norm` of levanter.
 
     See also:
-      `zclip`, whose average never forgets all at once; `thresholds.mean_std` with more options.
+      `zclip`, whose average forgets gradually; `thresholds.mean_std` with more options.
 
       Notebook: `notebooks/choosing_a_threshold.ipynb`, how to choose a bound.
     """
-    checks.static_together(window=window, min_count=min_count, patience=patience, record=record)
-    threshold = thresholds.mean_std(num_std, window=window, min_count=min_count, take_in=take_in, patience=patience)
+    checks.static_together(window=window, warmup_steps=warmup_steps, patience=patience, record=record)
+    threshold = thresholds.mean_std(
+        num_std, window=window, warmup_steps=warmup_steps, take_in=take_in, patience=patience
+    )
     return clip_by(norm, threshold, axes=axes, record=record)

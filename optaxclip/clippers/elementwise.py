@@ -17,7 +17,7 @@ from optaxclip.core import State, Updates
 
 
 def clip(max_delta: Bound) -> optax.GradientTransformationExtraArgs:
-    r"""Clips every coordinate to at most `max_delta` in modulus. The same name and argument as in optax.
+    r"""Clips every coordinate to at most `max_delta` in modulus; name and argument as in optax.
 
     .. math:: u_i \leftarrow \min(\max(u_i, -\delta), \delta)
 
@@ -26,18 +26,7 @@ def clip(max_delta: Bound) -> optax.GradientTransformationExtraArgs:
         pytree of these.
 
     Returns:
-      A stateless transformation (`optax.EmptyState`); with a schedule it counts its steps.
-
-    Guarantees:
-      Exact at the ends: a clipped coordinate is `max_delta` rounded to the leaf's dtype, the largest number of that if
-      `max_delta` is beyond it. Coordinates within are returned bit for bit, and dtypes are kept.
-
-    Edge cases:
-      An infinite coordinate is clipped, NaN passes. 0 gives zeros, inf changes nothing. Complex coordinates keep their
-      direction and are clipped by modulus. Integer, boolean, float0 and key leaves pass untouched.
-
-    Placement:
-      Before the optimizer. Clipping by value changes the direction of the gradient; clipping by norm does not.
+      A transformation without state (`optax.EmptyState`). A schedule adds a step count.
 
     Raises:
       ValueError: if `max_delta` is negative or NaN.
@@ -50,9 +39,16 @@ def clip(max_delta: Bound) -> optax.GradientTransformationExtraArgs:
       >>> print(updates)
       [ 0.5 -1.   1. ]
 
-    Differs from the paper:
-      Mikolov clips, to [-15, 15], the errors that flow back into the hidden neurons, which is `clip_cotangents` with
-      `clip(15.0)`. This clips the gradient of the parameters, when it is complete.
+    Notes:
+      - Guarantees: a clipped coordinate is exactly `max_delta`, rounded to the leaf's dtype, or the largest number of
+        that dtype if `max_delta` is beyond it. Coordinates within the bound are returned unchanged.
+      - Edge cases: an infinite coordinate is clipped, NaN passes. A bound of 0 gives zeros, inf changes nothing.
+        Complex coordinates keep their direction and are clipped by modulus. Integer, boolean, float0 and key leaves
+        pass untouched.
+      - Placement: before the optimizer. Clipping by value changes the direction of the gradient; clipping by norm does
+        not.
+      - Differs from the paper: Mikolov clips the errors that flow back into the hidden neurons, to [-15, 15]. That is
+        `clip_cotangents` with `clip(15.0)`. This clips the complete gradient of the parameters.
 
     References:
       Mikolov, Statistical Language Models Based on Neural Networks, PhD thesis, Brno University of Technology, 2012.
@@ -82,22 +78,10 @@ def clip_by_value(
     Args:
       min_value: the lower end, in the units of the gradient: a number, an array, an optax schedule, or a prefix pytree
         of these. None is no lower end.
-      max_value: the upper end, likewise. It wins where the two cross.
+      max_value: the upper end, of the same kinds. It wins where the two cross.
 
     Returns:
-      A stateless transformation (`optax.EmptyState`); with a schedule it counts its steps.
-
-    Guarantees:
-      Exact at the ends: a clipped coordinate is the end rounded to the leaf's dtype, the largest number of that if the
-      end is beyond it. Coordinates within are returned bit for bit, and dtypes are kept.
-
-    Edge cases:
-      An infinite coordinate is clipped where there is an end on its side, NaN passes. Of complex coordinates the
-      modulus is clipped and the direction kept; a coordinate of 0 stays 0. Integer, boolean, float0 and key leaves pass
-      untouched.
-
-    Placement:
-      Before the optimizer. One-sided or lopsided intervals shift the mean of the gradient: that is a bias.
+      A transformation without state (`optax.EmptyState`). A schedule adds a step count.
 
     Raises:
       ValueError: if both ends are None, one is NaN, or `min_value` is larger than `max_value`.
@@ -110,8 +94,14 @@ def clip_by_value(
       >>> print(updates)
       [-1.   0.5  2. ]
 
-    Differs from the published code:
-      There one bound serves both sides, as in `clip`.
+    Notes:
+      - Guarantees: as for `clip`, with either end for the bound.
+      - Edge cases: an infinite coordinate is clipped where there is an end on its side, NaN passes. Complex coordinates
+        keep their direction and are clipped by modulus; a coordinate of 0 stays 0. Integer, boolean, float0 and key
+        leaves pass untouched.
+      - Placement: before the optimizer. Intervals that are not symmetric about 0 shift the mean of the gradient, which
+        is a bias.
+      - Differs from PyTorch: there one bound serves both sides, as in `clip`.
 
     References:
       `torch.nn.utils.clip_grad_value_`.
@@ -141,17 +131,7 @@ def zero_nonfinite() -> optax.GradientTransformationExtraArgs:
     .. math:: u_i \leftarrow u_i \text{ if finite, else } 0
 
     Returns:
-      A stateless transformation (`optax.EmptyState`).
-
-    Guarantees:
-      Finite coordinates are returned bit for bit, and dtypes are kept.
-
-    Edge cases:
-      A complex coordinate is finite if both of its parts are. Integer, boolean, float0 and key leaves pass untouched.
-
-    Placement:
-      Before the clipper: `chain(zero_nonfinite(), clip_by_global_norm(1.0), adam(1e-3))`. It hides what goes wrong, and
-      a gradient with holes points elsewhere; `skip_nonfinite` leaves out the whole step and counts it.
+      A transformation without state (`optax.EmptyState`).
 
     Example:
       >>> import jax.numpy as jnp
@@ -161,8 +141,12 @@ def zero_nonfinite() -> optax.GradientTransformationExtraArgs:
       >>> print(updates)
       [1. 0. 0.]
 
-    Differs from optax:
-      `optax.zero_nans` lets infinity pass, and records in its state which leaves had a NaN.
+    Notes:
+      - Guarantees: finite coordinates are returned unchanged. A complex coordinate is finite if both parts are.
+        Integer, boolean, float0 and key leaves pass untouched.
+      - Placement: before the clipper: `chain(zero_nonfinite(), clip_by_global_norm(1.0), adam(1e-3))`. It hides what
+        goes wrong, and a gradient with holes points elsewhere. `skip_nonfinite` skips the whole step and counts it.
+      - Differs from optax: `optax.zero_nans` lets infinity pass, and records in its state which leaves had a NaN.
 
     References:
       `optax.zero_nans`.

@@ -22,26 +22,11 @@ def clip_by_global_norm(
       max_norm: the bound c on the norm, at least 0, in the units of the gradient: a number, an array, or an optax
         schedule.
       ord: p of the p-norm, at least 1, or inf. None is 2, as in `numpy.linalg.norm`.
-      axes: over which mesh axes the leaves are split; see `clip_by`.
-      record: of how many of the last steps the state keeps a record for `clip_stats`; see `clip_by`.
+      axes: which mesh axes split the leaves; see `clip_by`.
+      record: how many of the last steps to record for `clip_stats`; see `clip_by`.
 
     Returns:
-      A stateless transformation (`optax.EmptyState`); with a schedule it counts its steps, and with `record`
-      it keeps a record.
-
-    Guarantees:
-      The direction is kept. The norm afterwards is at most `max_norm (1 + 1e-5)` in float32, over the whole float
-      range: where `optax.clip_by_global_norm` overflows (a norm past 2e19) and gives zeros or NaN, this gives the
-      clipped update. Below the bound updates are returned bit for bit.
-
-    Edge cases:
-      Norm 0: zeros, also at a bound of 0. A norm that is infinite or NaN: all updates are returned as they came, so
-      that what follows can see it. Bound inf: no change.
-
-    Placement:
-      Before the optimizer. Two of these inside `optax.partition` bound two norms, and the norm of the whole by the root
-      of the sum of squares of the bounds: clip outside the partition for one bound on everything, or use `clip_by` with
-      `norms.group_norm` for a bound per group.
+      A transformation without state (`optax.EmptyState`). A schedule adds a step count, `record=` a record.
 
     Raises:
       ValueError: if `max_norm` is negative or NaN, or `ord` is below 1.
@@ -60,9 +45,14 @@ def clip_by_global_norm(
       >>> eta, gamma = 0.1, 5.0
       >>> optimizer = optax.chain(optaxclip.clip_by_global_norm(gamma), optax.sgd(eta))
 
-    Differs from the paper:
-      Nothing: Pascanu et al. have this map, and Zhang et al. write it as a step. PyTorch divides by `n + 1e-6`, and so
-      lands just below the bound.
+    Notes:
+      - Guarantees: those of `clip_by`. The direction of the whole gradient is kept.
+      - Differs from optax: `optax.clip_by_global_norm` overflows at norms past 2e19 and returns zeros or NaN. This
+        returns the clipped update.
+      - Differs from PyTorch: PyTorch divides by `n + 1e-6`, so it lands just below the bound.
+      - Placement: before the optimizer. For one bound on everything, clip outside `optax.partition`. Two clips inside
+        it bound two norms; the total can reach the root of the sum of their squares. For a bound per group, use
+        `clip_by` with `norms.group_norm`.
 
     References:
       Pascanu, Mikolov, Bengio, On the difficulty of training recurrent neural networks, ICML 2013, arXiv:1211.5063.
@@ -72,8 +62,8 @@ def clip_by_global_norm(
       `smooth_clip_by_global_norm`, `clip_by_norm_range`, `clip_by_leaf_norm`; `global_norm` to log the norm.
 
       Notebooks: `notebooks/quickstart.ipynb`, a clipped and recorded run in twenty lines;
-      `notebooks/exploding_gradients.ipynb`, why gradients explode and vanish; `notebooks/acceleration.ipynb`, why
-      clipping accelerates; `notebooks/stability.ipynb`, over which range of step sizes clipped methods converge.
+        `notebooks/exploding_gradients.ipynb`, why gradients explode and vanish; `notebooks/acceleration.ipynb`, why
+        clipping accelerates; `notebooks/stability.ipynb`, over which range of step sizes clipped methods converge.
     """
     checks.static_together(ord=ord, record=record)
     checks.bound("max_norm", max_norm, single=True)
@@ -93,25 +83,13 @@ def clip_by_leaf_norm(
       max_norm: the bound c on each norm, at least 0, in the units of the gradient: a number, an array, an optax
         schedule, or a prefix pytree of these for different bounds on different leaves.
       ord: p of the p-norm, at least 1, or inf. None is 2, as in `numpy.linalg.norm`.
-      stacked: how many leading axes of a leaf index independent layers, each a group of its own: a number, a prefix
-        pytree of numbers, or a callable from the leaf's path to one.
-      axes: over which mesh axes the leaves are split; see `clip_by`.
-      record: of how many of the last steps the state keeps a record for `clip_stats`; see `clip_by`.
+      stacked: how many leading axes of a leaf index independent layers. Each layer is its own group. A number, a prefix
+        pytree of numbers, or a callable from the leaf's path to a number.
+      axes: which mesh axes split the leaves; see `clip_by`.
+      record: how many of the last steps to record for `clip_stats`; see `clip_by`.
 
     Returns:
-      A stateless transformation (`optax.EmptyState`); with a schedule it counts its steps, and with `record`
-      it keeps a record.
-
-    Guarantees:
-      The direction of each leaf is kept, that of the whole gradient is not. Each norm afterwards is at most
-      `max_norm (1 + 1e-5)` in float32. A leaf below the bound is returned bit for bit.
-
-    Edge cases:
-      A leaf of norm 0 stays 0. A leaf with an infinite or NaN norm is returned as it came; the others are clipped as
-      usual. Bound 0 gives zeros, inf changes nothing.
-
-    Placement:
-      Before the optimizer. The norm of L leaves together can reach `max_norm` times the square root of L.
+      A transformation without state (`optax.EmptyState`). A schedule adds a step count, `record=` a record.
 
     Raises:
       ValueError: if `max_norm` is negative or NaN, `ord` is below 1, or `stacked` exceeds a leaf's rank.
@@ -124,8 +102,11 @@ def clip_by_leaf_norm(
       >>> print(updates["a"], updates["b"])
       [0.6 0.8] [0.5]
 
-    Differs from the published code:
-      Nothing while the squares of the entries stay in the float range; past it Keras and TensorFlow lose the norm.
+    Notes:
+      - Guarantees: those of `clip_by`. The direction of each leaf is kept, that of the whole gradient is not.
+      - Differs from Keras and TensorFlow: those lose the norm when a square leaves the float range. Otherwise nothing
+        differs.
+      - Placement: before the optimizer. The norm of L leaves together can reach `max_norm` times the square root of L.
 
     References:
       `clipnorm` of the Keras optimizers; `tf.clip_by_norm`.
@@ -150,27 +131,14 @@ def clip_by_block_rms(
 
     Args:
       threshold: the bound d, at least 0, in the units of one coordinate: a number, an array, an optax schedule, or a
-        prefix pytree of these. Adafactor has 1.
-      stacked: how many leading axes of a leaf index independent layers, each a block of its own; see
+        prefix pytree of these. Adafactor uses 1.
+      stacked: how many leading axes of a leaf index independent layers. Each layer is its own block; see
         `clip_by_leaf_norm`.
-      axes: over which mesh axes the leaves are split; see `clip_by`.
-      record: of how many of the last steps the state keeps a record for `clip_stats`; see `clip_by`.
+      axes: which mesh axes split the leaves; see `clip_by`.
+      record: how many of the last steps to record for `clip_stats`; see `clip_by`.
 
     Returns:
-      A stateless transformation (`optax.EmptyState`); with a schedule it counts its steps, and with `record`
-      it keeps a record.
-
-    Guarantees:
-      The direction of each leaf is kept. Each root mean square afterwards is at most `threshold (1 + 1e-5)` in float32.
-      A leaf below the bound is returned bit for bit.
-
-    Edge cases:
-      A leaf of zeros stays 0. A leaf with an infinite or NaN entry is returned as it came. Bound 0 gives zeros, inf
-      changes nothing.
-
-    Placement:
-      After the preconditioning and before the learning rate, as Adafactor has it, where the update of a healthy step
-      has a root mean square near 1; or before the optimizer.
+      A transformation without state (`optax.EmptyState`). A schedule adds a step count, `record=` a record.
 
     Raises:
       ValueError: if `threshold` is negative or NaN, or `stacked` exceeds a leaf's rank.
@@ -183,8 +151,12 @@ def clip_by_block_rms(
       >>> print(updates)
       [ 1. -1.  1.  1.]
 
-    Differs from the paper:
-      Nothing. There it is a part of the optimizer, and u the gradient divided by the root of its second moment.
+    Notes:
+      - Guarantees: those of `clip_by`. The direction of each leaf is kept.
+      - Placement: after the preconditioning and before the learning rate, as in Adafactor. There a healthy update has a
+        root mean square near 1. Before the optimizer it works too.
+      - Differs from the paper: there the clip is a part of the optimizer, and u is the gradient divided by the root of
+        its second moment.
 
     References:
       Shazeer, Stern, Adafactor, ICML 2018, arXiv:1804.04235, section 6.
@@ -202,35 +174,23 @@ def clip_by_block_rms(
 def clip_by_norm_range(
     min_norm: Bound, max_norm: Bound, *, norm: Norm = norms.global_norm(), axes: Axes = "auto", record: int = False
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Scales updates so that their norm is at least `min_norm` and at most `max_norm`: against vanishing, too.
+    r"""Scales updates so that their norm lies between `min_norm` and `max_norm`, against vanishing gradients too.
 
     .. math:: u \leftarrow u \cdot \frac{\min(\max(n, lo), hi)}{n} \quad (n > 0)
 
     Args:
       min_norm: the lower end, at least 0 and finite, in the units of the norm: a number, an array, an optax schedule,
         or a prefix pytree of these where the norm has several groups.
-      max_norm: the upper end, likewise; it may be inf.
-      norm: what is measured, from `optaxclip.norms`; all leaves together by default.
-      axes: over which mesh axes the leaves are split; see `clip_by`.
-      record: of how many of the last steps the state keeps a record for `clip_stats`; see `clip_by`.
+      max_norm: the upper end, of the same kinds; it may be inf.
+      norm: what to measure, from `optaxclip.norms`; by default all leaves together.
+      axes: which mesh axes split the leaves; see `clip_by`.
+      record: how many of the last steps to record for `clip_stats`; see `clip_by`.
 
     Returns:
-      A stateless transformation (`optax.EmptyState`); with a schedule it counts its steps, and with `record`
-      it keeps a record.
-
-    Guarantees:
-      The direction of each group is kept. The norm afterwards lies in the range up to rounding: `1 + 1e-5` in float32.
-      Within the range updates are returned bit for bit.
-
-    Edge cases:
-      A norm of 0 has no direction and stays 0. A group with an infinite or NaN norm is returned as it came.
-
-    Placement:
-      Before an optimizer that does not normalise (SGD, momentum); Adam undoes the scaling of small gradients by itself.
-      Near a minimum a lower end keeps the steps from shrinking: lower it with a schedule, or the learning rate.
+      A transformation without state (`optax.EmptyState`). A schedule adds a step count, `record=` a record.
 
     Raises:
-      ValueError: if an end is negative or NaN, `min_norm` infinite, or `min_norm` larger than `max_norm`.
+      ValueError: if an end is negative or NaN, `min_norm` is infinite, or `min_norm` is larger than `max_norm`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -240,9 +200,14 @@ def clip_by_norm_range(
       >>> print(updates)
       [0.6 0.8]
 
-    Differs from the paper:
-      The paper scales down what is too large, and meets what vanishes with a term in the loss. The lower end is this
-      library's own.
+    Notes:
+      - Guarantees: those of `clip_by`. The direction of each group is kept. A norm of 0 has no direction, so it stays
+        0.
+      - Placement: before an optimizer that does not normalise (SGD, momentum). Adam undoes the scaling of small
+        gradients. Near a minimum the lower end keeps the steps from shrinking: lower it with a schedule, or lower the
+        learning rate.
+      - Differs from the paper: the paper scales down large gradients, and handles vanishing ones with a term in the
+        loss. The lower end is this library's own.
 
     References:
       Pascanu, Mikolov, Bengio, On the difficulty of training recurrent neural networks, ICML 2013, arXiv:1211.5063, for
@@ -269,24 +234,11 @@ def smooth_clip_by_global_norm(
     Args:
       max_norm: the bound c, at least 0, in the units of the gradient: a number, an array, or an optax schedule. A
         gradient of this norm is halved.
-      axes: over which mesh axes the leaves are split; see `clip_by`.
-      record: of how many of the last steps the state keeps a record for `clip_stats`; see `clip_by`.
+      axes: which mesh axes split the leaves; see `clip_by`.
+      record: how many of the last steps to record for `clip_stats`; see `clip_by`.
 
     Returns:
-      A stateless transformation (`optax.EmptyState`); with a schedule it counts its steps, and with `record`
-      it keeps a record.
-
-    Guarantees:
-      The direction is kept; larger norms stay larger. The norm afterwards is `n c / (n + c)`, below c (in floats it
-      reaches c where n is far larger), over the whole float range.
-
-    Edge cases:
-      Norm 0: zeros. A norm that is infinite or NaN: all updates are returned as they came. Bound 0 gives zeros, inf
-      changes nothing.
-
-    Placement:
-      Before the optimizer. Every gradient is shortened, not only large ones: with SGD raise the learning rate
-      accordingly.
+      A transformation without state (`optax.EmptyState`). A schedule adds a step count, `record=` a record.
 
     Raises:
       ValueError: if `max_norm` is negative or NaN.
@@ -305,9 +257,13 @@ def smooth_clip_by_global_norm(
       >>> eta_n, beta = 0.1, 5.0
       >>> optimizer = optax.chain(optaxclip.smooth_clip_by_global_norm(beta), optax.sgd(eta_n / beta))
 
-    Differs from the paper:
-      Bu et al. have :math:`R / (n + \gamma)` for the gradient of each example; this is their form with R = gamma = c.
-      From the step of Zhang et al. nothing differs.
+    Notes:
+      - Guarantees: those of `clip_by`. The direction is kept, and larger norms stay larger. The norm afterwards is `n *
+        c / (n + c)`. In floats it reaches c where n is far larger.
+      - Placement: before the optimizer. Every gradient is shortened, not only large ones: with SGD, raise the learning
+        rate.
+      - Differs from the paper: Bu et al. use :math:`R / (n + \gamma)` for the gradient of each example; here R and
+        gamma are both c. The step of Zhang et al. is the same.
 
     References:
       Bu, Wang, Zha, Karypis, Automatic clipping, NeurIPS 2023, arXiv:2206.07136.

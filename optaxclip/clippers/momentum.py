@@ -38,22 +38,12 @@ def clipped_momentum(
     Args:
       max_norm: the bound c, at least 0, in the units of the gradient: a number, an array, or an optax schedule.
       decay: :math:`\beta`, in [0, 1). 0 is clipped gradient descent.
-      state_dtype: of the average, a real float dtype of at least 16 bits. None: the parameter's dtype, or
-        float32 if that is below 16 bits.
-      axes: over which mesh axes the leaves are split; see `clip_by`.
+      state_dtype: dtype of the average, a real float dtype of at least 16 bits. None: the parameter's dtype, or float32
+        where that has fewer than 16 bits.
+      axes: which mesh axes split the leaves; see `clip_by`.
 
     Returns:
-      An optax transformation. Its state is one number per coordinate, and with a schedule a step count.
-
-    Guarantees:
-      The norm of what comes out is at most `max_norm (1 + 1e-5)` in float32.
-
-    Edge cases:
-      The average starts at 0 and is not debiased. A gradient that is not finite comes out as it came and is not taken
-      in.
-
-    Placement:
-      In place of an optimizer's momentum: `chain(clipped_momentum(1.0), scale_by_learning_rate(0.1))`.
+      An optax transformation. Its state is one number per coordinate. A schedule adds a step count.
 
     Raises:
       ValueError: if an argument is out of range.
@@ -70,17 +60,21 @@ def clipped_momentum(
       [0.3 0.4]
       [0.6 0.8]
 
-    Differs from the paper:
-      That the clipped average is what is kept follows the method's usual statement; there is no public code to compare
-      with. The other common form clips what comes out and keeps the average as it is: `chain(optax.ema(0.9,
-      debias=False), clip_by_global_norm(1.0))`.
+    Notes:
+      - Guarantees: the norm of the update is at most `max_norm * (1 + 1e-5)` in float32.
+      - Edge cases: the average starts at 0 and is not debiased. A gradient that is not finite is returned unchanged and
+        does not enter the average.
+      - Placement: in place of an optimizer's momentum: `chain(clipped_momentum(1.0), scale_by_learning_rate(0.1))`.
+      - Differs from the paper: there is no public code to compare with. Keeping the clipped average follows the
+        method's usual statement. The other common form clips the output and keeps the average: `chain(optax.ema(0.9,
+        debias=False), clip_by_global_norm(1.0))`.
 
     References:
       Mai, Johansson, Stability and convergence of stochastic gradient clipping: beyond Lipschitz continuity and
       smoothness, ICML 2021, arXiv:2102.06489.
 
     See also:
-      `mixed_clip`; `clip_by_global_norm` for clipped and `smooth_clip_by_global_norm` for normalised descent.
+      `contrib.mixed_clip`; `clip_by_global_norm` for clipped and `smooth_clip_by_global_norm` for normalised descent.
 
       Notebook: `notebooks/stability.ipynb`, over which range of step sizes clipped methods converge.
     """

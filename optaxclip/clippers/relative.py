@@ -27,34 +27,23 @@ def adaptive_grad_clip(
 
     Args:
       clipping: the permitted ratio of the norms, at least 0: a number, an array, an optax schedule, or a prefix pytree
-        of these. The paper has 0.01 for batches of 4096, and larger ones for smaller batches.
+        of these. The paper uses 0.01 for batches of 4096, and more for smaller batches.
       eps: parameters of a smaller norm count as this large, so that zero-initialised units can move; 1e-3 in the paper.
-      axis: the axis or axes to reduce in every leaf, instead of what `units` says. Leaves that do not have it: leave
-        them out with `optax.masked`.
-      units: what a unit is. `"io"`: kernels are [in, out] or HWIO (Flax, Haiku, and optax's own AGC); `"oi"`: kernels
-        are [out, in, ...] (Equinox, PyTorch, and timm's AGC); `"leaf"`: each leaf is one unit. See `norms.unit_norm`.
+      axis: the axis or axes to reduce in every leaf, instead of those of `units`. Exclude leaves without that axis with
+        `optax.masked`.
+      units: what a unit is. `"io"`: kernels are [in, out] or HWIO (Flax, Haiku, and optax's own AGC). `"oi"`: kernels
+        are [out, in, ...] (Equinox, PyTorch, and timm's AGC). `"leaf"`: each leaf is one unit. See `norms.unit_norm`.
       stacked: how many leading axes of a leaf index independent layers, never reduced over; see `clip_by_leaf_norm`.
-      axes: over which mesh axes the leaves are split; inside `shard_map` a PartitionSpec or a pytree of them, since
-        units are single dimensions. See `clip_by`.
-      record: of how many of the last steps the state keeps a record for `clip_stats`; see `clip_by`.
+      axes: which mesh axes split the leaves; see `clip_by`. In `shard_map` pass a PartitionSpec or a pytree of them,
+        because units are single dimensions.
+      record: how many of the last steps to record for `clip_stats`; see `clip_by`.
 
     Returns:
-      A stateless transformation (`optax.EmptyState`); with a schedule it counts its steps, and with `record`
-      it keeps a record. Its `update` needs `params`.
-
-    Guarantees:
-      The direction of each unit is kept. Each norm afterwards is at most `m_k (1 + 1e-5)` in float32. A unit below its
-      bound is returned bit for bit.
-
-    Edge cases:
-      A unit of norm 0 stays 0. A unit with an infinite or NaN norm is returned as it came, the others of its leaf are
-      clipped. Leaves of squeezed rank 0 or 1 (biases, gains) are one unit.
-
-    Placement:
-      Before the optimizer. The paper leaves the final linear layer unclipped: mask it, as below.
+      A transformation without state (`optax.EmptyState`). A schedule adds a step count, `record=` a record. Its
+      `update` needs `params`.
 
     Raises:
-      ValueError: if `clipping` or `eps` is negative or NaN, `units` unknown, `axis` out of range; at update, without
+      ValueError: if `clipping` or `eps` is negative or NaN, `units` unknown, or `axis` out of range; at update, without
         `params`, or with a leaf of rank over 5 and neither `axis` nor another `units`.
 
     Example:
@@ -69,15 +58,20 @@ def adaptive_grad_clip(
       >>> print(updates["hidden"].ravel(), updates["final"])
       [0.3 0.4] [9.]
 
-    Differs from the paper:
-      optax and timm divide by `max(norm, 1e-6)`, so that bounds under 1e-6 come out too small. Here they are exact.
+    Notes:
+      - Guarantees: those of `clip_by`. The direction of each unit is kept. A unit that is not finite leaves the other
+        units of its leaf alone.
+      - Edge cases: a leaf whose squeezed rank is 0 or 1 (biases, gains) is one unit.
+      - Placement: before the optimizer. The paper leaves the final linear layer unclipped: mask it, as in the example.
+      - Differs from optax and timm: they divide by `max(norm, 1e-6)`, so bounds under 1e-6 come out too small. Here
+        they are exact.
 
     References:
       Brock, De, Smith, Simonyan, High-performance large-scale image recognition without normalization, ICML 2021,
       arXiv:2102.06171.
 
     See also:
-      `clippy` for a bound on every coordinate; `thresholds.relative_to_params` with any other norm.
+      `contrib.clippy` for a bound on every coordinate; `thresholds.relative_to_params` with any other norm.
 
       Notebook: `notebooks/which_clipper.ipynb`, all methods compared.
     """

@@ -29,35 +29,19 @@ def clip_by_spectral_norm(
     Args:
       max_norm: the bound c on each spectral norm, at least 0, in the units of the gradient: a number, an array, an
         optax schedule, or a prefix pytree of these for different bounds on different leaves.
-      units: which matrix a leaf of rank over 2 is. `"io"`: its last axis against all others (kernels [in, out] or
-        HWIO, as in Flax); `"oi"`: its first axis against all others (kernels [out, in, ...], as in PyTorch and
-        Equinox).
+      units: which matrix a leaf of rank over 2 is. `"io"`: the last axis against all others (kernels [in, out] or HWIO,
+        as in Flax). `"oi"`: the first axis against all others (kernels [out, in, ...], as in PyTorch and Equinox).
       stacked: how many leading axes of a leaf index independent matrices; see `clip_by_leaf_norm`.
-      axes: over which mesh axes the leaves are split; see `clip_by`. In `shard_map` a matrix must be whole on every
-        device, and leaves that are split over their `stacked` axes need PartitionSpecs.
-      record: of how many of the last steps the state keeps a record for `clip_stats`; see `clip_by`.
+      axes: which mesh axes split the leaves; see `clip_by`. In `shard_map` every device needs whole matrices. Leaves
+        that are split over their `stacked` axes need PartitionSpecs.
+      record: how many of the last steps to record for `clip_stats`; see `clip_by`.
 
     Returns:
-      A stateless transformation (`optax.EmptyState`); with a schedule it counts its steps, and with `record`
-      it keeps a record.
-
-    Guarantees:
-      The direction of each matrix is kept, and its rank and condition with it. The spectral norm afterwards is at most
-      `max_norm (1 + 1e-5)` in float32, for norms up to the largest float. A matrix within is returned bit for bit, if
-      by more than the norm is off: by rounding on CPUs, by 1e-5 elsewhere (by calculation, with the matrix units of
-      TPUs and GPUs emulated on a CPU; not measured on a device).
-
-    Edge cases:
-      Vectors and numbers (biases, gains) are clipped by their 2-norm, which is their only singular value. A matrix of
-      zeros stays 0. One with an infinite or NaN entry is returned as it came. Bound 0 gives zeros, inf changes nothing.
-
-    Placement:
-      Before the optimizer; or after it and before the learning rate, where it bounds by how much a step can change what
-      a layer puts out. The norm of `clip_by_leaf_norm` is larger by up to the root of the rank.
+      A transformation without state (`optax.EmptyState`). A schedule adds a step count, `record=` a record.
 
     Raises:
-      ValueError: if `max_norm` is negative or NaN, `units` unknown, `stacked` exceeds a leaf's rank; at update, in
-        `shard_map`, for a matrix that is split over devices.
+      ValueError: if `max_norm` is negative or NaN, `units` is unknown, or `stacked` exceeds a leaf's rank; at update,
+        in `shard_map`, for a matrix that is split over devices.
 
     Example:
       >>> import jax.numpy as jnp
@@ -68,9 +52,15 @@ def clip_by_spectral_norm(
       [[1.5 0. ]
        [0.  2. ]]
 
-    Differs from the paper:
-      There the weights are divided by their norm, whatever it is, and the norm comes from one step of power iteration,
-      which is never above it. Here updates are scaled, and only those beyond the bound.
+    Notes:
+      - Guarantees: those of `clip_by`. Direction, rank and condition of each matrix are kept. A matrix is returned
+        unchanged if its norm is below the bound by more than its own error: rounding on CPUs, 1e-5 elsewhere. The 1e-5
+        is calculated, with the matrix units of TPUs and GPUs emulated on a CPU; it is not measured on a device.
+      - Edge cases: vectors and numbers (biases, gains) are clipped by their 2-norm, which is their only singular value.
+      - Placement: before the optimizer. After it and before the learning rate, it bounds how much a step can change a
+        layer's output. The norm of `clip_by_leaf_norm` is larger by up to the root of the rank.
+      - Differs from the paper: there the weights are divided by their norm, whatever it is. The norm comes from one
+        step of power iteration, which never exceeds it. Here updates are scaled, and only those beyond the bound.
 
     References:
       Miyato, Kataoka, Koyama, Yoshida, Spectral normalization for generative adversarial networks, ICLR 2018,
@@ -89,49 +79,28 @@ def clip_by_spectral_norm(
 
 
 def clip_singular_values(
-    max_value: Bound, *, soft: bool = False, units: str = "io", stacked: Any = None, axes: Axes = "auto"
+    max_value: Bound, *, smooth: bool = False, units: str = "io", stacked: Any = None, axes: Axes = "auto"
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Caps every singular value of each matrix at `max_value`, and leaves its singular vectors alone.
+    r"""Caps every singular value of each matrix at `max_value`, and keeps its singular vectors.
 
-    .. math:: U S V^T \leftarrow U \min(S, c) V^T, \qquad soft: U \frac{S}{\sqrt{1 + (S / c)^2}} V^T
+    .. math:: U S V^T \leftarrow U \min(S, c) V^T, \qquad smooth: U \frac{S}{\sqrt{1 + (S / c)^2}} V^T
 
     Args:
       max_value: the cap c, at least 0, in the units of the gradient: a number, an array, an optax schedule, or a prefix
         pytree of these.
-      soft: whether the cap is approached without a kink; a singular value of c becomes 0.71 c.
-      units: which matrix a leaf of rank over 2 is. `"io"`: its last axis against all others (kernels [in, out] or
-        HWIO, as in Flax); `"oi"`: its first axis against all others (kernels [out, in, ...], as in PyTorch and
-        Equinox).
+      smooth: whether to cap without a kink. A singular value of c then becomes 0.71 c.
+      units: which matrix a leaf of rank over 2 is. `"io"`: the last axis against all others (kernels [in, out] or HWIO,
+        as in Flax). `"oi"`: the first axis against all others (kernels [out, in, ...], as in PyTorch and Equinox).
       stacked: how many leading axes of a leaf index independent matrices; see `clip_by_leaf_norm`.
-      axes: over which mesh axes the leaves are split; see `clip_by`. In `shard_map` a matrix must be whole on every
-        device, and leaves that are split over their `stacked` axes need PartitionSpecs.
+      axes: which mesh axes split the leaves; see `clip_by`. In `shard_map` every device needs whole matrices. Leaves
+        that are split over their `stacked` axes need PartitionSpecs.
 
     Returns:
-      A stateless transformation (`optax.EmptyState`); with a schedule it counts its steps.
-
-    Guarantees:
-      In float32 the result is off by at most `1e-3 c` and 20 eps of the largest singular value, in the spectral norm,
-      for caps down to a thousandth of that; further down it stays finite, and its norm at most the cap and this. A
-      matrix whose singular values are within the hard cap, by more than they are off, is returned bit for bit. First
-      derivatives are finite everywhere, also where singular values are the same or 0; second ones where they are
-      neither. On TPUs and GPUs the accuracy is by calculation, with their matrix units emulated on a CPU; it is not
-      measured on a device.
-
-    Edge cases:
-      Vectors and numbers (biases, gains) have one singular value, their 2-norm, and are scaled by the same map of it. A
-      matrix of zeros stays 0. One with an infinite or NaN entry is returned as it came. Cap 0 gives zeros, inf changes
-      nothing.
-
-    Placement:
-      Before the optimizer, against spikes that live in a few singular directions, where a norm clip would shrink all of
-      them; or after it and before the learning rate. It costs a decomposition of each matrix that is outside: on two
-      CPU cores 0.15 to 0.3 s at 1024 x 1024. On accelerators it takes 92 products of matrices in full precision
-      (hard) or 54 (soft). For a TPU v5e a 512 x 512 matrix compiles in 11 s of processor time (jax 0.10.2). Matrices
-      of one shape, or its transpose, share one program.
+      A transformation without state (`optax.EmptyState`). A schedule adds a step count.
 
     Raises:
-      ValueError: if `max_value` is negative or NaN, `units` unknown, `stacked` exceeds a leaf's rank; at update, in
-        `shard_map`, for a matrix that is split over devices.
+      ValueError: if `max_value` is negative or NaN, `units` is unknown, or `stacked` exceeds a leaf's rank; at update,
+        in `shard_map`, for a matrix that is split over devices.
 
     Example:
       >>> import jax.numpy as jnp
@@ -142,8 +111,8 @@ def clip_singular_values(
       [[1. 0.]
        [0. 2.]]
 
-      Muon brings all singular values to 1, also those that are nothing but noise. This caps what is large and keeps the
-      sizes of the rest; only for a cap far below all of them the two are the same, but for the factor c:
+      Muon brings all singular values to 1, also those of noise. This caps the large ones and keeps the sizes of the
+      rest. Only for a cap far below all of them the two agree, except for the factor c:
 
       >>> tx = optaxclip.clip_singular_values(0.1)
       >>> updates, _ = tx.update(jnp.array([[0.0, 3.0], [-4.0, 0.0]]), tx.init(None))
@@ -151,10 +120,27 @@ def clip_singular_values(
       [[ 0.   0.1]
        [-0.1  0. ]]
 
-    Differs from the paper:
-      SPECTRA finds the soft cap by ten coupled Newton-Schulz steps, which are off by 28 % for a singular value 60 times
-      the cap and by 95 % at 1000 times; and for vectors it goes from the identity to 0.71 c at a norm of c, where this
-      is continuous.
+    Notes:
+      - Guarantees: in float32 the error is at most `1e-3 * c` plus 20 eps of the largest singular value, in the
+        spectral norm. This holds for caps down to a thousandth of that value. For smaller caps the result stays finite,
+        and its norm is at most the cap plus that error.
+      - Within the cap: without `smooth=`, a matrix whose singular values lie within the cap by more than their error is
+        returned unchanged.
+      - Derivatives: first ones are finite everywhere, also at equal or zero singular values. Second ones are finite
+        where singular values are distinct and positive.
+      - Accelerators: the accuracy on TPUs and GPUs is calculated, with their matrix units emulated on a CPU; it is not
+        measured on a device.
+      - Edge cases: vectors and numbers (biases, gains) have one singular value, their 2-norm, and are scaled by the
+        same map. A matrix of zeros stays 0. A matrix that is not finite is returned unchanged. A cap of 0 gives zeros,
+        inf changes nothing.
+      - Placement: before the optimizer, against spikes in a few singular directions, where a norm clip would shrink all
+        of them. Or after the optimizer and before the learning rate.
+      - Cost: a decomposition of each matrix beyond the cap, 0.15 to 0.3 s at 1024 x 1024 on two CPU cores. Accelerators
+        need 92 matrix products in full precision, with `smooth=True` 54. A 512 x 512 matrix takes 11 s of processor
+        time to compile for a TPU v5e (jax 0.10.2). Matrices of one shape, or its transpose, share one program.
+      - Differs from the paper: SPECTRA finds the smooth cap by ten coupled Newton-Schulz steps. These are off by 28 %
+        for a singular value 60 times the cap, and by 95 % at 1000 times. For vectors SPECTRA jumps from the identity to
+        0.71 c at a norm of c; this is continuous.
 
     References:
       Jiang, Semenov, Stich, Enhancing LLM training via spectral clipping (SPECTRA), 2026, arXiv:2603.14315.
@@ -165,9 +151,9 @@ def clip_singular_values(
 
       Notebook: `notebooks/which_clipper.ipynb`, all methods compared.
     """
-    checks.static_together(soft=soft, stacked=stacked)
+    checks.static_together(smooth=smooth, stacked=stacked)
     checks.bound("max_value", max_value)
-    checks.flag("soft", soft)
+    checks.flag("smooth", smooth)
     checks.one_of("units", units, stacks.UNITS)
     checks.axes(axes)
     vectors = norms.leaf_norm(stacked=stacked)
@@ -188,12 +174,12 @@ def clip_singular_values(
         sizes = leaves.to_tree(stacks.with_vectors(leaves, layers, zeros))
         (cap,), state = bounds.resolve([max_value], state, sizes)
         caps = groups.over_groups(upper_end, sizes, cap)
-        factors = groups.over_groups(_factor(soft), sizes, caps)
+        factors = groups.over_groups(_factor(smooth), sizes, caps)
         clipped = [
             leaf.value if i in matrices or factor is None else scaling.rescale(leaf.value, factor)
             for i, (leaf, factor) in enumerate(zip(leaves, vectors.assign(leaves, factors), strict=True))
         ]
-        for i, one in _capped(matrices, leaves.from_tree(caps), soft).items():
+        for i, one in _capped(matrices, leaves.from_tree(caps), smooth).items():
             clipped[i] = _as_leaf(one, jnp.asarray(leaves[i].value), layers[i], units)
         return drop_missing(updates, leaves.updated(clipped)), state
 
@@ -204,12 +190,12 @@ def _zeros(stack: jax.Array, leaf: Leaf, layers: int) -> jax.Array:
     return jnp.zeros(jnp.shape(leaf.value)[:layers], dtypes.accumulator(stack.dtype))
 
 
-def _factor(soft: bool) -> Callable[[jax.Array, jax.Array], scaling.Factor]:
+def _factor(smooth: bool) -> Callable[[jax.Array, jax.Array], scaling.Factor]:
     """What takes a norm, the only singular value of a vector, to what becomes of it."""
 
     def capped(norm: jax.Array, cap: jax.Array) -> jax.Array:
         low, high = jnp.minimum(norm, cap), jnp.maximum(norm, cap)
-        if not soft:
+        if not smooth:
             return low
         share = arithmetic.quotient(low, jnp.where(high > 0, high, jnp.ones_like(high)))
         return low / jnp.sqrt(1 + jnp.square(share))
@@ -217,10 +203,10 @@ def _factor(soft: bool) -> Callable[[jax.Array, jax.Array], scaling.Factor]:
     return lambda norm, cap: scaling.factor(norm, capped(norm, cap))
 
 
-def _capped(matrices: dict[int, jax.Array], caps: list[Any], soft: bool) -> dict[int, capping.Capped]:
+def _capped(matrices: dict[int, jax.Array], caps: list[Any], smooth: bool) -> dict[int, capping.Capped]:
     """The stacks with capped singular values, by their place."""
     columns = {i: layouts.whole(caps[i]).reshape(-1) for i in matrices}
-    return stacks.together(lambda stack, cap: capping.capped(stack, cap, soft), matrices, columns)
+    return stacks.together(lambda stack, cap: capping.capped(stack, cap, smooth), matrices, columns)
 
 
 # At module level and jitted, so that eager calls do not compile anew.

@@ -12,9 +12,9 @@ from optaxclip.core import Norm, clip_by
 
 def aggc(
     labels: Any,
-    high: Any,
+    ratio: Any,
     *,
-    low: Any = None,
+    min_ratio: Any = None,
     decay: Any = 0.98,
     min_norm: Any = 0.0,
     max_down: Any = None,
@@ -23,37 +23,33 @@ def aggc(
     axes: Axes = "auto",
     record: int = False,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Keeps the norm of each labelled group of leaves within a band about its moving average.
+    r"""Keeps the norm of each labelled group of leaves in a band around its moving average.
 
     .. math:: n_G \leftarrow \min(\max(n_G, low \cdot e_G), high \cdot e_G), \qquad
         e_G \leftarrow \beta e_G + (1 - \beta) n_G
 
+    The first norm is its own average, so with a `ratio` of at least 1 it passes, however large. If your run can explode
+    at once, put a fixed clip in front: `chain(clip_by_global_norm(10.0), contrib.aggc(labels, 2.0))`.
+
     Args:
-      labels: a prefix pytree of strings, or a callable from a leaf's path to one: the groups; see `norms.group_norm`.
-      high: how many averages are permitted, at least 0. Required: the published code has none that would bound.
-      low: below how many averages, at most 1, a norm is raised; None is 0.
-      decay: beta, of the average of the norms after clipping, in [0, 1).
-      min_norm: below this a norm is raised, whatever the average.
-      max_down: a norm is scaled by no less than this, in [0, 1], so that norms may pass the bound; 0.9 in the published
-        code. None for any factor.
-      max_up: a norm is scaled by no more than this; at least 1; 1.1 in the published code. None for any
+      labels: the groups: a prefix pytree of strings, or a callable from a leaf's path to a string; see
+        `norms.group_norm`.
+      ratio: high, the upper end as a multiple of the average, at least 0. Required: the published default works only
+        together with `max_down`.
+      min_ratio: low, the lower end as a multiple of the average, from 0 to 1 and at most `ratio`. None is 0.
+      decay: beta, decay of the average of the norms after clipping, in [0, 1).
+      min_norm: a norm below this is raised to it, whatever the average; at least 0 and finite.
+      max_down: the smallest factor that a norm is scaled by, in [0, 1]; 0.9 in the published code. Norms can then
+        exceed the bound. None allows any factor.
+      max_up: the largest factor that a norm is scaled by, at least 1; 1.1 in the published code. None allows any
         factor.
-      initial: the average before the first step. None is the first norm; 0 in the published code.
-      axes: over which mesh axes the leaves are split; see `clip_by`.
-      record: of how many of the last steps the state keeps a record for `clip_stats`; see `clip_by`.
+      initial: the average before the first step, at least 0 and finite; 0 in the published code. None is the first
+        norm.
+      axes: which mesh axes split the leaves; see `clip_by`.
+      record: how many of the last steps to record for `clip_stats`; see `clip_by`.
 
     Returns:
       An optax transformation. Its state is 8 bytes per group.
-
-    Guarantees:
-      The direction of each group is kept. Within the band updates are returned bit for bit.
-
-    Edge cases:
-      The first norm sets the average and is bounded by `high` times itself. A norm of 0, an infinite or a NaN norm
-      leaves its updates and its statistics as they are.
-
-    Placement:
-      Before the optimizer.
 
     Raises:
       ValueError: if an argument is out of range, or no leaf has a label.
@@ -68,10 +64,13 @@ def aggc(
       >>> print(updates["body"], updates["head"])
       [2.] [1.]
 
-    Differs from the paper:
-      The published average starts at 0 and is not debiased, so that with `high=1` the output stays at a fiftieth of the
-      first norm for ever; its way out, `max_down`, makes the bound none. Both are available, and neither is the
-      default.
+    Notes:
+      - Guarantees: those of `clip_by`. The direction of each group is kept.
+      - Edge cases: those of `clip_by`. A norm of 0, or one that is not finite, does not enter the history.
+      - Placement: before the optimizer.
+      - Differs from the paper: the published average starts at 0 and is not debiased. With a ratio of 1 the output then
+        stays at a fiftieth of the first norm. `max_down` avoids that, but then norms can exceed the bound. You can ask
+        for both; neither is the default.
 
     References:
       AGGC: adaptive group gradient clipping, 2026, arXiv:2601.11864, and its published code.
@@ -83,41 +82,32 @@ def aggc(
     """
     checks.static_together(labels=labels, record=record)
     threshold = thresholds.ema_band(
-        high, low=low, decay=decay, min_norm=min_norm, max_down=max_down, max_up=max_up, initial=initial
+        ratio, min_ratio=min_ratio, decay=decay, min_norm=min_norm, max_down=max_down, max_up=max_up, initial=initial
     )
     return clip_by(norms.group_norm(labels), threshold, axes=axes, record=record)
 
 
 def clip_norm_growth(
-    max_growth: Any = 1.01, *, norm: Norm = norms.leaf_norm(), axes: Axes = "auto", record: int = False
+    ratio: Any = 1.01, *, norm: Norm = norms.leaf_norm(), axes: Axes = "auto", record: int = False
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Lets each norm be at most so many times what it was in the last step, after clipping.
+    r"""Clips each norm to a multiple of its norm in the last step, after clipping.
 
     .. math:: u_t \leftarrow u_t \cdot \min(1, \gamma (m_{t-1} + 10^{-8}) / n_t), \qquad m_t = \|u_t\|
 
+    The first norm passes, however large. If your run can explode at once, put a fixed clip in front:
+    `chain(clip_by_leaf_norm(1.0), contrib.clip_norm_growth())`.
+
     Args:
-      max_growth: gamma, by which factor norms may grow in a step, positive; 1.01 in Fira and APOLLO.
-      norm: what is measured, from `optaxclip.norms`; each group has a history of its own.
-      axes: over which mesh axes the leaves are split; see `clip_by`.
-      record: of how many of the last steps the state keeps a record for `clip_stats`; see `clip_by`.
+      ratio: gamma, the permitted growth of a norm per step, positive; 1.01 in Fira and APOLLO.
+      norm: what to measure, from `optaxclip.norms`. Each group has its own history.
+      axes: which mesh axes split the leaves; see `clip_by`.
+      record: how many of the last steps to record for `clip_stats`; see `clip_by`.
 
     Returns:
       An optax transformation. Its state is one float per group.
 
-    Guarantees:
-      The direction of each group is kept. Norms up to the bound are returned bit for bit.
-
-    Edge cases:
-      The first norm passes, however large. After a dip the norm comes back at 1 % a step: tenfold takes 232 steps. A
-      norm of 0, an infinite or a NaN norm leaves its updates and its statistics as they are; a zero would otherwise
-      hold it down for 1,388 steps, as a norm of 1e-12 still does.
-
-    Placement:
-      Before the learning rate, on the scaled update: Fira and APOLLO apply it to what their optimizer makes of the
-      gradient.
-
     Raises:
-      ValueError: if `max_growth` is not positive.
+      ValueError: if `ratio` is not positive.
 
     Example:
       >>> import jax.numpy as jnp
@@ -129,8 +119,13 @@ def clip_norm_growth(
       >>> print(updates)
       [1.01]
 
-    Differs from the paper:
-      A zero norm leaves the state as it is.
+    Notes:
+      - Guarantees: those of `clip_by`. The direction of each group is kept.
+      - Edge cases: those of `clip_by`. A norm of 0, or one that is not finite, does not enter the history.
+      - Level shifts: after a dip a norm comes back at 1 % per step: tenfold takes 232 steps. A dip to 1e-12 takes
+        1,388.
+      - Placement: on the scaled update, before the learning rate. Fira and APOLLO apply it to their optimizer's output.
+      - Differs from the paper: a norm of 0 leaves the state alone.
 
     References:
       Chen et al., Fira, 2024, arXiv:2410.01623; Zhu et al., APOLLO, 2024, arXiv:2412.05270.
@@ -140,4 +135,4 @@ def clip_norm_growth(
 
       Notebook: `notebooks/which_clipper.ipynb`, all methods compared.
     """
-    return clip_by(norm, thresholds.growth(max_growth), axes=axes, record=record)
+    return clip_by(norm, thresholds.growth(ratio), axes=axes, record=record)

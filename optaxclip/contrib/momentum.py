@@ -49,23 +49,13 @@ def mixed_clip(
       decay: :math:`\beta`, in [0, 1); 0.999 in the paper.
       mix: :math:`\nu`, the share of the average, in [0, 1]; 0.7 in the paper. 1 is momentum clipping, 0 clipped
         descent.
-      smooth: whether clip(x, c) is x c / (c + n), as in the published code, and not x min(1, c / n).
-      state_dtype: of the average, a real float dtype of at least 16 bits. None: the parameter's dtype, or
-        float32 if that is below 16 bits.
-      axes: over which mesh axes the leaves are split; see `clip_by`.
+      smooth: whether to clip without a kink: x c / (c + n), as in the published code, instead of x min(1, c / n).
+      state_dtype: dtype of the average, a real float dtype of at least 16 bits. None: the parameter's dtype, or float32
+        where that has fewer than 16 bits.
+      axes: which mesh axes split the leaves; see `clip_by`.
 
     Returns:
-      An optax transformation. Its state is one number per coordinate, and with a schedule a step count.
-
-    Guarantees:
-      The norm of what comes out is at most `max_norm (1 + 1e-5)` in float32.
-
-    Edge cases:
-      The average starts at 0, is not debiased, and is kept as it is: only what comes out is clipped. A gradient that is
-      not finite comes out as it came and is not taken in.
-
-    Placement:
-      In place of an optimizer's momentum: `chain(mixed_clip(1.0), scale_by_learning_rate(0.1))`.
+      An optax transformation. Its state is one number per coordinate. A schedule adds a step count.
 
     Raises:
       ValueError: if an argument is out of range.
@@ -79,8 +69,13 @@ def mixed_clip(
       >>> print(updates.round(3))  # 0.7 of (0.3, 0.4) and 0.3 of (0.6, 0.8)
       [0.39 0.52]
 
-    Differs from the paper:
-      The bound is that of the paper divided by the learning rate, so that the learning rate can follow in the chain.
+    Notes:
+      - Guarantees: the norm of the update is at most `max_norm * (1 + 1e-5)` in float32.
+      - Edge cases: the average starts at 0, is not debiased, and is kept unclipped. A gradient that is not finite is
+        returned unchanged and does not enter the average.
+      - Placement: in place of an optimizer's momentum: `chain(contrib.mixed_clip(1.0), scale_by_learning_rate(0.1))`.
+      - Differs from the paper: the bound is the paper's divided by the learning rate, so that the learning rate can
+        follow in the chain.
 
     References:
       Zhang B., Jin, Fang, Wang, Improved analysis of clipping algorithms for non-convex optimization, NeurIPS 2020,

@@ -17,28 +17,15 @@ def clippy(
     .. math:: u_l \leftarrow u_l \cdot \min\Bigl(1, \min_i \frac{relative \cdot |w_i| + absolute}{|u_i|}\Bigr)
 
     Args:
-      relative: permitted share of the parameter's modulus, at least 0: a number or a scalar array. 0.1 in
-        TensorFlow Recommenders.
-      absolute: permitted change besides, at least 0, in the units of the parameters: a number or a scalar array. 1e-7
-        in TensorFlow Recommenders; it alone lets a coordinate leave 0.
-      axes: over which mesh axes the leaves are split; see `clip_by`.
-      record: of how many of the last steps the state keeps a record for `clip_stats`; see `clip_by`.
+      relative: permitted share of the parameter's modulus, at least 0: a number or a scalar array. 0.1 in TensorFlow
+        Recommenders.
+      absolute: added to the limit, at least 0, in the units of the parameters: a number or a scalar array. 1e-7 in
+        TensorFlow Recommenders. Only this lets a coordinate leave 0.
+      axes: which mesh axes split the leaves; see `clip_by`.
+      record: how many of the last steps to record for `clip_stats`; see `clip_by`.
 
     Returns:
-      A stateless transformation (`optax.EmptyState`), but for the record. Its `update` needs `params`.
-
-    Guarantees:
-      The direction of each leaf is kept. Every coordinate afterwards is within its limit up to rounding. A leaf within
-      is returned bit for bit.
-
-    Edge cases:
-      Coordinates with u = 0 have no say. A limit of 0 under a non-zero update (`absolute=0`, w = 0), or a ratio past
-      the largest float, scales the leaf to 0. A leaf with an infinite or NaN update or parameter is returned as it
-      came. One coordinate with w = 0 caps its whole leaf, as the second example shows: raise `absolute` where
-      parameters start at 0.
-
-    Placement:
-      After the learning rate, at the end of the chain: it bounds the change of the parameters, not the gradient.
+      A transformation without state (`optax.EmptyState`). `record=` adds a record. Its `update` needs `params`.
 
     Raises:
       ValueError: if `relative` or `absolute` is negative or NaN; at update, without `params`.
@@ -55,10 +42,18 @@ def clippy(
       >>> print(updates)  # 0.01 where w = 0 permits 1e-7: all shrink by 1e-5
       [ 2.e-07 -4.e-06  1.e-07]
 
-    Differs from the paper:
-      The defaults are those of TensorFlow Recommenders' `ClippyAdagrad`; public ports of the paper have 0.5 and 0.01.
-      That class has Adagrad inside, and a third term in the limit, relative to Adagrad's accumulator and 0 by default.
-      Here any optimizer may come before.
+    Notes:
+      - Guarantees: those of `clip_by`. The direction of each leaf is kept.
+      - Parameters at 0: one coordinate with w = 0 caps its whole leaf, as the second example shows. Raise `absolute`
+        where parameters start at 0.
+      - Edge cases: coordinates with u = 0 do not count. A limit of 0 under a non-zero update (`absolute=0`, w = 0), or
+        a ratio past the largest float, scales the leaf to 0. A leaf with an update or parameter that is not finite is
+        returned unchanged.
+      - Placement: after the learning rate, at the end of the chain. It bounds the change of the parameters, not the
+        gradient.
+      - Differs from the paper: the defaults are those of `ClippyAdagrad` in TensorFlow Recommenders; public ports of
+        the paper use 0.5 and 0.01. That class has Adagrad inside, and a third term in the limit, relative to Adagrad's
+        accumulator and 0 by default. Here any optimizer may come before.
 
     References:
       Tang et al., Improving training stability for multitask ranking models in recommender systems, KDD 2023,

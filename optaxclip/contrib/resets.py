@@ -28,32 +28,22 @@ class ResetState(NamedTuple):
 def reset_state_every(
     inner: optax.GradientTransformation, period: int = 500, *, warmup_steps: int = 150
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Puts what an optimizer keeps per parameter back to its initial value every `period` steps.
+    r"""Resets what an optimizer keeps per parameter to its initial value every `period` steps.
 
-    A spike stays in Adam's moments for hundreds of steps; a reset forgets it. Counts and schedules go on. After a reset
-    the updates are small at first and grow along a half cosine:
+    A spike stays in Adam's moments for hundreds of steps; a reset forgets it. Counts and schedules continue. After a
+    reset the updates start small and grow along a half cosine:
 
     .. math:: u \leftarrow u \cdot \Bigl(1 - 0.99 \cdot \tfrac12 \bigl(1 + \cos\tfrac{\pi j}{W + 1}\bigr)\Bigr),
         \qquad j = t \bmod P < W,\ t \ge P
 
     Args:
       inner: the optimizer.
-      period: P, every so many steps, before the gradient of that step enters; 500 in the paper.
-      warmup_steps: W, over so many steps after a reset the updates grow; 150 in the paper.
+      period: P, how many steps from one reset to the next, at least 1; 500 in the paper. The reset comes before the
+        gradient of its step enters.
+      warmup_steps: W, over how many steps the updates grow after a reset, at least 0; 150 in the paper.
 
     Returns:
       An optax transformation. Its state is the inner one and a step count. Its `update` needs `params`.
-
-    Guarantees:
-      Outside of the steps after a reset the updates are those of `inner`, bit for bit.
-
-    Edge cases:
-      The first `period - 1` steps are those of `inner` alone. Which part of the state is per parameter is what
-      `optax.tree.map_params` says.
-
-    Placement:
-      Around the optimizer, and inside `optax.MultiSteps`: around that it would empty the sum of gradients, too. SPAM is
-      `chain(spam_clip(period=500), reset_state_every(adam(learning_rate), 500))`.
 
     Raises:
       ValueError: if `period` is less than 1 or `warmup_steps` negative; at update, without `params`.
@@ -70,9 +60,15 @@ def reset_state_every(
       ...     print(f"{updates[0]:.3f}", end=" ")
       0.100 0.190 0.271 0.001 0.049 0.271
 
-    Differs from the paper:
-      Nothing. The class in the published code has a warm-up of 50 steps by default; the port in pytorch_optimizer runs
-      it one step ahead besides.
+    Notes:
+      - Guarantees: outside the warm-up after a reset the updates are those of `inner`, unchanged. So are the first
+        `period - 1` steps.
+      - Edge cases: `optax.tree.map_params` decides which part of the state is per parameter.
+      - Placement: around the optimizer, and inside `optax.MultiSteps`. Around `optax.MultiSteps` it would also empty
+        the sum of gradients. SPAM is `chain(contrib.spam_clip(period=500), contrib.reset_state_every(adam(1e-3),
+        500))`.
+      - Differs from other code: the class in the published code has a warm-up of 50 steps by default. The port in
+        pytorch_optimizer also runs it one step ahead.
 
     References:
       Huang et al., SPAM: spike-aware Adam with momentum reset for stable LLM training, ICLR 2025, arXiv:2501.06842.

@@ -29,7 +29,7 @@ class AcclipState(NamedTuple):
 def scale_by_acclip(
     b1: Any = 0.9, b2: Any = 0.99, *, alpha: float = 1.0, eps: Any = 1e-5, state_dtype: Any = None
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Momentum, each coordinate of it clipped to the average size of its gradients.
+    r"""Clips each coordinate of the momentum to the average size of its gradients.
 
     .. math:: u \leftarrow m \min\Bigl(1, \frac{\tau}{|m| + \epsilon}\Bigr), \qquad
         m \leftarrow b_1 m + (1 - b_1) g, \quad \tau^\alpha \leftarrow b_2 \tau^\alpha + (1 - b_2) |g|^\alpha
@@ -39,21 +39,11 @@ def scale_by_acclip(
       b2: decay of the sizes, in [0, 1); 0.99 in the paper.
       alpha: order of the average of sizes, at least 1; 1 in the paper, 2 in the public code.
       eps: added to the momentum's modulus, at least 0.
-      state_dtype: of both averages, a real float dtype of at least 16 bits. None: the parameter's dtype, or
-        float32 if that is below 16 bits.
+      state_dtype: dtype of both averages, a real float dtype of at least 16 bits. None: the parameter's dtype, or
+        float32 where that has fewer than 16 bits.
 
     Returns:
       An optax transformation. Its state is two numbers per coordinate.
-
-    Guarantees:
-      No coordinate exceeds the average size of its gradients.
-
-    Edge cases:
-      Nothing is debiased: at alpha 1 what comes out starts at a hundredth of the gradient and takes 100 steps to 0.63
-      of it. A coordinate that is not finite comes out as it came and leaves its averages as they are.
-
-    Placement:
-      In place of `scale_by_adam`: `chain(scale_by_acclip(), scale_by_learning_rate(0.1))`.
 
     Raises:
       ValueError: if an argument is out of range.
@@ -67,8 +57,13 @@ def scale_by_acclip(
       >>> print(updates.round(3))
       [ 0.01 -0.01]
 
-    Differs from the paper:
-      The public code has alpha 2, and by default divides by the root of the second moment besides.
+    Notes:
+      - Guarantees: no coordinate of the update exceeds the average size of its gradients.
+      - Edge cases: nothing is debiased. At alpha 1 the update starts at a hundredth of the gradient and takes 100 steps
+        to 0.63 of it. A coordinate that is not finite is returned unchanged and leaves its averages alone.
+      - Placement: in place of `scale_by_adam`: `chain(contrib.scale_by_acclip(), scale_by_learning_rate(0.1))`.
+      - Differs from the paper: the public code uses alpha 2, and by default also divides by the root of the second
+        moment.
 
     References:
       Zhang J., Karimireddy, Veit, Kim, Reddi, Kumar, Sra, Why are adaptive methods good for attention models?, NeurIPS
@@ -134,7 +129,7 @@ class StableAdamState(NamedTuple):
 def scale_by_stable_adam(
     b1: Any = 0.9, b2: Any = 0.99, *, eps: Any = 1e-6, state_dtype: Any = None, axes: mesh.Axes = "auto"
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Adam, each leaf of it divided by how much its gradients exceed the second moment: StableAdamW's update clipping.
+    r"""Divides Adam's update of each leaf by how much its gradients exceed the second moment, as StableAdamW does.
 
     .. math:: u_l \leftarrow \frac{\hat m}{\sqrt{\hat v} + \epsilon} \Big/ \max(1, r_l), \qquad
         r_l = \sqrt{\operatorname{mean}_i \frac{g_i^2}{\max(\hat v_i, \epsilon^2)}}
@@ -142,24 +137,13 @@ def scale_by_stable_adam(
     Args:
       b1: decay of the mean, in [0, 1); 0.9 in the paper.
       b2: decay of the squares, in [0, 1); 0.99 in the paper.
-      eps: added to the root, positive; 1e-6 in the paper.
-      state_dtype: of both averages, a real float dtype of at least 16 bits. None: the parameter's dtype, or
-        float32 if that is below 16 bits.
-      axes: over which mesh axes the leaves are split; see `clip_by`.
+      eps: added to the root, at least 0; 1e-6 in the paper.
+      state_dtype: dtype of both averages, a real float dtype of at least 16 bits. None: the parameter's dtype, or
+        float32 where that has fewer than 16 bits.
+      axes: which mesh axes split the leaves; see `clip_by`.
 
     Returns:
       An optax transformation. Its state is two numbers per coordinate, and a step count per leaf.
-
-    Guarantees:
-      A leaf whose gradients fit the second moment gets Adam's update.
-
-    Edge cases:
-      A leaf of zeros at the start stays 0. A leaf with an entry that is not finite comes out as it came and leaves its
-      averages as they are.
-
-    Placement:
-      In place of `scale_by_adam`: StableAdamW is `chain(scale_by_stable_adam(), add_decayed_weights(0.01),
-      scale_by_learning_rate(1e-3))`.
 
     Raises:
       ValueError: if an argument is out of range.
@@ -175,9 +159,14 @@ def scale_by_stable_adam(
       >>> print(f"{updates[0]:.4f} {updates[1]:.4f}")
       0.6095 0.0710
 
-    Differs from the paper:
-      The root of the second moment is kept, so that it is right over the whole float range. Weight decay is another
-      transformation's; the paper divides it by r, too.
+    Notes:
+      - Guarantees: a leaf whose gradients fit the second moment gets Adam's update. The root of the second moment is
+        kept, so it is right over the whole float range.
+      - Edge cases: a leaf of zeros at the start stays 0. A leaf with an entry that is not finite is returned unchanged
+        and leaves its averages alone.
+      - Placement: in place of `scale_by_adam`. StableAdamW is `chain(contrib.scale_by_stable_adam(),
+        add_decayed_weights(0.01), scale_by_learning_rate(1e-3))`.
+      - Differs from the paper: weight decay is another transformation here. The paper divides it by r too.
 
     References:
       Wortsman et al., Stable and low-precision training for large-scale vision-language models, NeurIPS 2023,

@@ -29,42 +29,33 @@ class SpamState(NamedTuple):
 
 
 def spam_clip(
-    threshold: Any = 5000.0,
+    ratio: Any = 5000.0,
     *,
     decay: Any = 0.999,
-    idle_steps: int = 19,
+    warmup_steps: int = 19,
     period: int | None = None,
     state_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Clips each coordinate whose square is more than `threshold` times the moving average of its squares.
+    r"""Clips each coordinate whose square is more than `ratio` times the moving average of its squares.
 
     .. math:: u \leftarrow \operatorname{sign}(u) \sqrt{\theta v} \text{ where } u^2 > \theta v > 0, \qquad
         v \leftarrow \beta v + (1 - \beta) u^2
 
+    The first `warmup_steps` steps pass, however large. If your run can explode at once, put a fixed clip in front:
+    `chain(clip_by_global_norm(10.0), contrib.spam_clip())`.
+
     Args:
-      threshold: :math:`\theta`, at least 0; 5000 in the paper.
-      decay: :math:`\beta`, of the average of what was let through, in [0, 1); 0.999 in the paper.
-      idle_steps: so many steps at the start nothing is clipped, and the average fills; the paper clips from step 20 on.
-      period: every so many steps the average restarts, and the idle steps with it; 500 in the paper. None never does.
-      state_dtype: of the average, a real float dtype of at least 16 bits. None: the parameter's dtype, or
-        float32 if that is below 16 bits. In 16 bits an average of this decay hardly moves.
+      ratio: :math:`\theta`, the permitted multiple of the average of squares, at least 0; 5000 in the paper.
+      decay: :math:`\beta`, decay of the average of the squares after clipping, in [0, 1); 0.999 in the paper.
+      warmup_steps: how many steps nothing is clipped at the start, while the average fills, at least 0. The paper clips
+        from step 20 on.
+      period: how many steps from one restart of the average to the next; each restart begins a new warm-up. 500 in the
+        paper. None never restarts.
+      state_dtype: dtype of the average, a real float dtype of at least 16 bits. None: the parameter's dtype, or float32
+        where that has fewer than 16 bits. In 16 bits an average of this decay hardly moves.
 
     Returns:
       An optax transformation. Its state is one number per coordinate, and a step count.
-
-    Guarantees:
-      The sign of each coordinate is kept (the phase, of a complex one). Coordinates that do not spike are returned bit
-      for bit, but for subnormals in bfloat16, which some versions of XLA flush. The average is kept as its root, so
-      that it is right over the whole float range.
-
-    Edge cases:
-      A coordinate that was always 0 (v = 0, as in the rows of an embedding) is not clipped. An infinite coordinate is
-      clipped where there is an average, NaN passes, and neither enters it. Integer, boolean, float0 and key leaves pass
-      untouched.
-
-    Placement:
-      Before the optimizer. SPAM is this and a reset of Adam's moments: `chain(spam_clip(period=500),
-      reset_state_every(adam(learning_rate), 500))`.
 
     Raises:
       ValueError: if an argument is out of range.
@@ -72,7 +63,7 @@ def spam_clip(
     Example:
       >>> import jax.numpy as jnp
       >>> import optaxclip
-      >>> tx = optaxclip.contrib.spam_clip(4.0, decay=0.9, idle_steps=2)
+      >>> tx = optaxclip.contrib.spam_clip(4.0, decay=0.9, warmup_steps=2)
       >>> params = jnp.zeros(1)
       >>> state = tx.init(params)
       >>> for grad in (1.0, 1.0, 3.0):
@@ -80,9 +71,18 @@ def spam_clip(
       >>> print(updates)  # the root of 4 times 0.19
       [0.8718]
 
-    Differs from the paper:
-      The published code clips to 0 where v = 0, so that a coordinate that was silent in the idle steps is dead until
-      the next restart. There v is Adam's own second moment; here it is another, so that any optimizer can follow.
+    Notes:
+      - Guarantees: the sign of each coordinate is kept (of a complex one, the phase). Coordinates that do not spike are
+        returned unchanged, except subnormals in bfloat16, which some versions of XLA flush. The average is kept as its
+        root, so it is right over the whole float range.
+      - Edge cases: a coordinate that was always 0 is not clipped (v = 0, as in the rows of an embedding). An infinite
+        coordinate is clipped where there is an average, NaN passes, and neither enters the average. Integer, boolean,
+        float0 and key leaves pass untouched.
+      - Placement: before the optimizer. SPAM is this and a reset of Adam's moments:
+        `chain(contrib.spam_clip(period=500), contrib.reset_state_every(adam(1e-3), 500))`.
+      - Differs from the paper: the published code clips to 0 where v = 0. A coordinate that was silent in the warm-up
+        is then dead until the next restart. There v is Adam's own second moment; here it is another, so that any
+        optimizer can follow.
 
     References:
       Huang et al., SPAM: spike-aware Adam with momentum reset for stable LLM training, ICLR 2025, arXiv:2501.06842.
@@ -92,10 +92,10 @@ def spam_clip(
 
       Notebook: `notebooks/which_clipper.ipynb`, all methods compared.
     """
-    checks.static_together(idle_steps=idle_steps, period=period, state_dtype=state_dtype)
-    threshold = checks.number("threshold", threshold)
+    checks.static_together(warmup_steps=warmup_steps, period=period, state_dtype=state_dtype)
+    ratio = checks.number("ratio", ratio)
     decay = checks.number("decay", decay, below=1.0)
-    idle_steps = checks.whole("idle_steps", idle_steps, at_least=0)
+    warmup_steps = checks.whole("warmup_steps", warmup_steps, at_least=0)
     period = checks.whole_or_none("period", period)
     dtype = checks.state_dtype(state_dtype)
 
@@ -110,14 +110,14 @@ def spam_clip(
         step = jnp.asarray(optax.safe_increment(state.spam_step))
         phase = step if period is None else step % period
         restarts = (phase == 0) & (period is not None)
-        is_idle = phase <= idle_steps
+        is_warm = phase <= warmup_steps
 
         def one(leaf: Any, rms: jax.Array) -> tuple[jax.Array, jax.Array]:
             leaf = jnp.asarray(leaf)
             size = arithmetic.modulus(leaf)
             before = jnp.where(restarts, jnp.zeros_like(rms), rms).astype(size.dtype)
-            bound = arithmetic.root(jnp.asarray(threshold, size.dtype)) * before
-            spikes = (size > bound) & (before > 0) & ~is_idle
+            bound = arithmetic.root(jnp.asarray(ratio, size.dtype)) * before
+            spikes = (size > bound) & (before > 0) & ~is_warm
             kept = jnp.where(spikes, bound, size)
             after = averages.power_mean(before, kept, averages.shares(decay, size.dtype), 2)
             after = jnp.where(jnp.isfinite(size), after, before)
@@ -137,26 +137,16 @@ def adaptive_spike_clip(
     .. math:: u_i \leftarrow u_i \hat M / \max_j |u_j| \text{ where } |u_i| > \hat M, \qquad
         M \leftarrow \beta M + (1 - \beta) \max_j |u_j|, \quad \hat M = M / (1 - \beta^t)
 
+    The first step passes, however large. If your run can explode at once, put a fixed clip in front:
+    `chain(clip_by_global_norm(10.0), contrib.adaptive_spike_clip())`.
+
     Args:
       decay: :math:`\beta`, in [0, 1); 0.999 in the paper.
-      axes: over which mesh axes the leaves are split; see `clip_by`.
-      record: of how many of the last steps the state keeps a record for `clip_stats`; see `clip_by`.
+      axes: which mesh axes split the leaves; see `clip_by`.
+      record: how many of the last steps to record for `clip_stats`; see `clip_by`.
 
     Returns:
       An optax transformation. Its state is two numbers per leaf.
-
-    Guarantees:
-      No coordinate afterwards exceeds the debiased average of the largest moduli, this step's among them. Those within
-      are returned bit for bit.
-
-    Edge cases:
-      The first step passes. A leaf of zeros, or with an infinite or NaN entry, is returned as it came and leaves its
-      state as it is.
-
-    Placement:
-      Before the optimizer, and before `scale_by_adaptive_norm`. Stable-SPAM is `chain(adaptive_spike_clip(),
-      scale_by_adaptive_norm(), reset_state_every(adam(learning_rate), 1000))`, up to the first reset: the published
-      code then restarts Adam's count and has no warm-up.
 
     Raises:
       ValueError: if `decay` is out of range.
@@ -172,9 +162,15 @@ def adaptive_spike_clip(
       >>> print(updates)  # a third of 4 and two thirds of 16
       [ 1. 12.]
 
-    Differs from the paper:
-      The published code restarts its count every so often, which breaks the debiasing; here it goes on. Leaves of zeros
-      are not taken in.
+    Notes:
+      - Guarantees: those of `clip_by`. No coordinate exceeds the debiased average of the largest moduli, the current
+        one included. Coordinates within it are returned unchanged.
+      - Edge cases: those of `clip_by`. A norm of 0, or one that is not finite, does not enter the history.
+      - Placement: before the optimizer, and before `scale_by_adaptive_norm`. Up to the first reset, Stable-SPAM is
+        `chain(contrib.adaptive_spike_clip(), contrib.scale_by_adaptive_norm(), contrib.reset_state_every(adam(1e-3),
+        1000))`. At a reset the published code restarts Adam's count, without a warm-up.
+      - Differs from the paper: the published code restarts its count at every reset, which breaks the debiasing; here
+        it continues. Leaves of zeros stay out.
 
     References:
       AdaClip of Huang et al., Stable-SPAM, 2025, arXiv:2502.17055.
@@ -195,27 +191,17 @@ def scale_by_adaptive_norm(
     .. math:: m \leftarrow b_1 m + (1 - b_1) n, \quad v \leftarrow b_2 v + (1 - b_2) n^2, \quad
         u \leftarrow \frac{u}{n} \frac{\hat m}{\sqrt{\hat v} + \epsilon}, \qquad n = \|u\|
 
-    It is a normaliser and not a clip: small gradients come out as large as large ones.
+    It is a normaliser, not a clip: small gradients come out as large as large ones.
 
     Args:
       b1: decay of the average of norms, in [0, 1); 0.7 in the paper.
       b2: decay of the average of their squares, in [0, 1); 0.9 in the paper.
       eps: added to the root, at least 0.
-      axes: over which mesh axes the leaves are split; see `clip_by`.
-      record: of how many of the last steps the state keeps a record for `clip_stats`; see `clip_by`.
+      axes: which mesh axes split the leaves; see `clip_by`.
+      record: how many of the last steps to record for `clip_stats`; see `clip_by`.
 
     Returns:
       An optax transformation. Its state is three numbers per leaf.
-
-    Guarantees:
-      The direction of each leaf is kept.
-
-    Edge cases:
-      A leaf of zeros stays, and is taken in, as in the authors' code. A leaf with an infinite or NaN entry is returned
-      as it came and leaves its state as it is.
-
-    Placement:
-      Before the optimizer; see `adaptive_spike_clip`.
 
     Raises:
       ValueError: if an argument is out of range.
@@ -229,8 +215,12 @@ def scale_by_adaptive_norm(
       >>> print(updates)
       [0.6 0.8]
 
-    Differs from the paper:
-      The counts never restart.
+    Notes:
+      - Guarantees: those of `clip_by`. The direction of each leaf is kept.
+      - Edge cases: a leaf of zeros stays 0 and enters the averages, as in the authors' code. A leaf that is not finite
+        is returned unchanged and leaves its averages alone.
+      - Placement: before the optimizer; see `adaptive_spike_clip`.
+      - Differs from the paper: the counts never restart.
 
     References:
       AdaGN of Huang et al., Stable-SPAM, 2025, arXiv:2502.17055.

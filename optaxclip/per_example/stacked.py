@@ -20,24 +20,11 @@ def per_example_global_norm_clip(grads: Grads, l2_norm_clip: Any) -> tuple[Grads
     .. math:: \sum_i g_i \cdot \min(1, c / n_i), \qquad n_i = \|g_i\|_2
 
     Args:
-      grads: pytree of arrays whose first axis indexes the examples, as `jax.vmap(jax.grad(fun), (None, 0))` gives it.
+      grads: pytree of arrays whose first axis indexes the examples, as `jax.vmap(jax.grad(fun), (None, 0))` returns it.
       l2_norm_clip: the bound c, at least 0, in the units of the gradient: a number or a scalar array.
 
     Returns:
       The sum, without that axis, and the number of examples that were clipped, an int32 scalar.
-
-    Guarantees:
-      Norms are right over the whole float range, and an example adds at most `l2_norm_clip (1 + 1e-5)` to the sum,
-      unless its norm is past the largest float (four entries of 3e38): then it is finite and keeps its direction. The
-      sum is taken in float32 or wider, and has the dtype of the gradient; integers become float32.
-
-    Edge cases:
-      An example whose norm is infinite or NaN counts nothing, and is not among the clipped. Examples of norm 0 are
-      never clipped. Bound 0 gives zeros, inf changes nothing. Boolean, float0 and key leaves are refused.
-
-    Placement:
-      Between the gradients and the optimizer. Inside `shard_map` each device clips the examples that it has; gradients
-      by a replicated argument are no gradients of single examples there, see `per_example.clipped_value_and_grad`.
 
     Raises:
       ValueError: if the bound is negative or NaN, if an array has no first axis, or if these differ in length.
@@ -50,9 +37,18 @@ def per_example_global_norm_clip(grads: Grads, l2_norm_clip: Any) -> tuple[Grads
       >>> print(total, clipped)  # [0.6, 0.8] + [0.3, 0.4] + [0.6, 0.8]
       [1.5 2. ] 2
 
-    Differs from optax:
-      There one example with a NaN makes the sum NaN, one of norm 1e20 counts as zeros, and 16-bit gradients are
-      measured in 16 bits.
+    Notes:
+      - Guarantees: norms are right over the whole float range. An example adds at most `l2_norm_clip * (1 + 1e-5)` to
+        the sum. If its norm is past the largest float (four entries of 3e38), its share is finite and keeps its
+        direction, without the bound. The sum is taken in float32 or wider, and has the dtype of the gradient; integers
+        become float32.
+      - Edge cases: an example whose norm is not finite does not count, and is not among the clipped. Examples of norm 0
+        are never clipped. A bound of 0 gives zeros, inf changes nothing. Boolean, float0 and key leaves are refused.
+      - Placement: between the gradients and the optimizer. In `shard_map` each device clips its own examples. Gradients
+        with respect to a replicated argument are not those of single examples there; see
+        `per_example.clipped_value_and_grad`.
+      - Differs from optax: in optax one example with a NaN makes the sum NaN, and one of norm 1e20 counts as zeros.
+        16-bit gradients are measured in 16 bits.
 
     References:
       Abadi et al., Deep learning with differential privacy, CCS 2016, arXiv:1607.00133.
@@ -75,25 +71,15 @@ def per_example_layer_norm_clip(grads: Grads, global_l2_norm_clip: Any, uniform:
 
     .. math:: c_l = c / \sqrt{L} \quad\mathrm{or}\quad c_l = c \sqrt{D_l / D}
 
-    so that the global norm of an example is at most c.
+    The global norm of each example is then at most c.
 
     Args:
-      grads: pytree of arrays whose first axis indexes the examples, one per layer.
+      grads: pytree of arrays whose first axis indexes the examples, one array per layer.
       global_l2_norm_clip: the bound c on all layers together, at least 0: a number or a scalar array.
-      uniform: whether the L layers have equal shares; otherwise shares by their numbers of entries D_l, of D in all.
+      uniform: whether the L layers have equal shares. If not, a layer with D_l of all D entries gets the second share.
 
     Returns:
       The sum, without that axis, and a pytree of the same structure with the number of examples clipped in each layer.
-
-    Guarantees:
-      As `per_example_global_norm_clip`, for each layer by itself.
-
-    Edge cases:
-      An example with a norm that is infinite or NaN in a layer counts nothing in any layer, and is not among the
-      clipped. The others are as in `per_example_global_norm_clip`.
-
-    Placement:
-      As `per_example_global_norm_clip`.
 
     Raises:
       ValueError: as `per_example_global_norm_clip`, or if `uniform` is no boolean.
@@ -106,8 +92,9 @@ def per_example_layer_norm_clip(grads: Grads, global_l2_norm_clip: Any, uniform:
       >>> print(total["a"], total["b"], clipped["a"], clipped["b"])
       [0.6 1.3] [0.6 0.8] 1 1
 
-    Differs from optax:
-      As `per_example_global_norm_clip`.
+    Notes:
+      - Guarantees, placement and differences from optax: those of `per_example_global_norm_clip`, for each layer alone.
+      - Edge cases: an example whose norm is not finite in one layer counts in no layer, and is not among the clipped.
 
     References:
       McMahan et al., Learning differentially private recurrent language models, ICLR 2018, arXiv:1710.06963.

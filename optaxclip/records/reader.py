@@ -14,41 +14,41 @@ from optaxclip.records.recorder import ClipStats, axes_from_bytes, decoded, exce
 
 
 def clip_stats(opt_state: Any, *, per_group: bool = False, history: bool = False) -> dict[str, Any]:
-    """What the clippers and skips in an optimizer's state did, as a flat dict that is ready to log.
+    """Reads what the clippers and skips in an optimizer's state did, as a flat dict ready to log.
 
-    Of a clipper that was built with `record=`:
+    For a clipper that was built with `record=`:
 
     ======================  ===========================================================================================
     `clip_steps`            steps so far
     `clip_norm`             norm in the last step
-    `clip_limit`            what was permitted in the last step, the upper end of the band
-    `clip_scale`            by what the updates were multiplied in the last step; 1 if they were left alone
+    `clip_limit`            bound in the last step, the upper end of the band
+    `clip_scale`            factor of the updates in the last step; 1 if they were not scaled
     `clipped_share`         share of all steps in which some group was scaled
     `nonfinite_steps`       number of steps in which some norm was infinite or NaN
     `first_nonfinite_step`  the first of these, counted from 1; 0 if there was none
-    `first_nonfinite_leaf`  path of the first leaf that was not finite in that step; "" if there was none
-    `norm_axes`             the mesh axes that the norm went over, as "data,model"; not there if it went over none
+    `first_nonfinite_leaf`  path of the first non-finite leaf in that step; "" if there was none
+    `norm_axes`             mesh axes that the norm went over, as "data,model"; absent if it went over none
     ======================  ===========================================================================================
 
-    Where it has several groups, norm, limit and scale are those of the group furthest outside its band.
+    With several groups, norm, limit and scale are those of the group furthest outside its band.
 
-    Of `skip_nonfinite` and `skip_spikes`:
+    For `skip_nonfinite` and `skip_spikes`:
 
     =====================  ============================================================================================
     `skip_steps`           steps so far
-    `skipped_steps`        number of them left out, the sum of the three reasons
-    `skipped_in_row`       number of steps left out in a row up to now
-    `skipped_nonfinite`    left out because a gradient or the loss was infinite or NaN
-    `skipped_norm`         left out because a norm was above its threshold
-    `skipped_loss`         left out because the loss was, and no norm
+    `skipped_steps`        number of skipped steps, the sum of the three reasons
+    `skipped_in_row`       number of steps skipped in a row up to now
+    `skipped_nonfinite`    skipped because a gradient or the loss was infinite or NaN
+    `skipped_norm`         skipped because a norm was above its threshold
+    `skipped_loss`         skipped because the loss was, and no norm
     =====================  ============================================================================================
 
     Args:
-      opt_state: the state of any chain, partition, wrapper or nesting of these. Where it has several clippers, the keys
-        of each are led by the place in the state that tells it from the others: "0/clip_norm", "decoder/clip_norm". So
-        are those of several skips.
-      per_group: whether norm, limit and scale of every group are wanted too, as "clip_norm/<path of the group>".
-      history: whether steps, norm, limit and scale are wanted as NumPy arrays over the steps recorded, oldest first.
+      opt_state: the state of any chain, partition, wrapper or nesting of these. With several clippers, each key starts
+        with the place that tells its clipper from the others: "0/clip_norm", "decoder/clip_norm". The same holds for
+        several skips.
+      per_group: whether to add norm, limit and scale of every group, as "clip_norm/<path of the group>".
+      history: whether to return steps, norm, limit and scale as NumPy arrays over the recorded steps, oldest first.
 
     Returns:
       A dict of Python numbers and strings; empty if there is no record. In a jitted function, which can't return a
@@ -82,7 +82,7 @@ def clip_stats(opt_state: Any, *, per_group: bool = False, history: bool = False
       `ClipStats`, what is recorded; `diagnostics.from_state`, for the norms as a history.
 
       Notebooks: `notebooks/quickstart.ipynb`, a clipped and recorded run in twenty lines; `notebooks/recipes.ipynb`,
-      logs, loops, other libraries, checkpoints.
+        logs, loops, other libraries, checkpoints.
     """
     checks.flag("per_group", per_group)
     checks.flag("history", history)

@@ -18,11 +18,14 @@ threshold                   a norm may be at most                               
 `chain`                     what all of several permit                                           theirs
 ==========================  ===================================================================  =====================
 
-Bounds of the fixed ones may be numbers, arrays (traced, injected by `optax.inject_hyperparams`), optax schedules, or
-prefix pytrees of these where the norm has one entry per leaf or group; None in one bounds nothing.
-The arguments of those that follow the history of norms are numbers or scalar arrays; each group has a history of its
-own. A norm that is 0, infinite or NaN is not taken in and counts for no warm-up: the statistics of its group stay what
-they are. Inside `optax.MultiSteps` a history advances once per real step; before it in a chain, once per micro-step.
+The bounds of the fixed thresholds are numbers, arrays (traced, injected by `optax.inject_hyperparams`), optax
+schedules, or prefix pytrees of these where the norm has one entry per leaf or group. None in one bounds nothing.
+
+The thresholds that follow the history of norms take numbers or scalar arrays; each group has its own history. A norm
+of 0, or one that is not finite, does not enter the history and counts for no warm-up: the statistics of its group stay
+as they are. Inside `optax.MultiSteps` a history advances once per real step; before it in a chain, once per micro-step.
+
+Most of these let the first norms pass. If your run can explode at once, `chain` one with a `constant`.
 """
 
 from optaxclip.thresholds.averages import average, ema_band, ema_ratio, growth

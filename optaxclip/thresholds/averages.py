@@ -28,27 +28,22 @@ class AverageState(NamedTuple):
 def ema_ratio(
     ratio: Any = 1.05, *, decay: Any = 0.98, warmup_steps: int = 100, warmup_max_norm: Any = None
 ) -> Threshold:
-    r"""AdaGC: a norm may be at most `ratio` times the moving average of the norms that were let through.
+    r"""Bounds a norm by `ratio` times the moving average of the norms after clipping, as AdaGC does.
 
     .. math:: bound = ratio \cdot \gamma, \qquad \gamma \leftarrow decay \cdot \gamma + (1 - decay) \min(n, bound)
 
-    The average grows by at most `(ratio - 1) (1 - decay)` a step: a tenfold rise takes 2,300 steps at the defaults.
-    Raise `ratio` or lower `decay` where levels shift.
+    By default the norms of the warm-up pass, however large: pass `warmup_max_norm=`, or `chain` it with a `constant`.
 
     Args:
-      ratio: how much more than the average is permitted, at least 0.
-      decay: of the average, in [0, 1).
-      warmup_steps: before step `warmup_steps` the average is the smallest norm so far, after clipping by
-        `warmup_max_norm`.
-      warmup_max_norm: in the warm-up all groups are scaled together so that the norm of their norms is at most this.
-        None leaves them alone.
+      ratio: the permitted multiple of the average, at least 0.
+      decay: decay of the average, in [0, 1).
+      warmup_steps: before this step the average is the smallest norm so far, after clipping by `warmup_max_norm`. The
+        first step always belongs to the warm-up.
+      warmup_max_norm: in the warm-up all groups are scaled together so that the norm of their norms is at most this; at
+        least 0. None bounds nothing there.
 
     Returns:
       A Threshold. Its state is 8 bytes per group.
-
-    Edge cases:
-      The first step always belongs to the warm-up. A norm of 0 is not taken in. A step in which the norm of any group
-      is not finite is a step for none: all pass, and no average takes it in.
 
     Raises:
       ValueError: if an argument is out of range.
@@ -62,6 +57,12 @@ def ema_ratio(
       ...     updates, state = tx.update(jnp.array([norm]), state)
       >>> print(updates)
       [1.5]
+
+    Notes:
+      - Level shifts: the average grows by at most `(ratio - 1) * (1 - decay)` per step. A tenfold rise takes 2,300
+        steps at the defaults. Raise `ratio` or lower `decay` where levels shift.
+      - Edge cases: a norm of 0 does not enter its average. If the norm of any group is not finite, all groups pass, and
+        no average takes the step in.
 
     See also:
       `adagc`; `ema_band`, with a lower end; `average`.
@@ -100,33 +101,37 @@ def ema_ratio(
 
 
 def ema_band(
-    high: Any,
+    ratio: Any,
     *,
-    low: Any = None,
+    min_ratio: Any = None,
     decay: Any = 0.98,
     min_norm: Any = 0.0,
     max_down: Any = None,
     max_up: Any = None,
     initial: Any = None,
 ) -> Threshold:
-    r"""AGGC: norms lie between `low` and `high` times the moving average of the norms that were let through.
+    r"""Keeps a norm between `min_ratio` and `ratio` times the moving average of the norms after clipping, as AGGC does.
+
+    .. math:: lower = \max(min\_ratio \cdot e,\ min\_norm), \quad upper = ratio \cdot e, \qquad
+        e \leftarrow decay \cdot e + (1 - decay) n_{clipped}
+
+    By default the first norm is its own average, so with a `ratio` of at least 1 it passes, however large: `chain` this
+    with a `constant` if your run can explode at once.
 
     Args:
-      high: what is permitted, in averages; at least 0. There is no published default that would do without `max_down`.
-      low: below so many averages, at most 1, a norm is raised; None is 0.
-      decay: of the average, in [0, 1).
-      min_norm: below this a norm is raised, whatever the average.
-      max_down: a norm is scaled by no less than this, in [0, 1], which lets norms past the bound; None for any factor.
-      max_up: a norm is scaled by no more than this, at least 1; None for any factor.
-      initial: the average before the first norm. None takes the first norm; 0 is the published start: the first norm
-        passes, and with `high=1` the average stays at `1 - decay` of it for ever, unless there is `max_down`.
+      ratio: the upper end as a multiple of the average, at least 0. Required: the published default works only together
+        with `max_down`.
+      min_ratio: the lower end as a multiple of the average, from 0 to 1 and at most `ratio`. None is 0.
+      decay: decay of the average, in [0, 1).
+      min_norm: a norm below this is raised to it, whatever the average; at least 0 and finite.
+      max_down: the smallest factor that a norm is scaled by, in [0, 1]. Norms can then exceed the bound. None allows
+        any factor.
+      max_up: the largest factor that a norm is scaled by, at least 1. None allows any factor.
+      initial: the average before the first norm, at least 0 and finite. None takes the first norm. 0 is the published
+        start.
 
     Returns:
       A Threshold. Its state is 8 bytes per group.
-
-    Edge cases:
-      The first norm is the average that it is compared with, unless there is `initial`; an average of 0 bounds nothing.
-      A norm of 0, an infinite or a NaN norm is not taken in.
 
     Raises:
       ValueError: if an argument is out of range.
@@ -134,22 +139,27 @@ def ema_band(
     Example:
       >>> import jax.numpy as jnp
       >>> from optaxclip import clip_by, norms, thresholds
-      >>> tx = clip_by(norms.leaf_norm(), thresholds.ema_band(2.0, low=0.5))
+      >>> tx = clip_by(norms.leaf_norm(), thresholds.ema_band(2.0, min_ratio=0.5))
       >>> state = tx.init(jnp.zeros(1))
       >>> for norm in (1.0, 8.0):
       ...     updates, state = tx.update(jnp.array([norm]), state)
       >>> print(updates)
       [2.]
 
+    Notes:
+      - Start at 0: an average of 0 bounds nothing, so the first norm passes. With `initial=0` and `ratio=1` the average
+        then never rises above `1 - decay` times the first norm, unless you pass `max_down`.
+      - Edge cases: A norm of 0, or one that is not finite, does not enter the history.
+
     See also:
-      `aggc`; `ema_ratio`, with a warm-up.
+      `contrib.aggc`; `ema_ratio`, with a warm-up.
     """
-    high = checks.number("high", high)
+    ratio = checks.number("ratio", ratio)
     decay = checks.number("decay", decay, below=1.0)
     min_norm = checks.number("min_norm", min_norm, below=np.inf)
-    if low is not None:
-        low = checks.number("low", low, at_most=1.0)
-        checks.ordered("low", low, "high", high)
+    if min_ratio is not None:
+        min_ratio = checks.number("min_ratio", min_ratio, at_most=1.0)
+        checks.ordered("min_ratio", min_ratio, "ratio", ratio)
     if max_down is not None:
         max_down = checks.number("max_down", max_down, at_most=1.0)
     if max_up is not None:
@@ -161,10 +171,10 @@ def ema_band(
         average, seen = state
         average = jnp.where((seen == 0) & (initial is None), norm, average)
         least, down, up = (
-            None if value is None else jnp.asarray(value, norm.dtype) for value in (low, max_down, max_up)
+            None if value is None else jnp.asarray(value, norm.dtype) for value in (min_ratio, max_down, max_up)
         )
         # An average of 0 is none.
-        upper = jnp.where(average > 0, jnp.asarray(high, norm.dtype) * average, bounds.highest(norm.dtype))
+        upper = jnp.where(average > 0, jnp.asarray(ratio, norm.dtype) * average, bounds.highest(norm.dtype))
         lower = jnp.maximum(0 if least is None else least * average, jnp.asarray(min_norm, norm.dtype))
         is_large = norm > upper
         upper = upper if down is None else jnp.maximum(upper, down * norm)
@@ -195,18 +205,18 @@ class DebiasedState(NamedTuple):
 
 
 def average(decay: Any = 0.999) -> Threshold:
-    r"""A norm may be at most the debiased moving average of the norms, itself among them.
+    r"""Bounds a norm by the debiased moving average of the norms, the current one included.
 
     .. math:: M \leftarrow \beta M + (1 - \beta) n, \qquad bound = M / (1 - \beta^t)
+
+    The first norm is its own average and passes, however large: `chain` this with a `constant` if your run can explode
+    at once.
 
     Args:
       decay: :math:`\beta`, in [0, 1).
 
     Returns:
       A Threshold. Its state is 8 bytes per group.
-
-    Edge cases:
-      The first norm is its own average, and passes. A norm of 0, an infinite or a NaN norm is not taken in.
 
     Raises:
       ValueError: if `decay` is out of range.
@@ -221,8 +231,11 @@ def average(decay: Any = 0.999) -> Threshold:
       >>> print(updates)  # a third of 4 and two thirds of 16
       [12.]
 
+    Notes:
+      - Edge cases: A norm of 0, or one that is not finite, does not enter the history.
+
     See also:
-      `adaptive_spike_clip`; `ema_ratio`, which takes in what was let through.
+      `contrib.adaptive_spike_clip`; `ema_ratio`, which takes norms in after clipping.
     """
     decay = checks.number("decay", decay, below=1.0)
 
@@ -244,22 +257,21 @@ class GrowthState(NamedTuple):
     last_norm: jax.Array
 
 
-def growth(max_growth: Any = 1.01) -> Threshold:
-    r"""A norm may be at most `max_growth` times the last one, as it was after clipping.
+def growth(ratio: Any = 1.01) -> Threshold:
+    r"""Bounds a norm by `ratio` times the last norm after clipping.
 
-    .. math:: bound = max\_growth \cdot (n_{prev} + 10^{-8})
+    .. math:: bound = ratio \cdot (n_{prev} + 10^{-8})
+
+    The first norm passes, however large: `chain` this with a `constant` if your run can explode at once.
 
     Args:
-      max_growth: by which factor norms may grow in a step, positive.
+      ratio: the permitted growth per step, positive.
 
     Returns:
       A Threshold. Its state is 4 bytes per group.
 
-    Edge cases:
-      The first norm passes. A norm of 0, an infinite or a NaN norm is not taken in.
-
     Raises:
-      ValueError: if `max_growth` is not positive.
+      ValueError: if `ratio` is not positive.
 
     Example:
       >>> import jax.numpy as jnp
@@ -271,13 +283,16 @@ def growth(max_growth: Any = 1.01) -> Threshold:
       >>> print(updates)
       [1.5]
 
+    Notes:
+      - Edge cases: A norm of 0, or one that is not finite, does not enter the history.
+
     See also:
-      `clip_norm_growth`; `ema_ratio`, for a multiple of an average.
+      `contrib.clip_norm_growth`; `ema_ratio`, for a multiple of an average.
     """
-    max_growth = checks.number("max_growth", max_growth, positive=True)
+    ratio = checks.number("ratio", ratio, positive=True)
 
     def limit(norm: jax.Array, state: GrowthState) -> tuple[Any, GrowthState]:
-        bound = jnp.asarray(max_growth, norm.dtype) * (state.last_norm + 1e-8)
+        bound = jnp.asarray(ratio, norm.dtype) * (state.last_norm + 1e-8)
         # 0 stands for no norm yet, so that no bound may be 0.
         bound = jnp.where(
             state.last_norm > 0, jnp.maximum(bound, jnp.finfo(norm.dtype).tiny), bounds.highest(norm.dtype)

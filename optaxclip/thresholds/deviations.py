@@ -12,7 +12,7 @@ from optaxclip._numerics import arithmetic, averages
 from optaxclip.core import Threshold
 from optaxclip.thresholds.rules import Rule, no_steps, per_group, taken_in
 
-_OPTIONS = ("reciprocal", "mean", "percentile")
+_CLIP_TO = ("reciprocal", "mean", "edge")
 
 
 class ZScoreState(NamedTuple):
@@ -32,34 +32,31 @@ class ZScoreState(NamedTuple):
 
 
 def zscore(
-    z_threshold: Any = 2.5,
+    num_std: Any = 2.5,
     *,
     decay: Any = 0.97,
     warmup_steps: int = 25,
     patience: int | None = 33,
-    option: str = "reciprocal",
+    clip_to: str = "reciprocal",
 ) -> Threshold:
-    r"""ZClip: a norm that is a spike, too many standard deviations above a moving average, is brought near the average.
+    r"""Bounds a spike, a norm many standard deviations above a moving average, near the average, as ZClip does.
 
-    With mean :math:`\mu`, standard deviation :math:`\sigma` and :math:`z = (n - \mu) / (\sigma + 10^{-6})`, a norm
-    with :math:`z > z_t` may be at most :math:`\mu + z_t^2 \sigma / z`; others are not bounded.
+    With mean :math:`\mu`, standard deviation :math:`\sigma` and :math:`z = (n - \mu) / (\sigma + 10^{-6})`, a norm with
+    :math:`z > k` may be at most :math:`\mu + k^2 \sigma / z`. Other norms are not bounded.
+
+    The first `warmup_steps` norms pass, however large: `chain` this with a `constant` if your run can explode at once.
 
     Args:
-      z_threshold: how many standard deviations make a spike, positive.
-      decay: of mean and variance, in [0, 1). They take in the bound of a spike, and other norms as they are.
-      warmup_steps: so many norms are averaged, as they are and without a bound, before the first can be a spike.
-      patience: after so many spikes in a row norms are taken in as they are, so that a lasting rise is followed. None
-        never does, as the published method, which then clips for ever.
-      option: to what a spike is brought: `"reciprocal"` as above, the further out the lower; `"mean"` to
-        :math:`\mu`; `"percentile"` to :math:`\mu + z_t \sigma`, which is also where spikes begin.
+      num_std: k, how many standard deviations make a spike, positive.
+      decay: decay of mean and variance, in [0, 1). They take in the bound of a spike, and other norms as they are.
+      warmup_steps: how many norms are averaged, as measured, before the first can be a spike; at least 1.
+      patience: after this many spikes in a row the statistics take norms in as measured, so that they follow a lasting
+        rise. None never does, as in the published method.
+      clip_to: what a spike is clipped to. `"reciprocal"` is the formula above: the larger the spike, the lower its
+        bound. `"mean"` is :math:`\mu`. `"edge"` is :math:`\mu + k \sigma`, which is also where spikes then begin.
 
     Returns:
       A Threshold. Its state is 16 bytes per group.
-
-    Edge cases:
-      Nothing is bounded in the warm-up. After one of constant norms every larger norm is a spike, until `patience` runs
-      out. The 1e-6 is absolute: norms far below it are never spikes. A norm of 0, an infinite or a NaN norm is not
-      taken in.
 
     Raises:
       ValueError: if an argument is out of range.
@@ -74,31 +71,36 @@ def zscore(
       >>> print(f"{updates[0]:.4f}")
       1.0625
 
+    Notes:
+      - Constant norms: after a warm-up of equal norms, every larger norm is a spike until `patience` runs out.
+      - Small norms: the 1e-6 is absolute, so norms far below it are never spikes.
+      - Edge cases: A norm of 0, or one that is not finite, does not enter the history.
+
     See also:
       `zclip`; `mean_std`, whose window forgets.
     """
     checks.static_together(warmup_steps=warmup_steps, patience=patience)
-    z_threshold = checks.number("z_threshold", z_threshold, positive=True)
+    num_std = checks.number("num_std", num_std, positive=True)
     decay = checks.number("decay", decay, below=1.0)
     warmup_steps = checks.whole("warmup_steps", warmup_steps)
     patience = checks.whole_or_none("patience", patience)
-    checks.one_of("option", option, _OPTIONS)
+    checks.one_of("clip_to", clip_to, _CLIP_TO)
 
     def init(dtype: Any) -> ZScoreState:
         return ZScoreState(jnp.zeros((), dtype), jnp.zeros((), dtype), no_steps(), no_steps())
 
     def limit(norm: jax.Array, state: ZScoreState) -> tuple[Any, ZScoreState]:
         mean, std, seen, spikes = state
-        most = jnp.asarray(z_threshold, norm.dtype)
+        most = jnp.asarray(num_std, norm.dtype)
         warm = seen < warmup_steps
         # Is z, the number of deviations, beyond the threshold? It is not divided for: it may be no float.
         away = norm - mean
         is_far = away > most * (std + 1e-6)
         one, other = jnp.where(is_far, std + 1e-6, jnp.zeros_like(std)), jnp.where(is_far, away, jnp.ones_like(away))
         share = arithmetic.quotient(one, other)  # 1 / z; 0 where it is not used, so that its derivative is finite
-        above = {"reciprocal": most * (std * (most * share)), "mean": jnp.zeros_like(std), "percentile": most * std}
-        bound = mean + above[option]
-        is_spike = ~warm & (norm > bound if option == "percentile" else is_far)
+        above = {"reciprocal": most * (std * (most * share)), "mean": jnp.zeros_like(std), "edge": most * std}
+        bound = mean + above[clip_to]
+        is_spike = ~warm & (norm > bound if clip_to == "edge" else is_far)
         value, spikes = taken_in(patience, spikes, is_spike, norm, bound)
         seen = jnp.asarray(optax.safe_increment(seen))
         # In the warm-up the plain mean and population variance of all so far, by Welford; then the averages. Welford's
@@ -127,7 +129,7 @@ class MomentsState(NamedTuple):
 
 
 def normalised(b1: Any = 0.7, b2: Any = 0.9, *, eps: Any = 1e-8) -> Threshold:
-    r"""Every norm but 0 becomes :math:`\hat m / (\sqrt{\hat v} + \epsilon)`: near 1, and less where norms vary.
+    r"""Brings every norm except 0 to :math:`\hat m / (\sqrt{\hat v} + \epsilon)`: near 1, and less where norms vary.
 
     .. math:: m \leftarrow b_1 m + (1 - b_1) n, \qquad v \leftarrow b_2 v + (1 - b_2) n^2
 
@@ -138,10 +140,6 @@ def normalised(b1: Any = 0.7, b2: Any = 0.9, *, eps: Any = 1e-8) -> Threshold:
 
     Returns:
       A Threshold. Its state is 12 bytes per group.
-
-    Edge cases:
-      The first norm becomes 1, but for `eps`. A norm of 0 stays 0, and is taken in, too; one that is infinite or NaN is
-      not.
 
     Raises:
       ValueError: if an argument is out of range.
@@ -154,8 +152,12 @@ def normalised(b1: Any = 0.7, b2: Any = 0.9, *, eps: Any = 1e-8) -> Threshold:
       >>> print(updates)
       [0.6 0.8]
 
+    Notes:
+      - Edge cases: the first norm becomes 1, up to `eps`. A norm of 0 stays 0 and enters the averages too. A norm that
+        is not finite does not.
+
     See also:
-      `scale_by_adaptive_norm`; `exactly`, for a norm that is always the same.
+      `contrib.scale_by_adaptive_norm`; `exactly`, for a norm that is always the same.
     """
     b1 = checks.number("b1", b1, below=1.0)
     b2 = checks.number("b2", b2, below=1.0)
@@ -199,33 +201,32 @@ def mean_std(
     num_std: Any = 3.0,
     *,
     window: int = 128,
-    min_count: int = 64,
+    warmup_steps: int = 64,
     ddof: int = 0,
     include_current: bool = False,
     take_in: str = "clipped",
     patience: int | None = None,
 ) -> Threshold:
-    r"""A norm may be at most `num_std` standard deviations above the mean of the last ones.
+    r"""Bounds a norm by `num_std` standard deviations above the mean of the last norms.
 
     .. math:: bound = \mu + k \cdot \max(\sigma, 10^{-6} \max(\mu, 1))
 
+    The first `warmup_steps` norms pass, however large: `chain` this with a `constant` if your run can explode at once.
+
     Args:
-      num_std: the number k of standard deviations, at least 0.
-      window: how many norms are kept.
-      min_count: nothing is bounded before so many norms are there, the current one included if `include_current`.
-      ddof: the variance divides by the number of norms less this; 0 or 1.
-      include_current: whether the norm that is to be bounded counts in mean and deviation.
-      take_in: `"clipped"` takes in a norm as it is after clipping, so that one spike does not make room for the next;
-        `"raw"` as it was, which follows a rise sooner.
-      patience: after so many spikes in a row norms are taken in as they were, so that a lasting rise is followed. None
-        never does.
+      num_std: k, the number of standard deviations, at least 0.
+      window: how many norms are kept, at least 1.
+      warmup_steps: how many norms must be there before the first is bounded, from 1 to `window`. With `include_current`
+        the current one counts.
+      ddof: the variance divides by the number of norms minus this; 0 or 1.
+      include_current: whether the current norm counts in mean and deviation.
+      take_in: `"clipped"` takes norms in after clipping, so one spike does not make room for the next. `"raw"` takes
+        them in as measured, which follows a rise sooner.
+      patience: after this many spikes in a row norms are taken in as measured, so that the bound follows a lasting
+        rise. None never does.
 
     Returns:
       A Threshold. Its state is 4 bytes per norm of the window, and 8 more, per group.
-
-    Edge cases:
-      The first `min_count` norms pass. Where all norms in the window are the same, the deviation is a millionth of
-      their mean, or 1e-6 if that is below 1. A norm of 0, an infinite or a NaN norm is not taken in.
 
     Raises:
       ValueError: if an argument is out of range.
@@ -233,24 +234,29 @@ def mean_std(
     Example:
       >>> import jax.numpy as jnp
       >>> from optaxclip import clip_by, norms, thresholds
-      >>> tx = clip_by(norms.leaf_norm(), thresholds.mean_std(2.0, window=4, min_count=2))
+      >>> tx = clip_by(norms.leaf_norm(), thresholds.mean_std(2.0, window=4, warmup_steps=2))
       >>> state = tx.init(jnp.zeros(1))
       >>> for norm in (1.0, 3.0, 9.0):  # 2, and twice 1
       ...     updates, state = tx.update(jnp.array([norm]), state)
       >>> print(updates)
       [4.]
 
+    Notes:
+      - Constant norms: where all norms in the window are equal, the deviation is a millionth of their mean, or 1e-6 if
+        the mean is below 1.
+      - Edge cases: A norm of 0, or one that is not finite, does not enter the history.
+
     See also:
-      `clip_by_history`; `skip_spikes`, for which it is made; `zscore`, without a window.
+      `clip_by_history`; `skip_spikes`, which it fits; `zscore`, without a window.
     """
     checks.static_together(
-        window=window, min_count=min_count, ddof=ddof, include_current=include_current, patience=patience
+        window=window, warmup_steps=warmup_steps, ddof=ddof, include_current=include_current, patience=patience
     )
     num_std = checks.number("num_std", num_std)
     window = checks.whole("window", window)
-    min_count = checks.whole("min_count", min_count)
-    if min_count > window:
-        raise ValueError(f"min_count must be at most window, got min_count={min_count} and window={window}")
+    warmup_steps = checks.whole("warmup_steps", warmup_steps)
+    if warmup_steps > window:
+        raise ValueError(f"warmup_steps must be at most window, got warmup_steps={warmup_steps} and window={window}")
     if not (checks.is_whole(ddof) and ddof in (0, 1)):
         raise ValueError(f"ddof must be 0 or 1, got {ddof!r}")
     checks.flag("include_current", include_current)
@@ -264,10 +270,10 @@ def mean_std(
         number = jnp.sum(values > 0)
         mean, std = _mean_and_std(values, ddof)
         bound = mean + jnp.asarray(num_std, norm.dtype) * jnp.maximum(std, 1e-6 * jnp.maximum(mean, 1))
-        is_spike = (number >= min_count) & (norm > bound)
+        is_spike = (number >= warmup_steps) & (norm > bound)
         value, spikes = taken_in(patience, spikes, is_spike, norm, bound)
         value = norm if take_in == "raw" else value
-        upper = jnp.where(number >= min_count, bound, bounds.highest(norm.dtype))
+        upper = jnp.where(number >= warmup_steps, bound, bounds.highest(norm.dtype))
         return (0.0, upper), WindowState(ring.at[place].set(value), jnp.asarray(optax.safe_increment(seen)), spikes)
 
     def init(dtype: Any) -> WindowState:

@@ -20,21 +20,18 @@ Band: TypeAlias = tuple[Any, Any]  # its lower and its upper end
 ParamNorms: TypeAlias = Callable[[], Norms]
 
 
-def constant(c: bounds.Bound) -> Threshold:
-    """Every norm may be at most `c`.
+def constant(max_norm: bounds.Bound) -> Threshold:
+    """Bounds every norm by `max_norm`.
 
     Args:
-      c: the bound, at least 0, in the units of the norm: a number, an array, an optax schedule, or a prefix pytree of
-        these where the norm has several groups.
+      max_norm: the bound, at least 0, in the units of the norm: a number, an array, an optax schedule, or a prefix
+        pytree of these where the norm has several groups.
 
     Returns:
-      A Threshold without state; with a schedule it counts its steps.
-
-    Edge cases:
-      0 gives zeros, inf bounds nothing. A NaN in an array bounds nothing, and a negative number in one counts as 0.
+      A Threshold without state. A schedule adds a step count.
 
     Raises:
-      ValueError: if `c` is negative or NaN.
+      ValueError: if `max_norm` is negative or NaN.
 
     Example:
       >>> import jax.numpy as jnp
@@ -45,28 +42,29 @@ def constant(c: bounds.Bound) -> Threshold:
       >>> print(updates["a"], updates["b"])
       [0.6 0.8] [3. 4.]
 
+    Notes:
+      - Edge cases: 0 gives zeros, inf bounds nothing. In an array, NaN bounds nothing and a negative number counts as
+        0.
+
     See also:
       `clip_by_global_norm`, `clip_by_leaf_norm`, `clip_by_block_rms`; `smooth`, without a kink.
     """
-    checks.bound("c", c)
-    return from_bounds(lambda norms, param_norms, high: (0.0, high), c)
+    checks.bound("max_norm", max_norm)
+    return from_bounds(lambda norms, param_norms, high: (0.0, high), max_norm)
 
 
-def between(lo: bounds.Bound, hi: bounds.Bound) -> Threshold:
-    """Every norm but 0 is brought to at least `lo` and to at most `hi`.
+def between(min_norm: bounds.Bound, max_norm: bounds.Bound) -> Threshold:
+    """Brings every norm except 0 to at least `min_norm` and at most `max_norm`.
 
     Args:
-      lo: the lower end, at least 0 and finite, in the units of the norm: as for `constant`.
-      hi: the upper end, likewise; it may be inf, and wins where the two cross.
+      min_norm: the lower end, at least 0 and finite, in the units of the norm: the kinds that `constant` takes.
+      max_norm: the upper end, of the same kinds. It may be inf, and wins where the two cross.
 
     Returns:
-      A Threshold without state; with a schedule it counts its steps.
-
-    Edge cases:
-      A norm of 0 stays 0. Ends that are arrays may cross or be NaN, and a NaN bounds nothing.
+      A Threshold without state. A schedule adds a step count.
 
     Raises:
-      ValueError: if an end is negative or NaN, `lo` infinite, or `lo` larger than `hi`.
+      ValueError: if an end is negative or NaN, `min_norm` is infinite, or `min_norm` is larger than `max_norm`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -77,30 +75,29 @@ def between(lo: bounds.Bound, hi: bounds.Bound) -> Threshold:
       >>> print(updates["a"], updates["b"])
       [3. 4.] [0.6 0.8]
 
+    Notes:
+      - Edge cases: a norm of 0 stays 0. Ends in arrays may cross or be NaN; a NaN bounds nothing.
+
     See also:
       `clip_by_norm_range`; `exactly`, for a band without width.
     """
-    checks.bound("lo", lo, finite=True)
-    checks.bound("hi", hi)
-    checks.ordered("lo", lo, "hi", hi)
-    return from_bounds(lambda norms, param_norms, low, high: (low, high), lo, hi)
+    checks.bound("min_norm", min_norm, finite=True)
+    checks.bound("max_norm", max_norm)
+    checks.ordered("min_norm", min_norm, "max_norm", max_norm)
+    return from_bounds(lambda norms, param_norms, low, high: (low, high), min_norm, max_norm)
 
 
-def exactly(c: bounds.Bound) -> Threshold:
-    """Every norm but 0 becomes `c`: normalised descent.
+def exactly(target_norm: bounds.Bound) -> Threshold:
+    """Brings every norm except 0 to `target_norm`: normalised descent.
 
     Args:
-      c: the norm, at least 0 and finite: as for `constant`.
+      target_norm: the norm, at least 0 and finite: the kinds that `constant` takes.
 
     Returns:
-      A Threshold without state; with a schedule it counts its steps.
-
-    Edge cases:
-      A norm of 0 has no direction and stays 0; one that is infinite or NaN stays, too. A small one is scaled up however
-      small it is: near a minimum the steps do not shrink.
+      A Threshold without state. A schedule adds a step count.
 
     Raises:
-      ValueError: if `c` is negative, infinite or NaN.
+      ValueError: if `target_norm` is negative, infinite or NaN.
 
     Example:
       >>> import jax.numpy as jnp
@@ -110,27 +107,29 @@ def exactly(c: bounds.Bound) -> Threshold:
       >>> print(updates)
       [0.6 0.8]
 
+    Notes:
+      - Edge cases: a norm of 0 has no direction and stays 0. A norm that is not finite stays too. Small norms are
+        scaled up however small they are, so near a minimum the steps do not shrink.
+
     See also:
       `normalised`, where the norm follows how norms vary; `smooth`.
     """
-    checks.bound("c", c, finite=True)
-    return from_bounds(lambda norms, param_norms, goal: (goal, goal), c)
+    checks.bound("target_norm", target_norm, finite=True)
+    return from_bounds(lambda norms, param_norms, goal: (goal, goal), target_norm)
 
 
-def smooth(c: bounds.Bound) -> Threshold:
-    r"""A norm n becomes :math:`n c / (n + c)`: below `c` everywhere, and without a kink.
+def smooth(max_norm: bounds.Bound) -> Threshold:
+    """Brings a norm n to :math:`n c / (n + c)`, below the bound c everywhere and without a kink.
 
     Args:
-      c: the bound, at least 0, in the units of the norm: as for `constant`. A norm of c is halved.
+      max_norm: the bound c, at least 0, in the units of the norm: the kinds that `constant` takes. A norm of c is
+        halved.
 
     Returns:
-      A Threshold without state; with a schedule it counts its steps.
-
-    Edge cases:
-      0 gives zeros, inf changes nothing. In floats n c / (n + c) reaches c where n is far larger.
+      A Threshold without state. A schedule adds a step count.
 
     Raises:
-      ValueError: if `c` is negative or NaN.
+      ValueError: if `max_norm` is negative or NaN.
 
     Example:
       >>> import jax.numpy as jnp
@@ -140,25 +139,24 @@ def smooth(c: bounds.Bound) -> Threshold:
       >>> print(updates)
       [1.5 2. ]
 
+    Notes:
+      - Edge cases: 0 gives zeros, inf changes nothing. In floats the norm reaches c where n is far larger.
+
     See also:
       `smooth_clip_by_global_norm`; `constant`.
     """
-    checks.bound("c", c)
-    return from_bounds(lambda norms, param_norms, high: (0.0, groups.over_groups(_harmonic, norms, high)), c)
+    checks.bound("max_norm", max_norm)
+    return from_bounds(lambda norms, param_norms, high: (0.0, groups.over_groups(_harmonic, norms, high)), max_norm)
 
 
 def chain(*thresholds: Threshold) -> Threshold:
-    """What all of `thresholds` permit: the largest lower and the smallest upper end. Each sees the measured norms.
+    """Bounds each norm by the largest lower and the smallest upper end of several thresholds.
 
     Args:
       *thresholds: any number of them.
 
     Returns:
       A Threshold. Its state is a tuple of theirs, or `optax.EmptyState` if none has any.
-
-    Edge cases:
-      The upper end wins where the two cross. Statistics take in what their own threshold permits, not what the chain
-      does. A chain of none bounds nothing.
 
     Raises:
       ValueError: if one of them is no Threshold.
@@ -172,6 +170,11 @@ def chain(*thresholds: Threshold) -> Threshold:
       >>> updates, _ = tx.update(params, tx.init(params), params)
       >>> print(updates["a"], updates["b"])  # a tenth of 5, and 1
       [0.3 0.4] [0.6 0.8]
+
+    Notes:
+      - Statistics: each threshold sees the measured norms. Its statistics take in what it permits itself, not what the
+        chain permits.
+      - Edge cases: the upper end wins where the two cross. An empty chain bounds nothing.
 
     See also:
       `zclip`, which is one of `zscore` and `constant`.

@@ -27,23 +27,24 @@ class RecentNormsState(NamedTuple):
     norms_seen: jax.Array
 
 
-def quantile(q: Any, *, window: int | None = None) -> Threshold:
-    """A norm may be at most a quantile of all norms so far, itself among them, interpolated as in `numpy.quantile`.
+def quantile(quantile: Any, *, window: int | None = None) -> Threshold:
+    r"""Bounds a norm by a quantile of all norms so far, the current one included.
+
+    .. math:: bound_t = \mathrm{quantile}(\{n_1, \dots, n_t\}, q)
+
+    The first norm is its own quantile and passes, however large: `chain` this with a `constant` if your run can explode
+    at once.
 
     Args:
-      q: which quantile, in [0, 1].
-      window: of how many of the last norms, exactly. None is the whole history: exactly for the first 64 norms, then
-        in a histogram whose 10,160 bins are spread evenly over the logarithms of all normal float32, so that the
-        quantile is right to 0.9 %. For at most 1,024 groups.
+      quantile: q in [0, 1], interpolated linearly as in `numpy.quantile`.
+      window: how many of the last norms count, at least 1; the quantile is then exact. None is the whole history: exact
+        for the first 64 norms, then a histogram, for at most 1,024 groups.
 
     Returns:
-      A Threshold. Its state is per group: 40 KiB without a window, 4 bytes per norm of it and 4 more with one.
-
-    Edge cases:
-      The first norm is its own quantile, and passes. A norm of 0, an infinite or a NaN norm is not taken in.
+      A Threshold. Its state per group is 4 bytes per norm of the window and 4 more, or 40 KiB without a window.
 
     Raises:
-      ValueError: if `q` or `window` is out of range; at init, without a window and with more than 1,024 groups.
+      ValueError: if `quantile` or `window` is out of range; at init, without a window and with more than 1,024 groups.
 
     Example:
       >>> import jax.numpy as jnp
@@ -55,36 +56,41 @@ def quantile(q: Any, *, window: int | None = None) -> Threshold:
       >>> print(updates)
       [2.]
 
+    Notes:
+      - Histogram: its 10,160 bins are spread evenly over the logarithms of all normal float32, so the quantile is right
+        to 0.9 %.
+      - Edge cases: A norm of 0, or one that is not finite, does not enter the history.
+
     See also:
       `autoclip`; `order_statistic`, without interpolation; `tracked_quantile`, with hardly any state.
     """
     checks.static_together(window=window)
-    q = checks.number("q", q, at_most=1.0)
+    quantile = checks.number("quantile", quantile, at_most=1.0)
     if window is None:
-        return quantile_of_all(q)
+        return quantile_of_all(quantile)
 
     def bound_of(ring: jax.Array) -> jax.Array:
         there = jnp.where(ring > 0, ring, jnp.full_like(ring, bounds.highest(ring.dtype)))
-        return interpolated(q, jnp.sum(ring > 0, dtype=jnp.int32), in_order(there), ring.dtype)
+        return interpolated(quantile, jnp.sum(ring > 0, dtype=jnp.int32), in_order(there), ring.dtype)
 
     return _of_recent(window, bound_of, prefilled=False)
 
 
 def order_statistic(percentile: Any = 5.0, *, window: int = 100) -> Threshold:
-    """A norm may be at most one of the last `window` norms, itself among them: the one that many percent from below.
+    r"""Bounds a norm by one of the last `window` norms: the one that `percentile` percent lie below.
 
-    The first norm fills the whole window. There is no interpolation: of the window in ascending order, the entry
-    `floor(percentile * window / 100)` is taken, or the last.
+    .. math:: bound = s_k, \qquad k = \min(\lfloor p w / 100 \rfloor, w - 1), \qquad s_0 \le \dots \le s_{w-1}
+
+    The window includes the current norm. The first norm fills the whole window and passes, however large: `chain` this
+    with a `constant` if your run can explode at once.
 
     Args:
-      percentile: in [0, 100]; 100 bounds nothing. A number between 0 and 1 warns: it may be meant as a fraction.
-      window: how many norms.
+      percentile: p in [0, 100]; 100 bounds nothing. There is no interpolation. A number between 0 and 1 warns, because
+        it may be meant as a fraction.
+      window: w, the number of norms, at least 1.
 
     Returns:
       A Threshold. Its state is 4 bytes per norm of the window, and 4 more, per group.
-
-    Edge cases:
-      The first norm fills the whole window, and passes. A norm of 0, an infinite or a NaN norm is not taken in.
 
     Raises:
       ValueError: if an argument is out of range.
@@ -99,8 +105,11 @@ def order_statistic(percentile: Any = 5.0, *, window: int = 100) -> Threshold:
       >>> print(updates)
       [2.]
 
+    Notes:
+      - Edge cases: A norm of 0, or one that is not finite, does not enter the history.
+
     See also:
-      `percentile_clip`; `quantile`, which interpolates.
+      `contrib.percentile_clip`; `quantile`, which interpolates.
     """
     checks.static_together(window=window)
     percentile = checks.percentile("percentile", percentile)
@@ -137,25 +146,18 @@ class TrackedQuantileState(NamedTuple):
     tracked_log_norm: jax.Array
 
 
-def tracked_quantile(q: Any = 0.5, *, learning_rate: Any = 0.2, initial: Any = 1.0) -> Threshold:
-    r"""An estimate of a quantile of the norms, which moves geometrically a step at a time.
+def tracked_quantile(quantile: Any = 0.5, *, learning_rate: Any = 0.2, initial: Any = 1.0) -> Threshold:
+    r"""Bounds a norm by an estimate of a quantile of the norms, which moves by a factor per step.
 
     .. math:: c \leftarrow c \cdot \exp(-learning\_rate \cdot (1[n \le c] - q))
 
-    With one norm a step the logarithm of c walks on a lattice: it wanders about the quantile for ever, with a standard
-    deviation of 0.12 to 0.25 at the default rate.
-
     Args:
-      q: which quantile, in [0, 1].
-      learning_rate: of the logarithm, at least 0. `optax.inject_hyperparams` lets it decay.
-      initial: the first estimate, positive.
+      quantile: q in [0, 1].
+      learning_rate: learning rate of the logarithm, at least 0. `optax.inject_hyperparams` lets it decay.
+      initial: the first bound, positive and finite.
 
     Returns:
       A Threshold. Its state is 4 bytes per group.
-
-    Edge cases:
-      The first bound is `initial`, whatever the norms. The estimate stays within the normal float range. A norm of 0,
-      an infinite or a NaN norm is not taken in.
 
     Raises:
       ValueError: if an argument is out of range.
@@ -170,10 +172,16 @@ def tracked_quantile(q: Any = 0.5, *, learning_rate: Any = 0.2, initial: Any = 1
       >>> print(updates.round(3))  # the exponential of 0.1
       [1.105]
 
+    Notes:
+      - Precision: the logarithm of c moves in fixed steps. It never settles: at the default rate it wanders about the
+        quantile with a standard deviation of 0.12 to 0.25.
+      - Edge cases: the first bound is `initial`, whatever the norms. The estimate stays in the normal float range. A
+        norm of 0, or one that is not finite, does not enter the history.
+
     See also:
-      `clip_by_tracked_quantile`; `quantile`, of the norms themselves, which takes more memory.
+      `contrib.clip_by_tracked_quantile`; `quantile`, of the norms themselves, with more state.
     """
-    q = checks.number("q", q, at_most=1.0)
+    quantile = checks.number("quantile", quantile, at_most=1.0)
     learning_rate = checks.number("learning_rate", learning_rate, below=np.inf)
     initial = checks.number("initial", initial, positive=True, below=np.inf)
 
@@ -181,7 +189,7 @@ def tracked_quantile(q: Any = 0.5, *, learning_rate: Any = 0.2, initial: Any = 1
         log_bound = state.tracked_log_norm
         dtype, info = log_bound.dtype, jnp.finfo(log_bound.dtype)
         bound = jnp.minimum(jnp.exp(log_bound), info.max)  # rounded, the largest logarithm may be that of inf
-        away = (norm <= bound).astype(dtype) - jnp.asarray(q, dtype)
+        away = (norm <= bound).astype(dtype) - jnp.asarray(quantile, dtype)
         moved_on = log_bound - jnp.asarray(learning_rate, dtype) * away
         return (0.0, bound), TrackedQuantileState(jnp.clip(moved_on, jnp.log(info.tiny), jnp.log(info.max)))
 

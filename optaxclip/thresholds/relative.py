@@ -12,19 +12,16 @@ from optaxclip.thresholds.fixed import from_bounds
 
 
 def relative_to_params(ratio: bounds.Bound, *, floor: bounds.Bound = 0.0, offset: bounds.Bound = 0.0) -> Threshold:
-    r"""A norm may be at most :math:`ratio \cdot \max(\|w\|, floor) + offset`, w being the parameters of its group.
+    r"""Bounds a norm by :math:`ratio \cdot \max(\|w\|, floor) + offset`, where w are the parameters of its group.
 
     Args:
-      ratio: share of the parameters' norm, at least 0: as for `constant`.
-      floor: parameters with a smaller norm count as this large, so that zero-initialised ones can move; likewise.
-      offset: what is permitted besides, in the units of the norm; likewise.
+      ratio: permitted share of the parameters' norm, at least 0: the kinds that `constant` takes.
+      floor: parameters with a smaller norm count as this large, so that zero-initialised ones can move; at least 0, of
+        the same kinds.
+      offset: added to the bound, at least 0, in the units of the norm, of the same kinds.
 
     Returns:
-      A Threshold without state; with a schedule it counts its steps.
-
-    Edge cases:
-      Parameters of norm 0, without `floor` and `offset`, let nothing through, and stay 0 for ever. Parameters whose
-      norm is infinite or NaN bound nothing.
+      A Threshold without state. A schedule adds a step count.
 
     Raises:
       ValueError: if an argument is negative or NaN; at update, without `params`.
@@ -37,6 +34,10 @@ def relative_to_params(ratio: bounds.Bound, *, floor: bounds.Bound = 0.0, offset
       >>> updates, _ = tx.update(jnp.array([30.0, 40.0]), tx.init(params), params)
       >>> print(updates)
       [0.3 0.4]
+
+    Notes:
+      - Edge cases: without `floor` and `offset`, parameters of norm 0 never move. Parameters whose norm is not finite
+        bound nothing.
 
     See also:
       `adaptive_grad_clip`; `norms.relative_change`, by single coordinates.

@@ -33,32 +33,15 @@ def with_carry(
 
     .. math:: u \leftarrow \operatorname{clip}(g + c), \qquad c \leftarrow g + c - u
 
+    The carry grows without limit while the *mean* gradient is outside the bound; see the Notes.
+
     Args:
-      inner: the clipper, or a chain of clippers. No optimizer: what that changes would be carried, too.
-      state_dtype: of the carry, a real float dtype of at least 16 bits. None: the parameter's dtype, or
-        float32 if that is below 16 bits. In 16 bits the carry is rounded at every step.
+      inner: the clipper, or a chain of clippers. Pass no optimizer: its changes would be carried too.
+      state_dtype: dtype of the carry, a real float dtype of at least 16 bits. None: the parameter's dtype, or float32
+        where that has fewer than 16 bits. In 16 bits the carry is rounded at every step.
 
     Returns:
       An optax transformation. Its state is one number per coordinate and the inner one.
-
-    Guarantees:
-      The updates keep the bound of `inner`. All updates so far and the carry sum to the sum of the gradients so far, up
-      to rounding.
-
-    Edge cases:
-      A coordinate whose gradient, or whose update, is not finite keeps its carry and comes out as `inner` has it. If
-      `inner` lets the other coordinates of its group pass as they came, as a clip by norm does, they get rid of all
-      their carry in that step: where that can happen, `skip_nonfinite` belongs around it. A gradient plus carry past
-      the largest float is the largest float.
-
-      The carry is bounded while the *mean* gradient is inside the bound. If that is outside for good, as in the first
-      steps of a training that clips always, the carry grows by the difference in every step and is given back, long
-      after, at the speed that the bound allows: the iterate overshoots. To avoid it, clip alone until the mean gradient
-      is inside, and begin with a fresh carry then.
-
-    Placement:
-      In place of the clipper: `chain(with_carry(clip(1.0)), sgd(1e-3))`. The proofs are for coordinates and for norms,
-      and for plain gradient descent.
 
     Raises:
       ValueError: if `inner` is no transformation, or `state_dtype` no such dtype; at update, if a gradient inside
@@ -77,8 +60,19 @@ def with_carry(
       -1.0 0.0
       -1.0 0.0
 
-    Differs from the paper:
-      Nothing while all gradients are finite.
+    Notes:
+      - Guarantees: the updates keep the bound of `inner`. All updates so far plus the carry are the sum of the
+        gradients so far, up to rounding.
+      - Growth: while the mean gradient is outside the bound, the carry grows by the difference at every step. The first
+        steps of a run that always clips are an example. The carry is given back long after, as fast as the bound
+        allows, so the iterate overshoots. To avoid it, clip alone until the mean gradient is inside, then start with a
+        fresh carry.
+      - Non-finite gradients: a coordinate whose gradient or update is not finite keeps its carry, and its update is
+        that of `inner`. A clip by norm then lets the other coordinates of the group pass, and with them their whole
+        carry. Where that can happen, put `skip_nonfinite` around it.
+      - Overflow: a gradient plus carry past the largest float is the largest float.
+      - Placement: in place of the clipper: `chain(with_carry(clip(1.0)), sgd(1e-3))`. The proofs are for clips of
+        coordinates and of norms, and for plain gradient descent.
 
     References:
       Elesedy, Hutter, U-Clip: on-average unbiased stochastic gradient clipping, 2023, arXiv:2302.02971.

@@ -38,32 +38,16 @@ class SkipState(NamedTuple):
 def skip_nonfinite(
     inner: optax.GradientTransformation, *, axes: mesh.Axes = "auto"
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Leaves out every step in which a gradient is infinite or NaN.
+    r"""Skips every step in which a gradient is infinite or NaN.
 
     .. math:: (u, s) \leftarrow (0, s) \text{ if some } g_i \text{ is not finite, else } \mathrm{inner}(g, s)
 
     Args:
       inner: the optimizer, or any transformation.
-      axes: over which mesh axes the leaves are split; see `clip_by`. All devices take the same decision.
+      axes: which mesh axes split the leaves; see `clip_by`. All devices make the same decision.
 
     Returns:
       An optax transformation. Its state is a `SkipState`: the inner one and a few counters.
-
-    Guarantees:
-      A step that is left out returns zeros in the dtypes that `inner` returns, and leaves the inner state as it was,
-      bit for bit. Any other step is that of `inner`, bit for bit but where the compiler rounds a multiplication and an
-      addition together. However many steps in a row are not finite, none is taken.
-
-    Edge cases:
-      Gradients of 1e30 are finite: clip them inside, or use `skip_spikes`. Leaves that hold no floats are not looked
-      at; in a step that is left out integer updates are zeros too.
-
-    Placement:
-      Around everything: `skip_nonfinite(chain(clip_by_global_norm(1.0), adam(1e-3)))`. Around
-      `optax.MultiSteps` it judges every micro-batch. It does not belong inside: optax empties its sum of gradients by a
-      multiplication with 0, and a NaN stays in it, so that no step would be taken again. A clipper inside with
-      `record=` has seen only the steps that were taken; to record all of them, put one in front that bounds nothing:
-      `chain(clip_by_leaf_norm(jnp.inf, record=100), skip_nonfinite(...))`.
 
     Raises:
       ValueError: if `inner` is no transformation, or `axes` names none.
@@ -82,9 +66,19 @@ def skip_nonfinite(
       >>> print(optaxclip.clip_stats(state)["skipped_nonfinite"])
       1
 
-    Differs from optax:
-      `optax.apply_if_finite` applies the NaN after `max_consecutive_errors`, and inside `shard_map` lets each device
-      decide for itself.
+    Notes:
+      - Guarantees: a skipped step returns zeros in the dtypes that `inner` returns, and leaves the inner state bit for
+        bit as it was. Any other step is that of `inner`, except where the compiler fuses a multiplication with an
+        addition. A step that is not finite is never taken, however many there are in a row.
+      - Edge cases: gradients of 1e30 are finite. Clip them inside, or use `skip_spikes`. Leaves without floats are not
+        checked; in a skipped step integer updates are zeros too.
+      - Placement: around everything: `skip_nonfinite(chain(clip_by_global_norm(1.0), adam(1e-3)))`. Around
+        `optax.MultiSteps` it checks every micro-batch. Do not put it inside: optax empties its sum of gradients by
+        multiplying with 0, so a NaN stays in it and every later step is skipped.
+      - Records: a clipper inside with `record=` sees only the steps that were taken. To record all steps, put a clipper
+        in front that bounds nothing: `chain(clip_by_leaf_norm(jnp.inf, record=100), skip_nonfinite(adam(1e-3)))`.
+      - Differs from optax: `optax.apply_if_finite` applies the NaN after `max_consecutive_errors`. In `shard_map` it
+        lets each device decide alone.
 
     References:
       `optax.apply_if_finite`.
@@ -111,44 +105,33 @@ def skip_spikes(
     max_consecutive: int = 20,
     axes: mesh.Axes = "auto",
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Leaves out every step whose norm, or whose loss, is above its threshold, or is not finite.
+    r"""Skips every step whose norm or loss is above its threshold, or not finite.
 
     .. math:: (u, s) \leftarrow (0, s) \text{ if } n_G > upper_G \text{ for some group, or the loss is above its own},
         \text{ else } \mathrm{inner}(g, s)
 
+    While a threshold warms up, every finite step is taken, however large its norm. Put a clip inside:
+    `skip_spikes(chain(clip_by_global_norm(1.0), adam(1e-3)), thresholds.mean_std(6.0))`.
+
     Args:
       inner: the optimizer, or any transformation.
-      threshold: from `optaxclip.thresholds`. A step stands out if some norm is above the upper end of its band; the
-        lower end plays no role. `thresholds.mean_std` and `thresholds.zscore` with many deviations, and
-        `thresholds.constant`, are made for it. A quantile, or a small ratio, of what was *taken* shuts out more and
-        more of the ordinary steps, and `thresholds.smooth` all of them.
-      norm: what is measured, from `optaxclip.norms`.
-      loss_threshold: a threshold for the loss, which then arrives as `tx.update(grads, state, params, value=loss)`, the
-        same on all devices. The loss must be positive, as a cross entropy is: one of 0 or less is not judged, and does
-        not enter the statistics.
-      max_consecutive: after so many finite steps left out in a row, those that stand out are taken, and enter the
-        statistics, until one does not stand out. At least 0; 20 is long for a spike and short for a new level.
-      axes: over which mesh axes the leaves are split; see `clip_by`. All devices take the same decision.
+      threshold: from `optaxclip.thresholds`. A step is a spike if some norm is above the upper end of its band; the
+        lower end is ignored. `thresholds.mean_std` and `thresholds.zscore` with many deviations fit, and so does
+        `thresholds.constant`.
+      norm: what to measure, from `optaxclip.norms`.
+      loss_threshold: a threshold for the loss. Pass the loss as `tx.update(grads, state, params, value=loss)`, the same
+        on all devices. It must be positive, as a cross entropy is: a loss of 0 or less is not judged and does not enter
+        the statistics.
+      max_consecutive: after this many finite steps skipped in a row, spikes are taken, and enter the statistics, until
+        a step is no spike. At least 0; 20 is long for a spike and short for a new level.
+      axes: which mesh axes split the leaves; see `clip_by`. All devices make the same decision.
 
     Returns:
-      An optax transformation. Its state is a `SkipState`: the inner one, the thresholds' and a few counters.
-
-    Guarantees:
-      As `skip_nonfinite`. What is left out does not enter the statistics of the thresholds, and schedules inside stand
-      still.
-
-    Edge cases:
-      A step that is not finite, or with `loss_threshold` a loss that is not, is never taken, and counts neither for nor
-      against `max_consecutive`. A step is counted under the first reason that holds: not finite, norm, loss. While a
-      threshold warms up its band is open, and every finite step is taken.
-
-    Placement:
-      Around everything: `skip_spikes(chain(clip_by_global_norm(1.0), adam(1e-3)), thresholds.mean_std(6.0))`. As with
-      `skip_nonfinite`, a recorder belongs in front.
+      An optax transformation. Its state is a `SkipState`: the inner one, those of the thresholds, and a few counters.
 
     Raises:
-      ValueError: if an argument is something else; at update, if `loss_threshold` is there and `value` is not, or is no
-        scalar, or differs between the devices of a `shard_map`.
+      ValueError: if an argument is of another kind; at update, with `loss_threshold`, if `value` is missing, no scalar,
+        or differs between the devices of a `shard_map`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -163,13 +146,22 @@ def skip_spikes(
       ...     print(updates[0].round(2), end=" ")
       -0.1 -0.15 0.0 -0.2 0.0 0.0 -5.0 -6.0
 
-    Differs from the published code:
-      That leaves out what is far below the mean, too; takes what it leaves out into its window, so that one spike opens
-      the band for 128 steps; multiplies by 0, so that a NaN stays one; and has no `max_consecutive`.
+    Notes:
+      - Guarantees: those of `skip_nonfinite`. A skipped step does not enter the statistics of the thresholds, and
+        schedules inside do not advance.
+      - Thresholds that do not fit: a quantile or a small ratio of the steps *taken* skips more and more ordinary steps.
+        `thresholds.smooth` skips all of them.
+      - Edge cases: a step whose gradient, or with `loss_threshold` whose loss, is not finite is never taken. It counts
+        neither for nor against `max_consecutive`. A step is counted under the first reason that holds: not finite,
+        norm, loss.
+      - Placement: around everything. As with `skip_nonfinite`, a recorder belongs in front.
+      - Differs from OLMo-core: that code also skips what is far below the mean. It takes skipped steps into its window,
+        so that one spike opens the band for 128 steps. It multiplies by 0, so that a NaN stays one. It has no
+        `max_consecutive`.
 
     References:
-      Walsh et al., 2 OLMo 2 Furious, COLM 2025, arXiv:2501.00656, whose code has it as SkipStepOptimizer:
-      `skip_spikes(inner, thresholds.mean_std(6.0), loss_threshold=thresholds.mean_std(6.0))`.
+      Walsh et al., 2 OLMo 2 Furious, COLM 2025, arXiv:2501.00656. The code of OLMo-core calls it SkipStepOptimizer,
+      here `skip_spikes(inner, thresholds.mean_std(6.0), loss_threshold=thresholds.mean_std(6.0))`.
 
     See also:
       `skip_nonfinite`; `clip_by_history` and `zclip`, which shrink such steps instead.

@@ -45,7 +45,7 @@ THRESHOLDS: dict[str, Callable[[], optaxclip.Threshold]] = {
     "mean_std, window 128": thresholds.mean_std,
     "mean_std, window 1,000": lambda: thresholds.mean_std(window=1000),
     "ema_ratio": lambda: thresholds.ema_ratio(warmup_max_norm=1.0),
-    "ema_band": lambda: thresholds.ema_band(1.5, low=0.8),
+    "ema_band": lambda: thresholds.ema_band(1.5, min_ratio=0.8),
     "growth": thresholds.growth,
 }
 NORMS = {"global norm": norms.global_norm(), f"{LEAVES} leaf norms": norms.leaf_norm()}

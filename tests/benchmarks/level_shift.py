@@ -32,8 +32,8 @@ SPREADS = {"noise": 0.1, "constant": 0.0}
 OPTIONS = {
     "zclip(patience=5)": lambda: optaxclip.zclip(max_norm=None, patience=5),
     "zclip(patience=None)": lambda: optaxclip.zclip(max_norm=None, patience=None),
-    "zclip(option='percentile')": lambda: optaxclip.zclip(max_norm=None, option="percentile"),
-    "zclip(option='mean')": lambda: optaxclip.zclip(max_norm=None, option="mean"),
+    "zclip(clip_to='edge')": lambda: optaxclip.zclip(max_norm=None, clip_to="edge"),
+    "zclip(clip_to='mean')": lambda: optaxclip.zclip(max_norm=None, clip_to="mean"),
     "clip_by_history(patience=33)": lambda: optaxclip.clip_by_history(patience=33),
     "clip_by_history(take_in='raw')": lambda: optaxclip.clip_by_history(take_in="raw"),
     "adagc(ratio=1.5)": lambda: optaxclip.adagc(1.5),

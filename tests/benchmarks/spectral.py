@@ -98,7 +98,7 @@ def caps(soft, skip):
         return matrix @ ((v * (kept(values, c) / values)) @ v.T)
 
     def ours(matrix, c):
-        return optaxclip.clip_singular_values(c, soft=soft).update(matrix, None)[0]
+        return optaxclip.clip_singular_values(c, smooth=soft).update(matrix, None)[0]
 
     def by(form, matrix, c):
         size = jnp.max(jnp.abs(matrix))

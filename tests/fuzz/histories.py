@@ -100,7 +100,7 @@ NO_SPIKES = {"spikes": np.zeros(2, int)}
 # Rules. Each is (rule, first state); `o` are the numbers of each sequence.
 
 
-def zscore(o: Any, *, warmup: int, patience: int | None, option: str) -> tuple[Rule, State]:
+def zscore(o: Any, *, warmup: int, patience: int | None, clip_to: str) -> tuple[Rule, State]:
     """METHODS.md, zclip."""
     most, d = wide(o["z"]), wide(o["decay"])
 
@@ -108,8 +108,8 @@ def zscore(o: Any, *, warmup: int, patience: int | None, option: str) -> tuple[R
         warm, count = s["count"] < warmup, s["count"] + 1
         mean, std = s["mean"], np.sqrt(np.maximum(s["var"], 0))
         z = (n - mean) / (std + L(1e-6))
-        edge = mean + most * (std + (0 if option == "percentile" else L(1e-6)))
-        bound = {"reciprocal": mean + most * std * most / z, "mean": mean, "percentile": mean + most * std}[option]
+        edge = mean + most * (std + (0 if clip_to == "edge" else L(1e-6)))
+        bound = {"reciprocal": mean + most * std * most / z, "mean": mean, "edge": mean + most * std}[clip_to]
         is_spike, is_near = ~warm & (n > edge), ~warm & near(n, edge)
         spikes = counted(s["spikes"], is_spike, is_near)
         value, doubt = taken(patience, spikes, is_spike, n, bound)
@@ -136,7 +136,7 @@ def at_most(rule: Rule, c: Any) -> Rule:
 
 
 def mean_std(
-    o: Any, *, window: int, min_count: int, ddof: int, current: bool, raw: bool, patience: int | None
+    o: Any, *, window: int, warmup_steps: int, ddof: int, current: bool, raw: bool, patience: int | None
 ) -> tuple[Rule, State]:
     """METHODS.md, thresholds.mean_std and clip_by_history."""
     k = wide(o["num_std"])
@@ -152,7 +152,7 @@ def mean_std(
         mean = np.sum(np.where(there, values, 0), axis=1) / np.maximum(number, 1)
         away = np.sum(np.where(there, (values - mean[:, None]) ** 2, 0), axis=1)
         std = np.sqrt(away / np.maximum(number - ddof, 1))
-        active = (count + 1 if current else count) >= min_count
+        active = (count + 1 if current else count) >= warmup_steps
         bound = mean + k * np.maximum(std, L(1e-6) * np.maximum(mean, 1))
         is_spike, is_near = active & (n > bound), active & near(n, bound)
         spikes = counted(s["spikes"], is_spike, is_near)
@@ -208,14 +208,14 @@ def tracked_quantile(o: Any) -> tuple[Rule, State]:
     return rule, {"moved": L(0)}
 
 
-def ema_band(o: Any, *, low: Any, max_down: Any, max_up: Any, initial: Any) -> tuple[Rule, State]:
+def ema_band(o: Any, *, min_ratio: Any, max_down: Any, max_up: Any, initial: Any) -> tuple[Rule, State]:
     """METHODS.md, aggc."""
-    d, high, least = wide(o["decay"]), wide(o["high"]), wide(o["min_norm"])
+    d, ratio, least = wide(o["decay"]), wide(o["ratio"]), wide(o["min_norm"])
 
     def rule(n: Array, s: State) -> Judged:
         average = np.where((s["count"] == 0) & (initial is None), n, s["average"])
-        upper = np.where(average > 0, high * average, np.inf)
-        lower = np.maximum(0 if low is None else L(low) * average, least)
+        upper = np.where(average > 0, ratio * average, np.inf)
+        lower = np.maximum(0 if min_ratio is None else L(min_ratio) * average, least)
         cut = upper if max_down is None else np.maximum(upper, L(max_down) * n)
         raised = lower if max_up is None else np.minimum(lower, L(max_up) * n)
         after = np.where(n > upper, cut, np.where(n < lower, raised, n))
@@ -331,7 +331,7 @@ def by_step(step: Callable[[int, Array], tuple[Array, Array]], x: Array) -> Run:
 
 def spam_clip(x: Array, o: Any, *, idle: int, period: int | None) -> Run:
     """METHODS.md, spam_clip; neither an infinite coordinate nor NaN enters the average."""
-    theta, d = wide(o["threshold"]), wide(o["decay"])
+    theta, d = wide(o["ratio"]), wide(o["decay"])
     v, doubt = np.zeros(len(x), L), np.zeros(len(x), bool)
 
     def step(t: int, g: Array) -> tuple[Array, Array]:

@@ -50,20 +50,20 @@ def by_rule(oracle, threshold, options, *, takes_zero=False, **static):
     return Method(lambda o: oc.clip_by(norms.leaf_norm(), threshold(o)), expect, options)
 
 
-def zscore(option, warmup, patience):
+def zscore(clip_to, warmup, patience):
     return by_rule(
         h.zscore,
-        lambda o: thresholds.zscore(o["z"], decay=o["decay"], warmup_steps=warmup, patience=patience, option=option),
+        lambda o: thresholds.zscore(o["z"], decay=o["decay"], warmup_steps=warmup, patience=patience, clip_to=clip_to),
         {"z": [0.1, 1.0, 2.5, 10.0], "decay": DECAYS},
         warmup=warmup,
         patience=patience,
-        option=option,
+        clip_to=clip_to,
     )
 
 
 def zclip(warmup):
     def expect(x, o):
-        rule, start = h.zscore(o, warmup=warmup, patience=33, option="reciprocal")
+        rule, start = h.zscore(o, warmup=warmup, patience=33, clip_to="reciprocal")
         return h.follow(h.at_most(rule, o["c"]), start, x)
 
     return Method(
@@ -73,13 +73,13 @@ def zclip(warmup):
     )
 
 
-def mean_std(window, min_count, ddof=0, *, current=False, raw=False, patience=None):
+def mean_std(window, warmup_steps, ddof=0, *, current=False, raw=False, patience=None):
     return by_rule(
         h.mean_std,
         lambda o: thresholds.mean_std(
             o["num_std"],
             window=window,
-            min_count=min_count,
+            warmup_steps=warmup_steps,
             ddof=ddof,
             include_current=current,
             take_in="raw" if raw else "clipped",
@@ -87,7 +87,7 @@ def mean_std(window, min_count, ddof=0, *, current=False, raw=False, patience=No
         ),
         {"num_std": [0.0, 0.5, 3.0, 1e3]},
         window=window,
-        min_count=min_count,
+        warmup_steps=warmup_steps,
         ddof=ddof,
         current=current,
         raw=raw,
@@ -117,8 +117,8 @@ def order_statistic(percentile, window):
 def ema_band(**static):
     return by_rule(
         h.ema_band,
-        lambda o: thresholds.ema_band(o["high"], decay=o["decay"], min_norm=o["min_norm"], **static),
-        {"high": [1.0, 1.5, 10.0], "decay": DECAYS, "min_norm": [0.0, 1e-30, 1e-3]},
+        lambda o: thresholds.ema_band(o["ratio"], decay=o["decay"], min_norm=o["min_norm"], **static),
+        {"ratio": [1.0, 1.5, 10.0], "decay": DECAYS, "min_norm": [0.0, 1e-30, 1e-3]},
         **static,
     )
 
@@ -146,9 +146,9 @@ def nothing_spikes(o):
 
 def spam(idle, period):
     return Method(
-        lambda o: contrib.spam_clip(o["threshold"], decay=o["decay"], idle_steps=idle, period=period),
+        lambda o: contrib.spam_clip(o["ratio"], decay=o["decay"], warmup_steps=idle, period=period),
         lambda x, o: h.spam_clip(x, o, idle=idle, period=period),
-        {"threshold": [1.0, 4.0, 5000.0], "decay": DECAYS},
+        {"ratio": [1.0, 4.0, 5000.0], "decay": DECAYS},
         signed=True,
     )
 
@@ -181,7 +181,7 @@ def carry(by_value):
 
 
 BOTH = {"b1": DECAYS, "b2": DECAYS}
-NO_LIMITS = {"low": None, "max_down": None, "max_up": None, "initial": None}
+NO_LIMITS = {"min_ratio": None, "max_down": None, "max_up": None, "initial": None}
 QUICK = {
     "zscore": zscore("reciprocal", 4, 3),
     "mean_std": mean_std(4, 2, patience=2),
@@ -225,7 +225,7 @@ QUICK = {
 }
 SLOW = {
     "zscore, mean": zscore("mean", 1, None),
-    "zscore, percentile": zscore("percentile", 8, 1),
+    "zscore, edge": zscore("edge", 8, 1),
     "zclip": zclip(4),
     "mean_std, window 1": mean_std(1, 1),
     "mean_std, raw": mean_std(8, 4, ddof=1, current=True, raw=True),
@@ -234,8 +234,8 @@ SLOW = {
     "quantile, window 7": quantile(7),
     "order_statistic, 0": order_statistic(0.0, 5),
     "order_statistic, 100": order_statistic(100.0, 1),
-    "ema_band, all limits": ema_band(low=0.8, max_down=0.9, max_up=1.1, initial=0.0),
-    "ema_band, low": ema_band(low=1.0, max_down=None, max_up=None, initial=1.0),
+    "ema_band, all limits": ema_band(min_ratio=0.8, max_down=0.9, max_up=1.1, initial=0.0),
+    "ema_band, min_ratio": ema_band(min_ratio=1.0, max_down=None, max_up=None, initial=1.0),
     "adagc, at once": adagc(0, None),
     "adagc, small": adagc(12, 1e-3),
     "spam_clip, period": spam(1, 7),
@@ -245,12 +245,12 @@ SLOW = {
     "mixed_clip, smooth": mixed(smooth=True),
     "with_carry, norm": carry(by_value=False),
     "skip_spikes, mean_std": skips(
-        lambda o: thresholds.mean_std(o["num_std"], window=4, min_count=2),
+        lambda o: thresholds.mean_std(o["num_std"], window=4, warmup_steps=2),
         h.mean_std,
         {"num_std": [1.0, 3.0]},
         0,
         window=4,
-        min_count=2,
+        warmup_steps=2,
         ddof=0,
         current=False,
         raw=False,

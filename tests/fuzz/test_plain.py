@@ -381,7 +381,7 @@ def capped(x, c, soft):
 @pytest.mark.parametrize("shape", [(4, 4), (3, 6)])
 def test_singular_values(shape, soft):
     rng = np.random.default_rng(0)
-    step = jax.jit(lambda c, x: oc.clip_singular_values(c, soft=soft).update(x, optax.EmptyState())[0])
+    step = jax.jit(lambda c, x: oc.clip_singular_values(c, smooth=soft).update(x, optax.EmptyState())[0])
     for _ in range(100):
         x = inputs.numbers(rng, shape, "float32", str(rng.choice(["one scale", "all scales", "special"])))
         top = capped(x, np.inf, False)[1]

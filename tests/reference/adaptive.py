@@ -93,19 +93,20 @@ def percentile_clip(norms, percentile=5.0, window=100, guard=True):
 
 def zclip(
     norms,
-    z_threshold=2.5,
+    num_std=2.5,
     decay=0.97,
     warmup_steps=25,
     max_norm=1.0,
     *,
-    option="reciprocal",
+    clip_to="reciprocal",
     patience=None,
     guard=True,
 ):
     """ZClip, Kumar et al. 2025 (arXiv 2504.02507); `ZClip.step` of the package zclip 1.0.0.
 
-    `option` is the package's `clip_option` "adaptive_scaling" ("reciprocal" here) or "mean", or its mode "percentile".
-    A spike is n above the option's test; the statistics take in its threshold, not what `max_norm` made of it.
+    `clip_to` is the package's `clip_option` "adaptive_scaling" (here "reciprocal") or "mean", or its mode "percentile"
+    (here "edge").
+    A spike is n above the test; the statistics take in its threshold, not what `max_norm` made of it.
 
     `patience=K` is ours: from the K+1st spike in a row the statistics take in n itself. None is the package.
     """
@@ -115,12 +116,12 @@ def zclip(
     def threshold(n):
         """What a spike is clipped to; None for no spike. The percentile test has no eps; the z-score has 1e-6."""
         sigma = np.sqrt(var)
-        if option == "percentile":
-            return mu + z_threshold * sigma if n > mu + z_threshold * sigma else None
+        if clip_to == "edge":
+            return mu + num_std * sigma if n > mu + num_std * sigma else None
         z = (n - mu) / (sigma + 1e-6)
-        if not z > z_threshold:
+        if not z > num_std:
             return None
-        return mu if option == "mean" else mu + z_threshold * sigma / (z / z_threshold)
+        return mu if clip_to == "mean" else mu + num_std * sigma / (z / num_std)
 
     def step(n):
         nonlocal spikes, mu, var
@@ -173,8 +174,8 @@ def adagc(norms, ratio=1.05, decay=0.98, warmup_steps=100, warmup_max_norm=1.0, 
 
 def aggc(
     norms,
-    high,
-    low=None,
+    ratio,
+    min_ratio=None,
     decay=0.98,
     min_norm=0.0,
     *,
@@ -185,9 +186,9 @@ def aggc(
 ):
     """AGGC, Li et al. 2026 (arXiv 2601.11864), one group; `PerModuleGradClipper` in ZhiyuanLi218/AGGC.
 
-    Above high * ema: down to it; otherwise below max(min_norm, low * ema): up to it, past the upper end if they cross.
-    No factor is under `max_down` or over `max_up`. The average takes in the norm after clipping. An upper end of 0 is
-    none. `low=None` counts as 0, so that `min_norm` alone raises; the authors have a switch for raising.
+    Above ratio * ema: down to it; otherwise below max(min_norm, min_ratio * ema): up to it, past the upper end if they
+    cross. No factor is under `max_down` or over `max_up`. The average takes in the norm after clipping. An upper end of
+    0 is none. `min_ratio=None` counts as 0, so that `min_norm` alone raises; the authors have a switch for raising.
 
     The authors start the average at 0: `initial=0`. `initial=None` is ours: it starts at the first norm.
     """
@@ -197,7 +198,7 @@ def aggc(
         nonlocal ema
         if ema is None:
             ema = n
-        upper, lower = high * ema, max(min_norm, (low or 0) * ema)
+        upper, lower = ratio * ema, max(min_norm, (min_ratio or 0) * ema)
         bound = upper if upper > 0 else np.inf
         out = n
         if n > bound:
@@ -210,10 +211,10 @@ def aggc(
     return follow(step, norms, guard)
 
 
-def clip_by_history(norms, num_std=3.0, window=128, min_count=64, *, take_in="clipped", patience=None, guard=True):
+def clip_by_history(norms, num_std=3.0, window=128, warmup_steps=64, *, take_in="clipped", patience=None, guard=True):
     """levanter's `clip_update_by_historical_norm`: mean + k max(std, 1e-6) of the last norms before the current one.
 
-    The deviation is the population's. It is active once `min_count` norms are there; levanter has max(2, window // 2)
+    The deviation is the population's. It bounds once `warmup_steps` norms are there; levanter has max(2, window // 2)
     and takes in the raw norm: `take_in="raw"`. `take_in="clipped"` is ours, and with it `patience=K`: from the K+1st
     clipped norm in a row n itself is taken in.
     """
@@ -222,7 +223,7 @@ def clip_by_history(norms, num_std=3.0, window=128, min_count=64, *, take_in="cl
     def step(n):
         nonlocal spikes
         c = np.inf
-        if len(history) >= min_count:
+        if len(history) >= warmup_steps:
             c = np.mean(history) + num_std * max(np.std(history), 1e-6)
         spikes = spikes + 1 if n > c else 0
         raw = take_in == "raw" or (patience is not None and spikes > patience)
@@ -249,7 +250,7 @@ def tracked_quantile(norms, quantile=0.5, learning_rate=0.2, initial=1.0, guard=
     return follow(step, norms, guard)
 
 
-def clip_norm_growth(norms, max_growth=1.01, guard=True):
+def clip_norm_growth(norms, ratio=1.01, guard=True):
     """The norm-growth limiter of Fira (arXiv 2410.01623) and APOLLO (arXiv 2412.05270), as in pytorch_optimizer's both.
 
     L = max(n / (before + 1e-8), g) / g; n / L, which is min(n, g (before + 1e-8)), is the next `before`. The first step
@@ -259,7 +260,7 @@ def clip_norm_growth(norms, max_growth=1.01, guard=True):
 
     def step(n):
         nonlocal before
-        bound = max_growth * (before + 1e-8)
+        bound = ratio * (before + 1e-8)
         before = min(n, bound)
         return 0, bound, {"before": before}
 

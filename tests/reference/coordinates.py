@@ -13,7 +13,7 @@ def rows(step, grads):
     return np.array([step(t, g) for t, g in enumerate(np.asarray(grads, np.float64), 1)])
 
 
-def spam_clip(grads, threshold=5000.0, decay=0.999, idle_steps=19, period=None, *, clips_silent=False):
+def spam_clip(grads, ratio=5000.0, decay=0.999, warmup_steps=19, period=None, *, clips_silent=False):
     """The clip of SPAM, Huang et al. 2025 (arXiv 2501.06842); `SPAM` of pytorch_optimizer.
 
     `clips_silent` is the published code: where v = 0 a coordinate is clipped to 0. Ours leaves it alone.
@@ -24,8 +24,8 @@ def spam_clip(grads, threshold=5000.0, decay=0.999, idle_steps=19, period=None, 
         phase = t if period is None else t % period
         if phase == 0:
             v[:] = 0
-        spikes = (g**2 > threshold * v) & (phase > idle_steps) & ((v > 0) | clips_silent)
-        out = np.where(spikes, np.sign(g) * np.sqrt(threshold * v), g)
+        spikes = (g**2 > ratio * v) & (phase > warmup_steps) & ((v > 0) | clips_silent)
+        out = np.where(spikes, np.sign(g) * np.sqrt(ratio * v), g)
         v[:] = decay * v + (1 - decay) * out**2
         return out
 
