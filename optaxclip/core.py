@@ -295,7 +295,7 @@ def permit(
 
 def apply(norm: Norm, leaves: Leaves, factors: Any) -> Updates:
     """The updates, each leaf by the factor that the norm gives it."""
-    assigned = norm.assign(leaves, factors)
+    assigned: list[Any] = norm.assign(leaves, factors)
     others = [factor for factor in assigned if not (factor is None or isinstance(factor, Factor))]
     if len(assigned) != len(leaves) or others:
         came = f"{len(assigned)} entries" + (f", among them a {type(others[0]).__name__}" if others else "")

@@ -68,7 +68,7 @@ def per_group(rule: Rule, *, max_groups: int | None = None) -> Threshold:
 
         def one(norm: jax.Array, state: RuleState) -> Any:
             (lower, upper), after = rule.limit(norm, state, *shared)
-            return (None if isinstance(lower, float) and lower == 0 else lower), upper, after
+            return (None if isinstance(lower, float) and lower == 0.0 else lower), upper, after
 
         lower, upper, after = jax.vmap(one)(seen, state)
         low = 0.0 if lower is None else back(jnp.where(is_seen, lower, 0))
