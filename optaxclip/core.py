@@ -40,6 +40,7 @@ from optaxclip._arrays import groups, states
 from optaxclip._arrays.leaves import Leaf, Leaves
 from optaxclip._arrays.mesh import Axes
 from optaxclip._arrays.parameters import beside, drop_missing, parameters
+from optaxclip._arrays.trees import Tree
 from optaxclip._numerics import scaling
 from optaxclip._numerics.scaling import Factor
 from optaxclip.records import recorder
@@ -226,13 +227,13 @@ def clip_by(
     length = checks.record(record)
     checks.axes(axes)
 
-    def init(params: Any) -> State:
+    def init(params: Tree) -> State:
         params = parameters(params)
         norms = shapes_of(norm, params, axes)
         state = threshold.init(norms)
         return RecordedState(state, recorder.init(norms, params, length)) if length else state
 
-    def update(updates: Updates, state: State, params: Any = None, **extra_args: Any) -> tuple[Updates, State]:
+    def update(updates: Updates, state: State, params: Tree = None, **extra_args: Any) -> tuple[Updates, State]:
         filled, params = beside(updates, params)
         leaves = Leaves(filled, params, axes)
         recorder.require_state(state, RecordedState, length)
@@ -248,7 +249,7 @@ def clip_by(
     return tx
 
 
-def shapes_of(norm: Norm, params: Any, axes: Axes) -> Norms:
+def shapes_of(norm: Norm, params: Tree, axes: Axes) -> Norms:
     """What a norm measures of updates like `params`, in shapes and dtypes alone."""
     return jax.eval_shape(lambda tree: norm.measure(Leaves(tree, tree, axes)), params)
 
@@ -265,7 +266,7 @@ class Judged(NamedTuple):
 
     norms: Norms
     limits: Norms
-    factors: Any
+    factors: Tree
     state: State
 
 
@@ -293,7 +294,7 @@ def permit(
     return Judged(norms, treedef.unflatten(limits), treedef.unflatten(factors), state)
 
 
-def apply(norm: Norm, leaves: Leaves, factors: Any) -> Updates:
+def apply(norm: Norm, leaves: Leaves, factors: Tree) -> Updates:
     """The updates, each leaf by the factor that the norm gives it."""
     assigned: list[Any] = norm.assign(leaves, factors)
     others = [factor for factor in assigned if not (factor is None or isinstance(factor, Factor))]

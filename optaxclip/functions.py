@@ -1,7 +1,6 @@
 """What is done to a tree in hand, without an optimizer: its norm, and a transformation as a function."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import optax
@@ -9,11 +8,12 @@ import optax
 from optaxclip._arguments import checks
 from optaxclip._arrays import mesh
 from optaxclip._arrays.leaves import Leaves
+from optaxclip._arrays.trees import Tree
 from optaxclip._numerics import tree_norms
 from optaxclip.core import Updates
 
 
-def global_norm(tree: Any, *, ord: float = 2, axes: mesh.Axes = "auto") -> jax.Array:
+def global_norm(tree: Tree, *, ord: float = 2, axes: mesh.Axes = "auto") -> jax.Array:
     r"""Measures the norm of all leaves of a pytree together, over the whole float range and on every mesh.
 
     .. math:: \|x\|_p = \Bigl(\sum_{\mathrm{leaves}} \sum_i |x_i|^p\Bigr)^{1/p}
@@ -51,7 +51,7 @@ def global_norm(tree: Any, *, ord: float = 2, axes: mesh.Axes = "auto") -> jax.A
     return tree_norms.of_all(Leaves(tree, axes=axes), p)
 
 
-def as_function(tx: optax.GradientTransformation, params: Any = None) -> Callable[[Updates], Updates]:
+def as_function(tx: optax.GradientTransformation, params: Tree = None) -> Callable[[Updates], Updates]:
     """Turns a stateless transformation into a function of the gradients alone.
 
     Use it where optax is unknown: as `pre_clipping_transform` of jax-privacy's `clipped_grad`, or in `jax.vmap` over
@@ -89,7 +89,7 @@ _FORGOTTEN = "which every call would start anew: call its update yourself"
 
 
 def stateless(
-    caller: str, tx: optax.GradientTransformation, params: Any, advice: str = _FORGOTTEN
+    caller: str, tx: optax.GradientTransformation, params: Tree, advice: str = _FORGOTTEN
 ) -> Callable[[Updates], Updates]:
     """As `as_function`, for `caller`; `advice` is how the message goes on where there is a state."""
 
@@ -101,7 +101,9 @@ def stateless(
     return apply
 
 
-def empty_state(caller: str, tx: optax.GradientTransformation, params: Any, advice: str = _FORGOTTEN) -> optax.OptState:
+def empty_state(
+    caller: str, tx: optax.GradientTransformation, params: Tree, advice: str = _FORGOTTEN
+) -> optax.OptState:
     """The state of a transformation that must have none.
 
     Raises:

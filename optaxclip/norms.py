@@ -25,8 +25,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from optaxclip._arguments import checks
+from optaxclip._arguments.bounds import Number
 from optaxclip._arrays import groups, trees
 from optaxclip._arrays.leaves import Leaf, Leaves
+from optaxclip._arrays.trees import Tree
 from optaxclip._numerics import arithmetic, ratios, tree_norms
 from optaxclip._numerics.matrices import capping, stacks
 from optaxclip._numerics.scaling import Factor
@@ -152,7 +154,7 @@ def group_norm(labels: Any, ord: float = 2) -> Norm:
         present = [label for label in dict.fromkeys([*members, *known]) if label is not None]
         return {label: tree_norms.of_all([leaves[i] for i in members.get(label, [])], p) for label in present}
 
-    def assign(leaves: Leaves, factors: Any) -> list[Factor | None]:
+    def assign(leaves: Leaves, factors: Tree) -> list[Factor | None]:
         return [None if label is None else factors[label] for label in label_of(leaves)]
 
     return Norm(measure, assign, "norms.group_norm(...)")
@@ -207,7 +209,7 @@ def leaf_peaks() -> Norm:
     """
     whole = leaf_norm(math.inf)
 
-    def assign(leaves: Leaves, factors: Any) -> list[Factor | None]:
+    def assign(leaves: Leaves, factors: Tree) -> list[Factor | None]:
         return [_of_peaks(leaf.value, factor) for leaf, factor in zip(leaves, leaves.from_tree(factors), strict=True)]
 
     return Norm(whole.measure, assign, "norms.leaf_peaks()")
@@ -331,7 +333,7 @@ def unit_norm(units: str = "io", *, axis: Axis = None, stacked: Any = None) -> N
     return _by_leaf("unit_norm", dims_of, 2, stacked, keepdims=True)
 
 
-def relative_change(relative: Any, absolute: Any) -> Norm:
+def relative_change(relative: Number, absolute: Number) -> Norm:
     r"""How large the update of each leaf is beside its parameters, by its worst coordinate.
 
     .. math:: n = \max_i \frac{|u_i|}{relative \cdot |w_i| + absolute}
@@ -369,7 +371,7 @@ def relative_change(relative: Any, absolute: Any) -> Norm:
         worst = [ratios.worst_ratio(leaf.value, param.value, relative, absolute) for leaf, param in pairs]
         return leaves.to_tree(tree_norms.across(worst, [leaf.axes for leaf in leaves], math.inf))
 
-    def assign(leaves: Leaves, factors: Any) -> list[Factor | None]:
+    def assign(leaves: Leaves, factors: Tree) -> list[Factor | None]:
         return [_or_nothing(factor) for factor in leaves.from_tree(factors)]
 
     return Norm(measure, assign, "norms.relative_change(...)")
@@ -413,7 +415,7 @@ def _by_leaf(
             norms = [x / math.sqrt(leaf.size_over(d)) for x, leaf, d in zip(norms, leaves, dims, strict=True)]
         return leaves.to_tree(list(map(jnp.expand_dims, norms, dims)) if keepdims else norms)
 
-    def assign(leaves: Leaves, factors: Any) -> list[Factor | None]:
+    def assign(leaves: Leaves, factors: Tree) -> list[Factor | None]:
         found = leaves.from_tree(factors)
         if keepdims or stacked is None:
             return found

@@ -264,7 +264,10 @@ def test_it_can_be_asked_with_arguments_of_all_kinds(rng):
     assert per_example.form_of(step, shape, "scanned", rows, scale=jax.ShapeDtypeStruct((), w.dtype)) == "one_pass"
 
 
-@pytest.mark.parametrize("step", [3, dense, jax.jit(dense), functools.partial(dense)], ids=["number", "function", "jitted", "partial"])
+STEPS = {"number": 3, "function": dense, "jitted": jax.jit(dense), "partial": functools.partial(dense)}
+
+
+@pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
 def test_what_is_no_step_is_refused(step):
     with pytest.raises(ValueError, match=r"step must be what per_example\.clipped_value_and_grad returned, got"):
         per_example.form_of(step, jnp.ones((SIZE, SIZE)), jnp.ones((B, SIZE)))

@@ -15,8 +15,10 @@ import optax
 
 from optaxclip._arguments import checks
 from optaxclip._arrays import states, trees
+from optaxclip._arrays.trees import Tree
 
-Bound: TypeAlias = Any
+Bound: TypeAlias = Any  # a number, an array, a schedule, or a prefix pytree of these
+Number: TypeAlias = float | jax.Array
 
 
 class ScheduleState(NamedTuple):
@@ -34,7 +36,7 @@ def init(*given: Bound) -> ScheduleState | optax.EmptyState:
     return ScheduleState(jnp.zeros((), jnp.int32)) if _is_scheduled(given) else optax.EmptyState()
 
 
-def resolve(given: Sequence[Bound], state: Any, tree: Any) -> tuple[list[Any], Any]:
+def resolve(given: Sequence[Bound], state: Tree, tree: Tree) -> tuple[list[Any], Any]:
     """The bounds of this step, and the state one step on (a state without a schedule, None too, stays what it was).
 
     Returns:
@@ -62,7 +64,7 @@ def _at(step: jax.Array, bound: Any) -> Any:
     return value
 
 
-def _spread(bound: Any, tree: Any) -> Any:
+def _spread(bound: Any, tree: Tree) -> Any:
     """A prefix pytree brought to the structure of `tree`; one number stays one number."""
     if jnp.isscalar(bound):
         return bound

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from optaxclip._arrays import dtypes, states, trees
+from optaxclip._arrays.trees import Tree
 
 
-def each_leaf(fn: Callable[..., tuple[Any, ...]], updates: Any, *others: Any) -> tuple[Any, ...]:
+def each_leaf(fn: Callable[..., tuple[Any, ...]], updates: Tree, *others: Any) -> tuple[Any, ...]:
     """Applies a function to every leaf that holds floats, with what `others` have beside it.
 
     Args:
@@ -36,7 +37,7 @@ def each_leaf(fn: Callable[..., tuple[Any, ...]], updates: Any, *others: Any) ->
     )
 
 
-def require_beside(updates: Any, state: Any) -> None:
+def require_beside(updates: Tree, state: Tree) -> None:
     """Raises ValueError unless a state per parameter has, for every leaf of the updates, an array of its shape."""
     flat, treedef = jax.tree.flatten(updates)
     try:
@@ -63,7 +64,7 @@ class _Row:
         self.entries = entries
 
 
-def zeros_like(params: Any, dtype: Any = None) -> Any:
+def zeros_like(params: Tree, dtype: Any = None) -> Any:
     """Zeros beside every parameter, in `dtypes.of_state` of its dtype or in `dtype`; a scalar beside what can't be one.
 
     Beside a complex parameter they are complex, whatever the dtype.
@@ -81,7 +82,7 @@ def zeros_like(params: Any, dtype: Any = None) -> Any:
     return jax.tree.map(zeros, params)
 
 
-def sizes_like(params: Any, dtype: Any) -> Any:
+def sizes_like(params: Tree, dtype: Any) -> Any:
     """Real zeros beside every parameter."""
 
     def real(leaf: jax.Array) -> jax.Array:

@@ -6,6 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from optaxclip._arrays import trees
+from optaxclip._arrays.trees import Tree
 
 _ADVICE = "cast the gradients to bfloat16 or float32 before the update"
 
@@ -40,7 +41,7 @@ def wide(dtype: Any) -> Any:
     return dtype if jnp.issubdtype(dtype, jnp.complexfloating) else accumulator(dtype)
 
 
-def require_usable(tree: Any, flat: Sequence[Any]) -> None:
+def require_usable(tree: Tree, flat: Sequence[Any]) -> None:
     """Raises ValueError where a leaf has floats that can't be clipped, with its path, its dtype and what to do."""
     kinds = list(map(of, flat))
     if not any(map(what_is_wrong, set(kinds))):

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from optaxclip._arrays import layouts
+from optaxclip._arrays.trees import Tree
 
 
-def over_groups(fn: Callable[..., Any], norms: Any, *others: Any) -> Any:
+def over_groups(fn: Callable[..., Any], norms: Tree, *others: Any) -> Any:
     """Applies an elementwise function to each group's entries.
 
     Args:
@@ -77,17 +78,17 @@ def unstacked(array: jax.Array) -> list[jax.Array]:
     return [jax.lax.squeeze(piece, [0]) for piece in jax.lax.split(array, [1] * len(array))]
 
 
-def number(norms: Any) -> int:
+def number(norms: Tree) -> int:
     """How many groups there are."""
     return sum([entry.size for entry in jax.tree.leaves(norms)])
 
 
-def dtype(norms: Any) -> Any:
+def dtype(norms: Tree) -> Any:
     """The widest dtype of the groups' norms; float32 if there are none."""
     return jnp.result_type(jnp.float32, *[entry.dtype for entry in jax.tree.leaves(norms)])
 
 
-def as_vector(norms: Any) -> tuple[jax.Array, Callable[[jax.Array], Any]]:
+def as_vector(norms: Tree) -> tuple[jax.Array, Callable[[jax.Array], Any]]:
     """All groups, at least one, as a vector that is whole on every device; and the way back for such a vector.
 
     Raises:

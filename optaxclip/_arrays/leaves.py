@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from optaxclip._arrays import dtypes, mesh, trees
 from optaxclip._arrays.parameters import require_params
+from optaxclip._arrays.trees import Tree
 
 
 class Leaf:
@@ -74,7 +75,7 @@ class Leaves(list[Leaf]):
     """
 
     def __init__(
-        self, tree: Any, params: Any = None, axes: mesh.Axes = "auto", *, like: "Leaves | None" = None
+        self, tree: Tree, params: Tree = None, axes: mesh.Axes = "auto", *, like: "Leaves | None" = None
     ) -> None:
         """Flattens a tree.
 
@@ -112,7 +113,7 @@ class Leaves(list[Leaf]):
             whole[i] = value
         return self._treedef.unflatten(whole)
 
-    def from_tree(self, tree: Any) -> list[Any]:
+    def from_tree(self, tree: Tree) -> list[Any]:
         """What a pytree of the structure of this tree has for each leaf: what `to_tree` was given."""
         return self._counted(self._treedef.flatten_up_to(tree))
 

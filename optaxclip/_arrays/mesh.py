@@ -35,6 +35,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from optaxclip._arrays import callers, dtypes, layouts, trees
+from optaxclip._arrays.trees import Tree
 
 Axes: TypeAlias = Any  # "auto" | None | str | tuple[str, ...] | prefix pytree of PartitionSpec
 
@@ -72,7 +73,7 @@ class Split(NamedTuple):
 _WHOLE = Split()
 
 
-def splits_of(arrays: Sequence[Any], tree: Any, places: Sequence[int], beside: Any, axes: Axes) -> list[Split]:
+def splits_of(arrays: Sequence[Any], tree: Tree, places: Sequence[int], beside: Any, axes: Axes) -> list[Split]:
     """Says over which mesh axes each of some arrays is split.
 
     Args:
@@ -108,7 +109,7 @@ _WHAT_CAN_BE_MEANT = (
 
 
 def require_reduced(
-    grads: Any, beside: Any = None, *, called: str = "parameter", meant: str = ""
+    grads: Tree, beside: Any = None, *, called: str = "parameter", meant: str = ""
 ) -> list[frozenset[str]]:
     """Raises where a gradient is a sum that has not been taken yet: the piece on each device is one summand of it.
 
@@ -147,7 +148,7 @@ def require_reduced(
     return over
 
 
-def _the_gradient(grads: Any, i: int) -> str:
+def _the_gradient(grads: Tree, i: int) -> str:
     path = trees.paths(grads)[i]
     return f"the gradient of {path!r}" if path else "the gradient"
 

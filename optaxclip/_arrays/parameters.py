@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from optaxclip._arrays import dtypes, trees
+from optaxclip._arrays.trees import Tree
 
 # The base of optax has no public home; the message is the one users know.
 NO_PARAMS = (
@@ -14,7 +15,7 @@ NO_PARAMS = (
 )
 
 
-def beside(updates: Any, params: Any) -> tuple[Any, Any]:
+def beside(updates: Tree, params: Tree) -> tuple[Any, Any]:
     """Updates without a None where the parameters have leaves, and the parameters in the containers of these."""
     if params is not None and _are_alike(updates, params):
         return updates, params
@@ -22,13 +23,13 @@ def beside(updates: Any, params: Any) -> tuple[Any, Any]:
     return fill_missing(updates, params), params
 
 
-def _are_alike(updates: Any, params: Any) -> bool:
+def _are_alike(updates: Tree, params: Tree) -> bool:
     flat, treedef = jax.tree.flatten(params)
     others = [leaf for leaf in flat if not (hasattr(leaf, "dtype") and hasattr(leaf, "shape"))]
     return not others and treedef == jax.tree.structure(updates)
 
 
-def parameters(params: Any, updates: Any = None) -> Any:
+def parameters(params: Tree, updates: Tree = None) -> Any:
     """`params` in the containers of `updates`, with None in place of whatever is no parameter.
 
     A model may be its own parameters: an Equinox module holds functions, strings and settings beside its arrays. What
@@ -61,7 +62,7 @@ def _is_array(leaf: Any) -> bool:
     return hasattr(leaf, "dtype") and hasattr(leaf, "shape")
 
 
-def require_params(updates: Any, params: Any) -> None:
+def require_params(updates: Tree, params: Tree) -> None:
     """Raises ValueError unless there are parameters, of the structure and shapes of the updates."""
     if params is None:
         raise ValueError(NO_PARAMS)
@@ -79,12 +80,12 @@ def require_params(updates: Any, params: Any) -> None:
             raise ValueError(f"update and parameter {path!r} differ in shape: {jnp.shape(update)}, {jnp.shape(param)}")
 
 
-def _shapes(tree: Any) -> tuple[Any, list[tuple[int, ...]]]:
+def _shapes(tree: Tree) -> tuple[Any, list[tuple[int, ...]]]:
     flat, treedef = jax.tree.flatten(tree)
     return treedef, list(map(jnp.shape, flat))
 
 
-def fill_missing(updates: Any, params: Any) -> Any:
+def fill_missing(updates: Tree, params: Tree) -> Any:
     """Zero gradients where `updates` has None and the parameters have leaves, so that groups and states fit.
 
     Args:
@@ -111,6 +112,6 @@ def fill_missing(updates: Any, params: Any) -> Any:
         raise ValueError(f"{problem}: {parting or error}") from None
 
 
-def drop_missing(updates: Any, filled: Any) -> Any:
+def drop_missing(updates: Tree, filled: Any) -> Any:
     """`filled`, with None where `updates` has it."""
     return jax.tree.map(lambda old, new: None if old is None else new, updates, filled, is_leaf=trees.is_none)

@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optaxclip._arrays.trees import Tree
+
 State = TypeVar("State")
 
 
-def of_kind(kind: type[State], state: Any, caller: str) -> State:
+def of_kind(kind: type[State], state: Tree, caller: str) -> State:
     """A state of the class `kind`, as jax's arrays.
 
     Args:
@@ -33,14 +35,14 @@ def wrong(caller: str, expected: str, came: str) -> str:
     )
 
 
-def described(state: Any) -> str:
+def described(state: Tree) -> str:
     """What a state is, for messages."""
     if type(state) in (tuple, list):
         return f"a {type(state).__name__} of {len(state)}: {', '.join(map(described, state))}"
     return "None" if state is None else type(state).__name__
 
 
-def as_arrays(tree: Any) -> Any:
+def as_arrays(tree: Tree) -> Any:
     """A pytree of jax's arrays, also where a checkpoint or a pickle returned NumPy's or Python's numbers."""
     return jax.tree.map(_as_array, tree)
 

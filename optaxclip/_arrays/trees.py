@@ -1,12 +1,14 @@
 """What holds for each leaf: from one value, a prefix pytree of values, or a function of the leaf's path."""
 
 import dataclasses
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 
+Tree: TypeAlias = Any  # a pytree: of arrays, where nothing else is said
 
-def paths(tree: Any) -> list[str]:
+
+def paths(tree: Tree) -> list[str]:
     """The path of every leaf, as in "decoder/kernel" or "layers/0/bias".
 
     Flax boxes its arrays (`nnx.Param`, `nn.Partitioned`), and jax gives the box's own "value" as the last key. That key
@@ -22,7 +24,7 @@ def paths(tree: Any) -> list[str]:
     return [full if path in twice else path for path, full in zip(joined, exact, strict=True)]
 
 
-def _keys(tree: Any) -> list[tuple[str, ...]]:
+def _keys(tree: Tree) -> list[tuple[str, ...]]:
     """The keys on the way to every leaf, except those of boxes."""
     flat = jax.tree_util.tree_leaves_with_path(tree)
     keys = [_simple(path) for path, _ in flat]
@@ -52,7 +54,7 @@ def _is_box(kind: type) -> bool:
     return any(base.__module__.startswith("flax.") and base.__name__ in names for base in kind.__mro__)
 
 
-def values(name: str, value: Any, tree: Any) -> list[Any]:
+def values(name: str, value: Any, tree: Tree) -> list[Any]:
     """One value per leaf of `tree`.
 
     Args:
@@ -70,7 +72,7 @@ def values(name: str, value: Any, tree: Any) -> list[Any]:
     return spread(f"{name} does not fit the updates", value, tree, (name, "updates"))
 
 
-def spread(problem: str, value: Any, tree: Any, names: tuple[str, str]) -> list[Any]:
+def spread(problem: str, value: Any, tree: Tree, names: tuple[str, str]) -> list[Any]:
     """The entry of a prefix pytree for every leaf of `tree`. A None in it is an entry.
 
     Args:
@@ -87,7 +89,7 @@ def spread(problem: str, value: Any, tree: Any, names: tuple[str, str]) -> list[
     return [box.value for box in _spread(problem, boxes, tree, names)]
 
 
-def _spread(problem: str, prefix: Any, tree: Any, names: tuple[str, str]) -> list[Any]:
+def _spread(problem: str, prefix: Tree, tree: Tree, names: tuple[str, str]) -> list[Any]:
     try:
         return jax.tree.leaves(jax.tree.broadcast(prefix, tree))
     except ValueError as error:
@@ -104,13 +106,13 @@ def _first_start(path: tuple[str, ...], entries: Any) -> tuple[str, ...] | None:
     return next((start for start in starts if start in entries), None)
 
 
-def _at_empty(tree: Any, entries: Any) -> set[Any]:
+def _at_empty(tree: Tree, entries: Any) -> set[Any]:
     """The entries for what is there and holds no leaf: None, or what a mask hides."""
     flat = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: not jax.tree.leaves(node))
     return {_first_start(_simple(path), entries) for path, node in flat if not jax.tree.leaves(node)} - {None}
 
 
-def aligned(tree: Any, other: Any) -> Any:
+def aligned(tree: Tree, other: Any) -> Any:
     """The leaves of `tree` in the containers of `other`, by their keys; None unless both have the same keys."""
     by_keys = dict(zip(_keys(tree), jax.tree.leaves(tree), strict=True))
     needed = _keys(other)
@@ -119,7 +121,7 @@ def aligned(tree: Any, other: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(other), [by_keys[path] for path in needed])
 
 
-def broadcast(problem: str, prefix: Any, tree: Any, names: tuple[str, str]) -> Any:
+def broadcast(problem: str, prefix: Tree, tree: Tree, names: tuple[str, str]) -> Any:
     """A prefix pytree brought to the structure of `tree`.
 
     Args:
@@ -137,7 +139,7 @@ def broadcast(problem: str, prefix: Any, tree: Any, names: tuple[str, str]) -> A
         raise ValueError(f"{problem}: {difference(prefix, tree, names) or error}") from None
 
 
-def difference(prefix: Any, tree: Any, names: tuple[str, str]) -> str:
+def difference(prefix: Tree, tree: Tree, names: tuple[str, str]) -> str:
     """The first path at which a prefix pytree has something and `tree` has not, or the other way round.
 
     Args:

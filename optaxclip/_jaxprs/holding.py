@@ -26,24 +26,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from optaxclip._arrays.trees import Tree
 from optaxclip._jaxprs import reading
 
 Update = Callable[[Any, Any], tuple[Any, Any]]
 
 
-def update_or_hold(update: Update, hold: jax.Array, updates: Any, state: Any) -> tuple[Any, Any]:
+def update_or_hold(update: Update, hold: jax.Array, updates: Tree, state: Tree) -> tuple[Any, Any]:
     """`update(updates, state)`, but with `state` as it was where `hold` is set. The updates are worthless there."""
     return (_chosen_where_it_arises if reading.IS_POSSIBLE else _chosen_at_the_end)(update, hold, updates, state)
 
 
-def _chosen_at_the_end(update: Update, hold: jax.Array, updates: Any, state: Any) -> tuple[Any, Any]:
+def _chosen_at_the_end(update: Update, hold: jax.Array, updates: Tree, state: Tree) -> tuple[Any, Any]:
     new_updates, new_state = update(updates, state)
     old, (new, structure) = jax.tree.leaves(state), jax.tree.flatten(new_state)
     _require_as_many(old, new)
     return new_updates, structure.unflatten([_choose(hold, *pair) for pair in zip(old, new, strict=True)])
 
 
-def _chosen_where_it_arises(update: Update, hold: jax.Array, updates: Any, state: Any) -> tuple[Any, Any]:
+def _chosen_where_it_arises(update: Update, hold: jax.Array, updates: Tree, state: Tree) -> tuple[Any, Any]:
     closed, (new_updates, new_state) = jax.make_jaxpr(update, return_shape=True)(updates, state)
     jaxpr, old, number = closed.jaxpr, jax.tree.leaves(state), len(jax.tree.leaves(new_updates))
     entries = jaxpr.outvars[number:]

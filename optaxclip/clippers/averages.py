@@ -1,21 +1,20 @@
 """Clippers whose bound follows moving averages of the norms."""
 
-from typing import Any
-
 import optax
 
 from optaxclip import norms, thresholds
 from optaxclip._arguments import checks
+from optaxclip._arguments.bounds import Number
 from optaxclip._arrays.mesh import Axes
 from optaxclip.core import clip_by
 
 
 def adagc(
-    ratio: Any = 1.05,
+    ratio: Number = 1.05,
     *,
-    decay: Any = 0.98,
+    decay: Number = 0.98,
     warmup_steps: int = 100,
-    warmup_max_norm: Any = 1.0,
+    warmup_max_norm: Number = 1.0,
     axes: Axes = "auto",
     record: int = False,
 ) -> optax.GradientTransformationExtraArgs:

@@ -1,20 +1,18 @@
 """Clippers whose bound is a number of deviations above the mean of the norms."""
 
-from typing import Any
-
 import optax
 
 from optaxclip import norms, thresholds
 from optaxclip._arguments import checks
-from optaxclip._arguments.bounds import Bound
+from optaxclip._arguments.bounds import Bound, Number
 from optaxclip._arrays.mesh import Axes
 from optaxclip.core import Norm, clip_by
 
 
 def zclip(
-    num_std: Any = 2.5,
+    num_std: Number = 2.5,
     *,
-    decay: Any = 0.97,
+    decay: Number = 0.97,
     warmup_steps: int = 25,
     max_norm: Bound | None = 1.0,
     patience: int | None = 33,
@@ -91,7 +89,7 @@ def zclip(
 
 
 def clip_by_history(
-    num_std: Any = 3.0,
+    num_std: Number = 3.0,
     *,
     window: int = 128,
     warmup_steps: int = 64,

@@ -12,6 +12,7 @@ from optaxclip._arguments import bounds, checks
 from optaxclip._arguments.bounds import Bound
 from optaxclip._arrays import dtypes, groups, mesh
 from optaxclip._arrays.beside import each_leaf
+from optaxclip._arrays.trees import Tree
 from optaxclip._numerics import arithmetic, scaling
 from optaxclip.core import State, Updates
 
@@ -157,11 +158,11 @@ def zero_nonfinite() -> optax.GradientTransformationExtraArgs:
       Notebook: `notebooks/which_clipper.ipynb`, all methods compared.
     """
 
-    def init(params: Any) -> State:
+    def init(params: Tree) -> State:
         del params
         return optax.EmptyState()
 
-    def update(updates: Updates, state: State, params: Any = None, **extra_args: Any) -> tuple[Updates, State]:
+    def update(updates: Updates, state: State, params: Tree = None, **extra_args: Any) -> tuple[Updates, State]:
         del params, extra_args
         mesh.require_reduced(updates)
         (zeroed,) = each_leaf(lambda leaf: (jnp.where(jnp.isfinite(leaf), leaf, jnp.zeros_like(leaf)),), updates)
@@ -173,11 +174,11 @@ def zero_nonfinite() -> optax.GradientTransformationExtraArgs:
 def _clip_values(interval: Callable[..., tuple[Any, Any]], *given: Bound) -> optax.GradientTransformationExtraArgs:
     """A clip of each coordinate to `interval(*bounds, dtype)`."""
 
-    def init(params: Any) -> State:
+    def init(params: Tree) -> State:
         del params
         return bounds.init(*given)
 
-    def update(updates: Updates, state: State, params: Any = None, **extra_args: Any) -> tuple[Updates, State]:
+    def update(updates: Updates, state: State, params: Tree = None, **extra_args: Any) -> tuple[Updates, State]:
         del params, extra_args
         mesh.require_reduced(updates)
         resolved, state = bounds.resolve(given, state, updates)

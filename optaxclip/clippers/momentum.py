@@ -8,10 +8,11 @@ import optax
 
 from optaxclip import norms, thresholds
 from optaxclip._arguments import bounds, checks
-from optaxclip._arguments.bounds import Bound
+from optaxclip._arguments.bounds import Bound, Number
 from optaxclip._arrays import mesh, states
 from optaxclip._arrays.beside import each_leaf, zeros_like
 from optaxclip._arrays.parameters import drop_missing, fill_missing, parameters
+from optaxclip._arrays.trees import Tree
 from optaxclip._numerics import arithmetic, averages
 from optaxclip.core import Judged, Leaves, Threshold, Updates, apply, judge
 
@@ -29,7 +30,7 @@ class ClippedMomentumState(NamedTuple):
 
 
 def clipped_momentum(
-    max_norm: Bound, decay: Any = 0.9, *, state_dtype: Any = None, axes: mesh.Axes = "auto"
+    max_norm: Bound, decay: Number = 0.9, *, state_dtype: Any = None, axes: mesh.Axes = "auto"
 ) -> optax.GradientTransformationExtraArgs:
     r"""Averages the gradients, and clips the average by its global norm before it is kept.
 
@@ -85,10 +86,12 @@ def clipped_momentum(
     checks.axes(axes)
     threshold = thresholds.constant(max_norm)
 
-    def init(params: Any) -> ClippedMomentumState:
+    def init(params: Tree) -> ClippedMomentumState:
         return ClippedMomentumState(zeros_like(parameters(params), dtype), bounds.init(max_norm))
 
-    def update(updates: Updates, state: Any, params: Any = None, **extra: Any) -> tuple[Updates, ClippedMomentumState]:
+    def update(
+        updates: Updates, state: Tree, params: Tree = None, **extra: Any
+    ) -> tuple[Updates, ClippedMomentumState]:
         del extra
         state = states.of_kind(ClippedMomentumState, state, "clipped_momentum")
         params = parameters(params, updates)
@@ -104,14 +107,14 @@ def clipped_momentum(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def clip_together(threshold: Threshold, leaves: Leaves, state: Any) -> tuple[Updates, Judged]:
+def clip_together(threshold: Threshold, leaves: Leaves, state: Tree) -> tuple[Updates, Judged]:
     """Updates clipped by their global norm, and what was measured."""
     norm = norms.global_norm()
     judged = judge(norm, threshold, leaves, state)
     return apply(norm, leaves, judged.factors), judged
 
 
-def averaged(updates: Updates, average: Updates, decay: Any) -> Updates:
+def averaged(updates: Updates, average: Updates, decay: Number) -> Updates:
     """The moving average one step on, in its own dtypes."""
 
     def one(leaf: Any, old: jax.Array) -> tuple[Any, jax.Array]:

@@ -1,17 +1,16 @@
 """Clippers whose bound is a quantile of the norms so far."""
 
-from typing import Any
-
 import optax
 
 from optaxclip import norms, thresholds
 from optaxclip._arguments import checks
+from optaxclip._arguments.bounds import Number
 from optaxclip._arrays.mesh import Axes
 from optaxclip.core import Norm, clip_by
 
 
 def autoclip(
-    percentile: Any = 10.0,
+    percentile: Number = 10.0,
     *,
     window: int | None = None,
     norm: Norm = norms.global_norm(),

@@ -14,6 +14,7 @@ from optaxclip._arguments.bounds import Bound
 from optaxclip._arrays import dtypes, groups, layouts
 from optaxclip._arrays.mesh import Axes
 from optaxclip._arrays.parameters import drop_missing, fill_missing, parameters
+from optaxclip._arrays.trees import Tree
 from optaxclip._numerics import arithmetic, scaling
 from optaxclip._numerics.matrices import capping, stacks
 from optaxclip.core import Leaf, Leaves, State, Updates, clip_by, upper_end
@@ -158,11 +159,11 @@ def clip_singular_values(
     checks.axes(axes)
     vectors = norms.leaf_norm(stacked=stacked)
 
-    def init(params: Any) -> State:
+    def init(params: Tree) -> State:
         del params
         return bounds.init(max_value)
 
-    def update(updates: Updates, state: State, params: Any = None, **extra_args: Any) -> tuple[Updates, State]:
+    def update(updates: Updates, state: State, params: Tree = None, **extra_args: Any) -> tuple[Updates, State]:
         del extra_args
         params = parameters(params, updates)
         filled = fill_missing(updates, params)

@@ -6,20 +6,21 @@ import optax
 
 from optaxclip import norms, thresholds
 from optaxclip._arguments import checks
+from optaxclip._arguments.bounds import Number
 from optaxclip._arrays.mesh import Axes
 from optaxclip.core import Norm, clip_by
 
 
 def aggc(
     labels: Any,
-    ratio: Any,
+    ratio: Number,
     *,
-    min_ratio: Any = None,
-    decay: Any = 0.98,
-    min_norm: Any = 0.0,
-    max_down: Any = None,
-    max_up: Any = None,
-    initial: Any = None,
+    min_ratio: Number | None = None,
+    decay: Number = 0.98,
+    min_norm: Number = 0.0,
+    max_down: Number | None = None,
+    max_up: Number | None = None,
+    initial: Number | None = None,
     axes: Axes = "auto",
     record: int = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -88,7 +89,7 @@ def aggc(
 
 
 def clip_norm_growth(
-    ratio: Any = 1.01, *, norm: Norm = norms.leaf_norm(), axes: Axes = "auto", record: int = False
+    ratio: Number = 1.01, *, norm: Norm = norms.leaf_norm(), axes: Axes = "auto", record: int = False
 ) -> optax.GradientTransformationExtraArgs:
     r"""Clips each norm to a multiple of its norm in the last step, after clipping.
 

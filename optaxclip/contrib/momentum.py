@@ -8,10 +8,11 @@ import optax
 
 from optaxclip import thresholds
 from optaxclip._arguments import bounds, checks
-from optaxclip._arguments.bounds import Bound
+from optaxclip._arguments.bounds import Bound, Number
 from optaxclip._arrays import mesh, states
 from optaxclip._arrays.beside import each_leaf, zeros_like
 from optaxclip._arrays.parameters import drop_missing, fill_missing, parameters
+from optaxclip._arrays.trees import Tree
 from optaxclip._numerics import arithmetic, averages
 from optaxclip.clippers.momentum import averaged, clip_together, where
 from optaxclip.core import Leaves, Updates
@@ -32,8 +33,8 @@ class MixedClipState(NamedTuple):
 def mixed_clip(
     max_norm: Bound,
     *,
-    decay: Any = 0.999,
-    mix: Any = 0.7,
+    decay: Number = 0.999,
+    mix: Number = 0.7,
     smooth: bool = False,
     state_dtype: Any = None,
     axes: mesh.Axes = "auto",
@@ -95,10 +96,10 @@ def mixed_clip(
     checks.axes(axes)
     threshold = thresholds.smooth(max_norm) if smooth else thresholds.constant(max_norm)
 
-    def init(params: Any) -> MixedClipState:
+    def init(params: Tree) -> MixedClipState:
         return MixedClipState(zeros_like(parameters(params), dtype), bounds.init(max_norm))
 
-    def update(updates: Updates, state: Any, params: Any = None, **extra: Any) -> tuple[Updates, MixedClipState]:
+    def update(updates: Updates, state: Tree, params: Tree = None, **extra: Any) -> tuple[Updates, MixedClipState]:
         del extra
         state = states.of_kind(MixedClipState, state, "mixed_clip")
         params = parameters(params, updates)

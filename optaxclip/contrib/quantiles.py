@@ -1,17 +1,16 @@
 """Clippers whose bound is one of the last norms, or an estimate of a quantile."""
 
-from typing import Any
-
 import optax
 
 from optaxclip import norms, thresholds
 from optaxclip._arguments import checks
+from optaxclip._arguments.bounds import Number
 from optaxclip._arrays.mesh import Axes
 from optaxclip.core import Norm, clip_by
 
 
 def percentile_clip(
-    percentile: Any = 5.0,
+    percentile: Number = 5.0,
     *,
     window: int = 100,
     norm: Norm = norms.leaf_norm(),
@@ -70,10 +69,10 @@ def percentile_clip(
 
 
 def clip_by_tracked_quantile(
-    quantile: Any = 0.5,
+    quantile: Number = 0.5,
     *,
-    learning_rate: Any = 0.2,
-    initial: Any = 1.0,
+    learning_rate: Number = 0.2,
+    initial: Number = 1.0,
     norm: Norm = norms.global_norm(),
     axes: Axes = "auto",
     record: int = False,

@@ -1,16 +1,15 @@
 """The clipper by the worst coordinate, beside its parameter."""
 
-from typing import Any
-
 import optax
 
 from optaxclip import norms, thresholds
+from optaxclip._arguments.bounds import Number
 from optaxclip._arrays.mesh import Axes
 from optaxclip.core import clip_by
 
 
 def clippy(
-    relative: Any = 0.1, absolute: Any = 1e-7, *, axes: Axes = "auto", record: int = False
+    relative: Number = 0.1, absolute: Number = 1e-7, *, axes: Axes = "auto", record: int = False
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scales each leaf so that no coordinate of a parameter changes by more than a share of itself.
 

@@ -10,6 +10,7 @@ import optax
 from optaxclip._arguments import checks
 from optaxclip._arrays import dtypes, layouts, states, trees
 from optaxclip._arrays.parameters import NO_PARAMS, parameters
+from optaxclip._arrays.trees import Tree
 from optaxclip.core import Updates
 
 
@@ -22,7 +23,7 @@ class ResetState(NamedTuple):
     """
 
     reset_step: jax.Array
-    inner_state: Any
+    inner_state: Tree
 
 
 def reset_state_every(
@@ -84,10 +85,10 @@ def reset_state_every(
     warmup_steps = checks.whole("warmup_steps", warmup_steps, at_least=0)
     wrapped = optax.with_extra_args_support(inner)
 
-    def init(params: Any) -> ResetState:
+    def init(params: Tree) -> ResetState:
         return ResetState(jnp.zeros((), jnp.int32), wrapped.init(params))
 
-    def update(updates: Updates, state: Any, params: Any = None, **extra_args: Any) -> tuple[Updates, ResetState]:
+    def update(updates: Updates, state: Tree, params: Tree = None, **extra_args: Any) -> tuple[Updates, ResetState]:
         if params is None:
             raise ValueError(NO_PARAMS)
         state = states.of_kind(ResetState, state, "reset_state_every")
@@ -110,7 +111,7 @@ def reset_state_every(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _known_at_init(tx: optax.GradientTransformationExtraArgs, state: ResetState, params: Any, updates: Updates) -> Any:
+def _known_at_init(tx: optax.GradientTransformationExtraArgs, state: ResetState, params: Tree, updates: Updates) -> Any:
     """What of `params` the inner state was made of: with a whole model, perhaps only what has a gradient."""
     arrays = parameters(params, updates)
     if arrays is params or _has_structure(tx, arrays, state.inner_state):
@@ -118,11 +119,11 @@ def _known_at_init(tx: optax.GradientTransformationExtraArgs, state: ResetState,
     return jax.tree.map(lambda update, param: None if update is None else param, updates, arrays, is_leaf=trees.is_none)
 
 
-def _has_structure(tx: optax.GradientTransformationExtraArgs, params: Any, state: Any) -> bool:
+def _has_structure(tx: optax.GradientTransformationExtraArgs, params: Tree, state: Tree) -> bool:
     return jax.tree.structure(jax.eval_shape(tx.init, params)) == jax.tree.structure(state)
 
 
-def _reset_if(resets: jax.Array, tx: optax.GradientTransformationExtraArgs, state: Any, params: Any) -> Any:
+def _reset_if(resets: jax.Array, tx: optax.GradientTransformationExtraArgs, state: Tree, params: Tree) -> Any:
     """The state, with all that it has per parameter as it is at first if `resets`."""
     per_param: Any = optax.tree.map_params(
         tx,

@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import optax
 
 from optaxclip._arguments import bounds, checks
+from optaxclip._arguments.bounds import Number
 from optaxclip._arrays import dtypes, mesh, states
 from optaxclip._arrays.beside import each_leaf, require_beside, sizes_like, zeros_like
 from optaxclip._arrays.parameters import drop_missing, fill_missing, parameters
+from optaxclip._arrays.trees import Tree
 from optaxclip._numerics import arithmetic, averages, tree_norms
 from optaxclip.core import Leaves, Updates
 
@@ -27,7 +29,7 @@ class AcclipState(NamedTuple):
 
 
 def scale_by_acclip(
-    b1: Any = 0.9, b2: Any = 0.99, *, alpha: float = 1.0, eps: Any = 1e-5, state_dtype: Any = None
+    b1: Number = 0.9, b2: Number = 0.99, *, alpha: float = 1.0, eps: Number = 1e-5, state_dtype: Any = None
 ) -> optax.GradientTransformationExtraArgs:
     r"""Clips each coordinate of the momentum to the average size of its gradients.
 
@@ -81,11 +83,11 @@ def scale_by_acclip(
     eps = checks.number("eps", eps)
     dtype = checks.state_dtype(state_dtype)
 
-    def init(params: Any) -> AcclipState:
+    def init(params: Tree) -> AcclipState:
         params = parameters(params)
         return AcclipState(zeros_like(params, dtype), sizes_like(params, dtype))
 
-    def update(updates: Updates, state: Any, params: Any = None, **extra: Any) -> tuple[Updates, AcclipState]:
+    def update(updates: Updates, state: Tree, params: Tree = None, **extra: Any) -> tuple[Updates, AcclipState]:
         del params, extra
         state = states.of_kind(AcclipState, state, "scale_by_acclip")
 
@@ -127,7 +129,7 @@ class StableAdamState(NamedTuple):
 
 
 def scale_by_stable_adam(
-    b1: Any = 0.9, b2: Any = 0.99, *, eps: Any = 1e-6, state_dtype: Any = None, axes: mesh.Axes = "auto"
+    b1: Number = 0.9, b2: Number = 0.99, *, eps: Number = 1e-6, state_dtype: Any = None, axes: mesh.Axes = "auto"
 ) -> optax.GradientTransformationExtraArgs:
     r"""Divides Adam's update of each leaf by how much its gradients exceed the second moment, as StableAdamW does.
 
@@ -184,13 +186,13 @@ def scale_by_stable_adam(
     dtype = checks.state_dtype(state_dtype)
     checks.axes(axes)
 
-    def init(params: Any) -> StableAdamState:
+    def init(params: Tree) -> StableAdamState:
         params = parameters(params)
         # Without leaves one stands in: checkpoints refuse empty arrays.
         steps = jnp.zeros(max(len(jax.tree.leaves(params)), 1), jnp.int32)
         return StableAdamState(steps, zeros_like(params, dtype), sizes_like(params, dtype))
 
-    def update(updates: Updates, state: Any, params: Any = None, **extra: Any) -> tuple[Updates, StableAdamState]:
+    def update(updates: Updates, state: Tree, params: Tree = None, **extra: Any) -> tuple[Updates, StableAdamState]:
         del extra
         state = states.of_kind(StableAdamState, state, "scale_by_stable_adam")
         params = parameters(params, updates)
@@ -219,7 +221,7 @@ def scale_by_stable_adam(
 
 
 def _averages(
-    leaf: jax.Array, mean: jax.Array, root: jax.Array, b1: Any, b2: Any, step: jax.Array
+    leaf: jax.Array, mean: jax.Array, root: jax.Array, b1: Number, b2: Number, step: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Both moments one step on, the second as its root, in float32 or wider."""
     wide, real = dtypes.wide(leaf.dtype), dtypes.accumulator(leaf.dtype)
@@ -229,7 +231,7 @@ def _averages(
     )
 
 
-def _excess(leaves: Leaves, moments: list[tuple[jax.Array, jax.Array]], eps: Any) -> list[jax.Array]:
+def _excess(leaves: Leaves, moments: list[tuple[jax.Array, jax.Array]], eps: Number) -> list[jax.Array]:
     """The root mean square of each leaf's gradient, measured in its second moment. No share exceeds 1 / (1 - b2)."""
     local = []
     for leaf, (_, root) in zip(leaves, moments, strict=True):

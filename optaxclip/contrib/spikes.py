@@ -8,10 +8,12 @@ import optax
 
 from optaxclip import norms, thresholds
 from optaxclip._arguments import checks
+from optaxclip._arguments.bounds import Number
 from optaxclip._arrays import mesh, states
 from optaxclip._arrays.beside import each_leaf, sizes_like
 from optaxclip._arrays.mesh import Axes
 from optaxclip._arrays.parameters import drop_missing, fill_missing, parameters
+from optaxclip._arrays.trees import Tree
 from optaxclip._numerics import arithmetic, averages, scaling
 from optaxclip.core import Updates, clip_by
 
@@ -29,9 +31,9 @@ class SpamState(NamedTuple):
 
 
 def spam_clip(
-    ratio: Any = 5000.0,
+    ratio: Number = 5000.0,
     *,
-    decay: Any = 0.999,
+    decay: Number = 0.999,
     warmup_steps: int = 19,
     period: int | None = None,
     state_dtype: Any = None,
@@ -99,10 +101,10 @@ def spam_clip(
     period = checks.whole_or_none("period", period)
     dtype = checks.state_dtype(state_dtype)
 
-    def init(params: Any) -> SpamState:
+    def init(params: Tree) -> SpamState:
         return SpamState(jnp.zeros((), jnp.int32), sizes_like(parameters(params), dtype))
 
-    def update(updates: Updates, state: Any, params: Any = None, **extra: Any) -> tuple[Updates, SpamState]:
+    def update(updates: Updates, state: Tree, params: Tree = None, **extra: Any) -> tuple[Updates, SpamState]:
         del params, extra
         state = states.of_kind(SpamState, state, "spam_clip")
         filled = fill_missing(updates, state.spam_rms)
@@ -130,7 +132,7 @@ def spam_clip(
 
 
 def adaptive_spike_clip(
-    decay: Any = 0.999, *, axes: Axes = "auto", record: int = False
+    decay: Number = 0.999, *, axes: Axes = "auto", record: int = False
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scales down the coordinates of each leaf that exceed the moving average of its largest ones.
 
@@ -184,7 +186,7 @@ def adaptive_spike_clip(
 
 
 def scale_by_adaptive_norm(
-    b1: Any = 0.7, b2: Any = 0.9, *, eps: Any = 1e-8, axes: Axes = "auto", record: int = False
+    b1: Number = 0.7, b2: Number = 0.9, *, eps: Number = 1e-8, axes: Axes = "auto", record: int = False
 ) -> optax.GradientTransformationExtraArgs:
     r"""Gives each leaf the norm :math:`\hat m / (\sqrt{\hat v} + \epsilon)`: near 1, less after a spike.
 

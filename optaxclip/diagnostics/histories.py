@@ -1,17 +1,17 @@
 """Where a history of norms comes from: an array, or the record in an optimizer's state."""
 
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 
 from optaxclip._arguments import checks
+from optaxclip._arrays.trees import Tree
 from optaxclip.records.reader import clip_stats
 
 RECORD = "clip_norm"  # what `clip_stats` calls the norms
 
 
-def checked(norms: Any) -> np.ndarray:
+def checked(norms: Tree) -> np.ndarray:
     """A history as a float64 vector.
 
     Raises:
@@ -33,7 +33,7 @@ def checked(norms: Any) -> np.ndarray:
     return history
 
 
-def from_state(opt_state: Any, *, place: str = "", group: str = "") -> np.ndarray:
+def from_state(opt_state: Tree, *, place: str = "", group: str = "") -> np.ndarray:
     """The norms that a clipper with `record=` has in an optimizer's state: the last k steps, oldest first.
 
     They are measured before the clip, so the clip does not hide what came in. `clip_by_global_norm(math.inf, record=k)`

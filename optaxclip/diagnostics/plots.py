@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from optaxclip._arguments import checks
+from optaxclip._arrays.trees import Tree
 from optaxclip.diagnostics.histories import ordinary, ordinary_norms
 from optaxclip.diagnostics.summaries import Summary, summary
 
@@ -26,7 +27,7 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def plot(norms: Any, file: Path | str, bound: float | None = None) -> None:
+def plot(norms: Tree, file: Path | str, bound: float | None = None) -> None:
     """Draws a history of norms: over the steps, as a histogram, and what share of the steps each bound would clip.
 
     Spikes, as `summary` counts them, are marked, and steps whose norm is infinite or NaN are hatched. Norms more than

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from optaxclip._arrays.trees import Tree
 from optaxclip.diagnostics.histories import checked, ordinary
 
 PERCENTILES = (1.0, 10.0, 50.0, 90.0, 99.0, 100.0)
@@ -73,7 +74,7 @@ class Summary:
         return share if np.ndim(bound) else float(share)
 
 
-def summary(norms: Any) -> Summary:
+def summary(norms: Tree) -> Summary:
     """What a history of norms looks like.
 
     A spike is a norm far above those before it: on a logarithmic scale, more than six median absolute deviations above

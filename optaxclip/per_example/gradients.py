@@ -13,6 +13,7 @@ import optax
 
 from optaxclip._arguments import checks
 from optaxclip._arrays import dtypes, layouts
+from optaxclip._arrays.trees import Tree
 from optaxclip._numerics import arithmetic
 from optaxclip.per_example import batches, forms, problems
 from optaxclip.per_example.problems import Grads, Problem, Seen
@@ -254,7 +255,7 @@ def form_of(step: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     return found
 
 
-def _reduced(problem: Problem, total: Grads, params: Any, count: int) -> Grads:
+def _reduced(problem: Problem, total: Grads, params: Tree, count: int) -> Grads:
     """The gradients of all examples, on all devices that have some, divided by `count`."""
 
     def finish(leaf: jax.Array, own: jax.Array, given: Any) -> jax.Array:

@@ -4,12 +4,12 @@ It works for every transformation, and takes the memory of as many gradients as 
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from optaxclip._arrays import dtypes, layouts, mesh
+from optaxclip._arrays.trees import Tree
 from optaxclip._numerics import arithmetic, rows
 from optaxclip.functions import global_norm
 from optaxclip.per_example.problems import Batch, Grads, Problem, Seen
@@ -26,7 +26,7 @@ def summed(problem: Problem, batch: Batch) -> tuple[Grads, Seen]:
     return jax.tree.map(functools.partial(_sum, counted), updates), Seen(value, aux, norm, counted)
 
 
-def _is_finite(tree: Any) -> jax.Array:
+def _is_finite(tree: Tree) -> jax.Array:
     flags = [~arithmetic.has_nonfinite(leaf) for leaf in jax.tree.leaves(tree) if dtypes.is_inexact(leaf)]
     return functools.reduce(jnp.logical_and, flags, jnp.asarray(True))
 

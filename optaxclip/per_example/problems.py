@@ -10,6 +10,7 @@ import optax
 from optaxclip import core
 from optaxclip._arguments import checks
 from optaxclip._arrays import layouts, trees
+from optaxclip._arrays.trees import Tree
 from optaxclip._jaxprs import replaying
 from optaxclip.functions import empty_state
 
@@ -29,7 +30,7 @@ class Problem(NamedTuple):
     """
 
     loss: Callable[[Any, Any], tuple[jax.Array, Any]]
-    params: Any
+    params: Tree
     tx: optax.GradientTransformation
     apart: tuple[str, ...]
     want_norms: bool
@@ -128,7 +129,7 @@ def of_call(
             "positional arguments of the call"
         )
 
-    def loss(params: Any, example: Any) -> tuple[jax.Array, Any]:
+    def loss(params: Tree, example: Any) -> tuple[jax.Array, Any]:
         given = list(args)
         for number, param in zip(wanted, params if isinstance(where.argnums, tuple) else (params,), strict=True):
             given[number] = param
@@ -149,7 +150,7 @@ def of_call(
     return Problem(traced, own, tx, apart, want_norms), params, batch
 
 
-def _traced(loss: Callable[[Any, Any], Any], params: Any, batch: Batch) -> Callable[[Any, Any], Any]:
+def _traced(loss: Callable[[Any, Any], Any], params: Tree, batch: Batch) -> Callable[[Any, Any], Any]:
     """`loss`, whose Python code runs here and never again, for the examples of this batch."""
     traced = loss
 
@@ -163,7 +164,7 @@ def _traced(loss: Callable[[Any, Any], Any], params: Any, batch: Batch) -> Calla
     return traced
 
 
-def _axes_of_examples(loss: Callable[[Any, Any], Any], params: Any, batch: Batch) -> tuple[str, ...]:
+def _axes_of_examples(loss: Callable[[Any, Any], Any], params: Tree, batch: Batch) -> tuple[str, ...]:
     """The mesh axes along which devices have different examples.
 
     Those are the axes that the value varies over. A batch may vary over more of them, where one example is spread over

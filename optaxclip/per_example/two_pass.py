@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from optaxclip import core
 from optaxclip._arrays import dtypes, layouts, mesh
+from optaxclip._arrays.trees import Tree
 from optaxclip._jaxprs import outer
 from optaxclip._numerics import scaling, tree_norms
 from optaxclip.per_example import batches, one_pass
@@ -67,7 +68,7 @@ def _weighted(problem: Problem, batch: Batch, weight: jax.Array, counted: jax.Ar
     # In a branch, since it gathers a batch that is spread over devices.
     rows = jax.lax.cond(jnp.all(counted), lambda rows: rows, functools.partial(_replace, counted), batch)
 
-    def values(params: Any) -> jax.Array:
+    def values(params: Tree) -> jax.Array:
         return jax.vmap(problem.loss, (None, 0))(params, rows)[0]
 
     value, pull = jax.vjp(values, problem.params)

@@ -10,10 +10,11 @@ from jax.core import Tracer
 
 from optaxclip._arguments import bounds, checks
 from optaxclip._arrays import states
+from optaxclip._arrays.trees import Tree
 from optaxclip.records.recorder import ClipStats, axes_from_bytes, decoded, excess
 
 
-def clip_stats(opt_state: Any, *, per_group: bool = False, history: bool = False) -> dict[str, Any]:
+def clip_stats(opt_state: Tree, *, per_group: bool = False, history: bool = False) -> dict[str, Any]:
     """Reads what the clippers and skips in an optimizer's state did, as a flat dict ready to log.
 
     For a clipper that was built with `record=`:
@@ -104,7 +105,7 @@ def _kinds() -> list[type]:
     return [kind for kind in summary.registry if kind is not object]
 
 
-def _found(opt_state: Any, kind: type) -> dict[str, Any]:
+def _found(opt_state: Tree, kind: type) -> dict[str, Any]:
     """The records of one kind, by what tells the place of each from the others."""
 
     def is_record(node: Any) -> bool:

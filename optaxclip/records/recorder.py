@@ -17,6 +17,7 @@ import optax
 from optaxclip._arguments import bounds
 from optaxclip._arrays import dtypes, groups, mesh, states, trees
 from optaxclip._arrays.leaves import Leaves
+from optaxclip._arrays.trees import Tree
 from optaxclip._numerics import arithmetic, scaling, tree_norms
 
 
@@ -58,7 +59,7 @@ class ClipStats(NamedTuple):
     leaf_names: jax.Array
 
 
-def init(norms: Any, updates: Any, length: int) -> ClipStats:
+def init(norms: Tree, updates: Tree, length: int) -> ClipStats:
     """An empty record of `length` steps, of norms like `norms`, of which only structure and types matter."""
     entries = jax.tree.leaves(norms)
     rings = (length, max(len(entries), 1))  # without groups one of norm 0 stands in: checkpoints refuse empty arrays
@@ -79,13 +80,13 @@ def init(norms: Any, updates: Any, length: int) -> ClipStats:
     )
 
 
-def _paths_of_counted(tree: Any) -> list[str]:
+def _paths_of_counted(tree: Tree) -> list[str]:
     # `init` may see other leaves beside these that `update` does not.
     pairs = zip(trees.paths(tree), jax.tree.leaves(tree), strict=True)
     return [path for path, leaf in pairs if dtypes.is_inexact(leaf)]
 
 
-def require_state(state: Any, recorded: type, length: int) -> None:
+def require_state(state: Tree, recorded: type, length: int) -> None:
     """Raises unless a state has a record of `length` steps in it, or none if that is 0."""
     has = np.shape(state.clip_stats.clip_steps)[-1] if isinstance(state, recorded) else 0
     if has != length:

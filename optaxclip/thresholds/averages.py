@@ -8,6 +8,7 @@ import numpy as np
 import optax
 
 from optaxclip._arguments import bounds, checks
+from optaxclip._arguments.bounds import Number
 from optaxclip._numerics import arithmetic, averages, tree_norms
 from optaxclip.core import Threshold
 from optaxclip.thresholds.rules import Rule, no_steps, per_group
@@ -26,7 +27,7 @@ class AverageState(NamedTuple):
 
 
 def ema_ratio(
-    ratio: Any = 1.05, *, decay: Any = 0.98, warmup_steps: int = 100, warmup_max_norm: Any = None
+    ratio: Number = 1.05, *, decay: Number = 0.98, warmup_steps: int = 100, warmup_max_norm: Number | None = None
 ) -> Threshold:
     r"""Bounds a norm by `ratio` times the moving average of the norms after clipping, as AdaGC does.
 
@@ -101,14 +102,14 @@ def ema_ratio(
 
 
 def ema_band(
-    ratio: Any,
+    ratio: Number,
     *,
-    min_ratio: Any = None,
-    decay: Any = 0.98,
-    min_norm: Any = 0.0,
-    max_down: Any = None,
-    max_up: Any = None,
-    initial: Any = None,
+    min_ratio: Number | None = None,
+    decay: Number = 0.98,
+    min_norm: Number = 0.0,
+    max_down: Number | None = None,
+    max_up: Number | None = None,
+    initial: Number | None = None,
 ) -> Threshold:
     r"""Keeps a norm between `min_ratio` and `ratio` times the moving average of the norms after clipping, as AGGC does.
 
@@ -204,7 +205,7 @@ class DebiasedState(NamedTuple):
     norms_seen: jax.Array
 
 
-def average(decay: Any = 0.999) -> Threshold:
+def average(decay: Number = 0.999) -> Threshold:
     r"""Bounds a norm by the debiased moving average of the norms, the current one included.
 
     .. math:: M \leftarrow \beta M + (1 - \beta) n, \qquad bound = M / (1 - \beta^t)
@@ -257,7 +258,7 @@ class GrowthState(NamedTuple):
     last_norm: jax.Array
 
 
-def growth(ratio: Any = 1.01) -> Threshold:
+def growth(ratio: Number = 1.01) -> Threshold:
     r"""Bounds a norm by `ratio` times the last norm after clipping.
 
     .. math:: bound = ratio \cdot (n_{prev} + 10^{-8})

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from optaxclip._arguments import bounds, checks
+from optaxclip._arguments.bounds import Number
 from optaxclip._numerics import arithmetic, averages
 from optaxclip.core import Threshold
 from optaxclip.thresholds.rules import Rule, no_steps, per_group, taken_in
@@ -32,9 +33,9 @@ class ZScoreState(NamedTuple):
 
 
 def zscore(
-    num_std: Any = 2.5,
+    num_std: Number = 2.5,
     *,
-    decay: Any = 0.97,
+    decay: Number = 0.97,
     warmup_steps: int = 25,
     patience: int | None = 33,
     clip_to: str = "reciprocal",
@@ -128,7 +129,7 @@ class MomentsState(NamedTuple):
     norms_seen: jax.Array
 
 
-def normalised(b1: Any = 0.7, b2: Any = 0.9, *, eps: Any = 1e-8) -> Threshold:
+def normalised(b1: Number = 0.7, b2: Number = 0.9, *, eps: Number = 1e-8) -> Threshold:
     r"""Brings every norm except 0 to :math:`\hat m / (\sqrt{\hat v} + \epsilon)`: near 1, and less where norms vary.
 
     .. math:: m \leftarrow b_1 m + (1 - b_1) n, \qquad v \leftarrow b_2 v + (1 - b_2) n^2
@@ -198,7 +199,7 @@ class WindowState(NamedTuple):
 
 
 def mean_std(
-    num_std: Any = 3.0,
+    num_std: Number = 3.0,
     *,
     window: int = 128,
     warmup_steps: int = 64,

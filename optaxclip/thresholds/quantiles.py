@@ -9,6 +9,7 @@ import numpy as np
 import optax
 
 from optaxclip._arguments import bounds, checks
+from optaxclip._arguments.bounds import Number
 from optaxclip.core import Threshold
 from optaxclip.thresholds.histogram import quantile_of_all
 from optaxclip.thresholds.ordering import in_order, interpolated
@@ -27,7 +28,7 @@ class RecentNormsState(NamedTuple):
     norms_seen: jax.Array
 
 
-def quantile(quantile: Any, *, window: int | None = None) -> Threshold:
+def quantile(quantile: Number, *, window: int | None = None) -> Threshold:
     r"""Bounds a norm by a quantile of all norms so far, the current one included.
 
     .. math:: bound_t = \mathrm{quantile}(\{n_1, \dots, n_t\}, q)
@@ -76,7 +77,7 @@ def quantile(quantile: Any, *, window: int | None = None) -> Threshold:
     return _of_recent(window, bound_of, prefilled=False)
 
 
-def order_statistic(percentile: Any = 5.0, *, window: int = 100) -> Threshold:
+def order_statistic(percentile: Number = 5.0, *, window: int = 100) -> Threshold:
     r"""Bounds a norm by one of the last `window` norms: the one that `percentile` percent lie below.
 
     .. math:: bound = s_k, \qquad k = \min(\lfloor p w / 100 \rfloor, w - 1), \qquad s_0 \le \dots \le s_{w-1}
@@ -146,7 +147,7 @@ class TrackedQuantileState(NamedTuple):
     tracked_log_norm: jax.Array
 
 
-def tracked_quantile(quantile: Any = 0.5, *, learning_rate: Any = 0.2, initial: Any = 1.0) -> Threshold:
+def tracked_quantile(quantile: Number = 0.5, *, learning_rate: Number = 0.2, initial: Number = 1.0) -> Threshold:
     r"""Bounds a norm by an estimate of a quantile of the norms, which moves by a factor per step.
 
     .. math:: c \leftarrow c \cdot \exp(-learning\_rate \cdot (1[n \le c] - q))

@@ -10,6 +10,7 @@ from optaxclip._arguments import bounds, checks
 from optaxclip._arrays import dtypes, mesh, states, trees
 from optaxclip._arrays.beside import each_leaf, require_beside, zeros_like
 from optaxclip._arrays.parameters import drop_missing, fill_missing, parameters
+from optaxclip._arrays.trees import Tree
 from optaxclip._numerics import arithmetic
 from optaxclip.core import Updates
 
@@ -23,7 +24,7 @@ class CarryState(NamedTuple):
     """
 
     carry: Updates
-    inner_state: Any
+    inner_state: Tree
 
 
 def with_carry(
@@ -87,10 +88,10 @@ def with_carry(
     dtype = checks.state_dtype(state_dtype)
     wrapped = optax.with_extra_args_support(inner)
 
-    def init(params: Any) -> CarryState:
+    def init(params: Tree) -> CarryState:
         return CarryState(zeros_like(parameters(params), dtype), wrapped.init(params))
 
-    def update(updates: Updates, state: Any, params: Any = None, **extra_args: Any) -> tuple[Updates, CarryState]:
+    def update(updates: Updates, state: Tree, params: Tree = None, **extra_args: Any) -> tuple[Updates, CarryState]:
         state = states.of_kind(CarryState, state, "with_carry")
         filled = fill_missing(updates, state.carry)
         require_beside(filled, state.carry)

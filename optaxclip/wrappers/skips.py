@@ -11,6 +11,7 @@ from optaxclip import core, norms, thresholds
 from optaxclip._arguments import checks
 from optaxclip._arrays import groups, layouts, mesh, states
 from optaxclip._arrays.parameters import fill_missing, parameters
+from optaxclip._arrays.trees import Tree
 from optaxclip._jaxprs.holding import update_or_hold
 from optaxclip.core import Norm, Threshold, Updates
 from optaxclip.wrappers import skip_counts
@@ -32,7 +33,7 @@ class SkipState(NamedTuple):
     spikes_in_row: jax.Array
     norm_threshold_state: Any
     loss_threshold_state: Any
-    inner_state: Any
+    inner_state: Tree
 
 
 def skip_nonfinite(
@@ -192,7 +193,7 @@ class _Gate(NamedTuple):
 
 
 def _skipping(inner: optax.GradientTransformationExtraArgs, gate: _Gate) -> optax.GradientTransformationExtraArgs:
-    def init(params: Any) -> SkipState:
+    def init(params: Tree) -> SkipState:
         measured = core.shapes_of(gate.norm, parameters(params), gate.axes)
         no_loss = optax.EmptyState() if gate.loss_threshold is None else gate.loss_threshold.init(_LOSS)
         return SkipState(
@@ -203,7 +204,7 @@ def _skipping(inner: optax.GradientTransformationExtraArgs, gate: _Gate) -> opta
             inner_state=inner.init(params),
         )
 
-    def update(updates: Updates, state: Any, params: Any = None, **extra_args: Any) -> tuple[Updates, SkipState]:
+    def update(updates: Updates, state: Tree, params: Tree = None, **extra_args: Any) -> tuple[Updates, SkipState]:
         state = states.of_kind(SkipState, state, "skip_nonfinite or skip_spikes")
         seen = _look(gate, updates, state, params, extra_args)
         is_open = state.spikes_in_row >= gate.max_consecutive
@@ -234,7 +235,7 @@ class _Seen(NamedTuple):
         return self.finite & (self.high_norm | self.high_loss)
 
 
-def _look(gate: _Gate, updates: Updates, state: SkipState, params: Any, extra_args: Mapping[str, Any]) -> _Seen:
+def _look(gate: _Gate, updates: Updates, state: SkipState, params: Tree, extra_args: Mapping[str, Any]) -> _Seen:
     known = parameters(params, updates)
     leaves = core.Leaves(fill_missing(updates, known), known, gate.axes)
     judged = core.judge(gate.norm, gate.threshold, leaves, state.norm_threshold_state, extra_args)
@@ -307,7 +308,7 @@ def _loss(extra_args: Mapping[str, Any], names: frozenset[str]) -> jax.Array:
 
 
 def _is_loss_above(
-    loss: jax.Array, threshold: Threshold, state: Any, extra_args: Mapping[str, Any]
+    loss: jax.Array, threshold: Threshold, state: Tree, extra_args: Mapping[str, Any]
 ) -> tuple[jax.Array, Any]:
     def no_param_norms() -> Any:
         raise ValueError("loss_threshold must not depend on the parameters: a loss has no norm of them beside it")
