@@ -73,7 +73,7 @@ def by_path(tree: Any) -> Leaves:
 
 
 def together(leaves: Leaves) -> Leaves:
-    return {"all": np.concatenate([np.ravel(leaf) for leaf in leaves.lookup()])}
+    return {"all": np.concatenate([np.ravel(leaf) for leaf in leaves.values()])}
 
 
 def per_leaf(leaves: Leaves) -> Leaves:

@@ -269,6 +269,7 @@ KINDS: dict[str, Kind] = {
     "ratio": number(),
     "record": record,
     "reduce": one_of("mean", "sum"),
+    "form": one_of("auto", "one_pass", "two_pass"),
     "relative": number(),
     "return_norms": flag,
     "smooth": flag,
