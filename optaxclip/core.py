@@ -321,8 +321,7 @@ def _edge(norm: jax.Array, lower: Any, upper: Any) -> tuple[jax.Array, Factor]:
     """The upper end of the band of some norms, and the factor that takes each into its band."""
     high = upper_end(norm, upper)
     low = bounds.as_array(lower, norm.dtype, none=0)
-    if isinstance(low, jax.Array):
-        low = jnp.where(jnp.isnan(low), jnp.zeros_like(low), low)
+    low = jnp.where(jnp.isnan(low), jnp.zeros_like(low), low)
     return high, scaling.factor(norm, jnp.minimum(jnp.maximum(norm, low), high))
 
 

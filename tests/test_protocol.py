@@ -1,5 +1,8 @@
 """A Norm and a Threshold written outside of the library, with public names alone."""
 
+import gc
+import weakref
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -193,3 +196,20 @@ def test_the_derivative_at_zero_is_finite():
         return jnp.sum(tx.update(grads, tx.init(grads))[0])
 
     np.testing.assert_array_equal(jax.grad(total)(jnp.zeros(3)), np.ones(3))
+
+
+@pytest.mark.parametrize("norm", [norms.global_norm(), norms.unit_norm(), norms.global_norm(include=lambda path: True)])
+def test_no_cycle_keeps_gradients_alive(norm):
+    tx = clip_by(norm, thresholds.relative_to_params(1.0))
+    grads = {"a": jnp.ones((2, 3))}
+    state = tx.init(grads)
+    tx.update(grads, state, grads)  # what is traced and cached is
+    grads = {"a": jnp.full((2, 3), 5.0)}
+    alive = weakref.ref(grads["a"])
+    gc.disable()
+    try:
+        tx.update(grads, state, grads)
+        del grads
+        assert alive() is None
+    finally:
+        gc.enable()

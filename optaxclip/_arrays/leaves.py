@@ -1,5 +1,6 @@
 """The leaves of a tree of updates, found once: what a Norm sees of it."""
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,12 +25,14 @@ class Leaf:
 
     def __init__(self, value: jax.Array, split: mesh.Split, of: "Leaves", at: int) -> None:
         self.value, self.axes, self.by_dim = value, split.axes, split.by_dim
-        self._of, self._at = of, at
+        # Weakly: a cycle would keep gradients alive until Python looks for cycles.
+        self._of, self._at = weakref.ref(of), at
 
     @property
     def path(self) -> str:
-        """Where the leaf is in its tree, as in "decoder/kernel"."""
-        return self._of.paths[self._at]
+        """Where the leaf is in its tree, as in "decoder/kernel". To be asked while `leaves` are there."""
+        leaves = self._of()
+        return "" if leaves is None else leaves.paths[self._at]
 
     def sum(self, part: jax.Array) -> jax.Array:
         """The sum of what each device has of this leaf; where the leaf is whole, `part` itself."""
@@ -90,8 +93,8 @@ class Leaves(list[Leaf]):
         """
         self._tree, self._params, self._axes = tree, params, axes
         self._flat, self._treedef = jax.tree.flatten(tree)
-        self._found: dict[Any, list[Any]] = like._found if like else {}
-        self._places = like._places if like else dtypes.places_of_floats(self._flat)
+        self._found: dict[Any, list[Any]] = {} if like is None else like._found
+        self._places = dtypes.places_of_floats(self._flat) if like is None else like._places
         arrays = [self._flat[i] for i in self._places]
         splits = mesh.splits_of(arrays, tree, self._places, params, axes)
         super().__init__([Leaf(*each, self, at) for at, each in enumerate(zip(arrays, splits, strict=True))])
