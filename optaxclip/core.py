@@ -111,8 +111,8 @@ class Threshold(NamedTuple):
     """How big each group may be.
 
     Attributes:
-      init: `norms -> state`, a pytree of arrays; `optax.EmptyState()` if there is none. `norms` are
-        `jax.ShapeDtypeStruct`s: their values are not known yet.
+      init: `norms -> state`, a pytree of arrays; `optax.EmptyState()` if there is none. Each of `norms` is a
+        `jax.ShapeDtypeStruct`: the values are not known yet.
       limit: `(norms, state, param_norms, **extra_args) -> ((lower, upper), state)`. Each end of the band has the
         structure of `norms`, or is one number for all groups; None and NaN bound nothing. `param_norms()` measures the
         parameters with the same Norm, and raises optax's error if there are none. `extra_args` are the keyword
@@ -187,20 +187,6 @@ def clip_by(
       An optax transformation. Its state is the threshold's (`optax.EmptyState` for a threshold without one), or with
       `record` a `RecordedState` of that and a `ClipStats`.
 
-    Guarantees:
-      Structure, shapes and dtypes are kept. Inside the band an update is returned bit for bit. Finite updates stay
-      finite. The norm afterwards is at the edge of the band up to rounding: `1 + 1e-5` in float32, `1 + 4 eps` in 16
-      bits.
-
-    Edge cases:
-      A group with norm 0 stays 0. A group with an infinite or NaN norm is returned as it came. An upper end of 0 gives
-      zeros, of inf changes nothing. Integer, boolean, float0 and key leaves pass untouched and uncounted; a None where
-      the parameters have a leaf counts as a zero gradient and stays None.
-
-    Placement:
-      Before the optimizer for a bound on the gradient; after it, and before or behind the learning rate, for one on the
-      update. The named methods say where theirs belongs.
-
     Raises:
       ValueError: if `norm`, `threshold` or `record` is something else; at update, if parameters are needed and missing,
         if the structures of updates and parameters differ where both are needed, if a gradient inside `shard_map`
@@ -215,6 +201,16 @@ def clip_by(
       >>> updates, _ = tx.update(grads, tx.init(grads))
       >>> print(updates["large"], updates["small"])
       [3. 4.] [0.6 0.8]
+
+    Notes:
+      - Guarantees: structure, shapes and dtypes are kept. Inside the band an update is returned bit for bit. Finite
+        updates stay finite. Afterwards the norm is at the edge of the band up to rounding: `1 + 1e-5` in float32,
+        `1 + 4 eps` in 16 bits.
+      - Edge cases: a group with norm 0 stays 0. A group with an infinite or NaN norm is returned unchanged. An upper
+        end of 0 gives zeros, and inf changes nothing. Integer, boolean, float0 and key leaves pass untouched and
+        uncounted. A None where the parameters have a leaf counts as a zero gradient, and stays None.
+      - Placement: before the optimizer for a bound on the gradient. For a bound on the update, after the optimizer,
+        before or after the learning rate. The named methods say where they belong.
 
     See also:
       `norms` and `thresholds`, which it takes; `Norm` and `Threshold`, to write another; `clip_stats` for the record.

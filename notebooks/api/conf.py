@@ -29,11 +29,6 @@ napoleon_use_ivar = True
 napoleon_attr_annotations = False  # the signature has the types
 napoleon_custom_sections = [
     "Returns",  # as text: what stands before a colon there is no type
-    # `clip_by` and `per_example.clipped_value_and_grad` have these; everything else says it under Notes.
-    "Guarantees",
-    "Edge cases",
-    "Placement",
-    "Differs from jax-privacy",
 ]
 
 # What stands in single backticks is code, and a link where it is a public name. It may be the name of an argument, a

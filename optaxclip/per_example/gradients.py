@@ -60,11 +60,27 @@ def clipped_value_and_grad(
       the whole float range, and not finite where the gradient is not. (Norms are not a part of `aux`, so that the first
       two results do not depend on whether anyone wants them.)
 
-    Guarantees:
-      Gradients are added up in float32 or wider, and have the dtype of the parameters. An example whose gradient is not
-      finite after `tx` counts nothing, in the gradient and in the value: all other examples count as without it. A
-      finite gradient is clipped however large it is; its bound holds up to norms of the largest float. Microbatches
-      give the same result as none, up to rounding.
+    Raises:
+      ValueError: if an argument is none of the above, or `argnums` and `batch_argnums` overlap; when called, if `tx`
+        has a state, if the numbers of examples differ, or with the reason if "two_pass" is not possible.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optaxclip
+      >>> from optaxclip import per_example
+      >>> def loss(w, x):
+      ...     return jnp.vdot(w, x)  # so that the gradient is x
+      >>> step = per_example.clipped_value_and_grad(loss, optaxclip.clip_by_global_norm(1.0), return_norms=True)
+      >>> examples = jnp.array([[3.0, 4.0], [0.3, 0.4], [jnp.nan, 0.0], [0.0, 0.0]])
+      >>> value, grads, norms = step(jnp.ones(2), examples)
+      >>> print(value, grads, norms)  # (7 + 0.7) / 4, ([0.6, 0.8] + [0.3, 0.4]) / 4
+      1.925 [0.225 0.3  ] [5.  0.5 nan 0. ]
+
+    Notes:
+      **Guarantees.** Gradients are added up in float32 or wider, and have the dtype of the parameters. An example
+      whose gradient is not finite after `tx` counts nothing, in the gradient and in the value: all other examples
+      count as without it. A finite gradient is clipped however large it is; its bound holds up to norms of the
+      largest float. Microbatches give the same result as none, up to rounding.
 
       There are two forms, and their results agree up to rounding. "one_pass" calculates every gradient, and works for
       every `tx`. "two_pass" calculates the norms, then the gradient of the sum of the losses, each times its factor.
@@ -77,7 +93,7 @@ def clipped_value_and_grad(
       chain nor wrapped. They are not right, and "two_pass" is refused, where
 
       - the value has fewer than 32 bits, or anything is of a dtype with less range than float32 (float16, float8);
-      - the function has a `jax.custom_vjp` in it, as `clip_cotangents` is one, or an `io_callback`;
+      - the function has a `jax.custom_vjp` in it, as `clip_cotangents` is one, or a `jax.experimental.io_callback`;
       - the function exchanges data over mesh axes, or parameters are split over them.
 
       Under `jax.vmap`, over several models say, two passes are slow: use `jax.lax.map`, or `form="one_pass"`.
@@ -85,16 +101,14 @@ def clipped_value_and_grad(
       The Python code of `fun` runs once for each call, and twice in `shard_map`. It sees parameters and examples as
       tracers, as under `jax.jit`.
 
-    Edge cases:
-      A value that is not finite does not count in the value; its gradient may be finite and count. If no example
-      counts, value and gradients are 0. Gradients of float16 parameters that add up to more than the largest number
-      are that number.
+      **Edge cases.** A value that is not finite does not count in the value; its gradient may be finite and
+      count. If no example counts, value and gradients are 0. Gradients of float16 parameters that add up to more
+      than the largest number are that number.
 
       The function can be jitted, vmapped, scanned and differentiated. Its derivatives are those of the sum above with
       :math:`T` as it is; where an example does not count they may be NaN.
 
-    Placement:
-      In the place of `jax.value_and_grad` of the mean loss. The optimizer follows as usual.
+      **Placement.** In the place of `jax.value_and_grad` of the mean loss. The optimizer follows as usual.
 
       Inside `shard_map`, with the batch split over a mesh axis, the result is that of the whole batch, the same on
       every device: gradients and value are reduced over the axes along which devices have different examples (those
@@ -114,21 +128,9 @@ def clipped_value_and_grad(
       With `check_vma=False`, and in `pmap`, jax does not tell which axes these are. Nothing is reduced, and the user
       must: `jax.lax.psum`, or `pmean` for equal shares. Pass a clip `axes=None` there.
 
-    Raises:
-      ValueError: if an argument is none of the above, or `argnums` and `batch_argnums` overlap; when called, if `tx`
-        has a state, if the numbers of examples differ, or with the reason if "two_pass" is not possible.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> import optaxclip
-      >>> from optaxclip import per_example
-      >>> def loss(w, x):
-      ...     return jnp.vdot(w, x)  # so that the gradient is x
-      >>> step = per_example.clipped_value_and_grad(loss, optaxclip.clip_by_global_norm(1.0), return_norms=True)
-      >>> examples = jnp.array([[3.0, 4.0], [0.3, 0.4], [jnp.nan, 0.0], [0.0, 0.0]])
-      >>> value, grads, norms = step(jnp.ones(2), examples)
-      >>> print(value, grads, norms)  # (7 + 0.7) / 4, ([0.6, 0.8] + [0.3, 0.4]) / 4
-      1.925 [0.225 0.3  ] [5.  0.5 nan 0. ]
+      **Differs from jax-privacy.** `jax_privacy.clipped_grad` replaces each NaN or infinity in a gradient by 0
+      and keeps the rest; here all of that example is left out. Its norms overflow in float32 (past 2e19) and in
+      16 bits. This function makes no claim of privacy.
 
       Differential privacy needs noise, an accountant and care, none of which is here. Use jax-privacy, which takes
       any clip of this library for what comes before its own:
@@ -140,11 +142,6 @@ def clipped_value_and_grad(
               loss, l2_clip_norm=1.0, batch_argnums=1, keep_batch_dim=False, pre_clipping_transform=clip
           )
           summed = private(w, examples)  # add noise by private.sensitivity()
-
-    Differs from jax-privacy:
-      `jax_privacy.clipped_grad` replaces each NaN or infinity in a gradient by 0 and keeps the rest; here all of that
-      example is left out. Its norms overflow in float32 (past 2e19) and in 16 bits. This function makes no claim of
-      privacy.
 
     References:
       Abadi et al., Deep learning with differential privacy, CCS 2016, arXiv:1607.00133 (the clip of each example).
