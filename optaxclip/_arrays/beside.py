@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from optaxclip._arrays import dtypes, states, trees
 from optaxclip._arrays.trees import Tree
@@ -74,7 +75,7 @@ def zeros_like(params: Tree, dtype: Any = None) -> Any:
         if dtypes.is_inexact(param):
             own = dtypes.of_state(jnp.result_type(param)) if dtype is None else dtype
             if dtype is not None and jnp.iscomplexobj(param):
-                own = jnp.promote_types(dtypes.accumulator(dtype), jnp.complex64)
+                own = np.promote_types(dtypes.accumulator(dtype), np.complex64)
             return jnp.zeros_like(param, dtype=own)
         is_number = hasattr(param, "dtype") and jnp.issubdtype(param.dtype, jnp.number)
         return jnp.zeros_like(param) if is_number else jnp.zeros((), jnp.int32)

@@ -4,6 +4,7 @@ Norms are a pytree with one entry per group: a scalar per leaf, say. What is don
 one vector: a GPU or TPU would start a program for every small operation on every one of them.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -85,7 +86,7 @@ def number(norms: Tree) -> int:
 
 def dtype(norms: Tree) -> Any:
     """The widest dtype of the groups' norms; float32 if there are none."""
-    return jnp.result_type(jnp.float32, *[entry.dtype for entry in jax.tree.leaves(norms)])
+    return functools.reduce(np.promote_types, [entry.dtype for entry in jax.tree.leaves(norms)], np.dtype(np.float32))
 
 
 def as_vector(norms: Tree) -> tuple[jax.Array, Callable[[jax.Array], Any]]:

@@ -34,7 +34,8 @@ _SMALL = 1 << 14
 
 def norms(arrays: Sequence[Any], dims: Sequence[Dims], ord: float) -> list[jax.Array]:
     """The norm of each array over its dimensions `dims`, of what this device holds."""
-    return _norms([jnp.asarray(x) for x in arrays], tuple(dims), ord) if arrays else []
+    # With a dtype of their own: beside Python's numbers, and where float64 is, a weak one would change.
+    return _norms([jnp.asarray(x, jnp.result_type(x)) for x in arrays], tuple(dims), ord) if arrays else []
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))

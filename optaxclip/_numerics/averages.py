@@ -84,7 +84,7 @@ def moved(average: jax.Array, value: jax.Array, by: Shares) -> jax.Array:
 
 def moved_widened(average: jax.Array, value: Any, decay: Any) -> jax.Array:
     """An average one step on, both in float32 or wider, whatever the dtypes of the two."""
-    wide = jnp.promote_types(dtypes.wide(jnp.result_type(value)), dtypes.wide(average.dtype))
+    wide = np.promote_types(dtypes.wide(jnp.result_type(value)), dtypes.wide(average.dtype))
     return moved(average.astype(wide), jnp.asarray(value).astype(wide), shares(decay, dtypes.accumulator(wide)))
 
 

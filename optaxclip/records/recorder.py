@@ -63,7 +63,7 @@ def init(norms: Tree, updates: Tree, length: int) -> ClipStats:
     """An empty record of `length` steps, of norms like `norms`, of which only structure and types matter."""
     entries = jax.tree.leaves(norms)
     rings = (length, max(len(entries), 1))  # without groups one of norm 0 stands in: checkpoints refuse empty arrays
-    dtype = jnp.result_type(jnp.float32, *(entry.dtype for entry in entries))
+    dtype = groups.dtype(norms)
     return ClipStats(
         recorded_steps=jnp.zeros((), jnp.int32),
         clip_steps=jnp.zeros(length, jnp.int32),

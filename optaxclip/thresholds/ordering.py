@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optaxclip._arrays import dtypes
 from optaxclip._numerics import averages
 
 
@@ -48,7 +49,7 @@ def _digits(q: Any) -> list[jax.Array]:
     """The first 48 bits of a fraction, lowest 16 first. 1 is all ones."""
     digits: list[jax.Array] = []
     # At least float32, and float64 without x64 where it is not traced.
-    rest = q.astype(jnp.promote_types(q.dtype, jnp.float32)) if isinstance(q, jax.Array) else np.float64(q)
+    rest = q.astype(dtypes.accumulator(q.dtype)) if isinstance(q, jax.Array) else np.float64(q)
     for _ in range(3):
         digit = (jnp if isinstance(q, jax.Array) else np).minimum(rest * 65536 // 1, 65535)
         rest = rest * 65536 - digit

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optaxclip._arguments import bounds, checks
@@ -50,6 +51,7 @@ def with_carry(
 
     Example:
       >>> import jax.numpy as jnp
+    import numpy as np
       >>> import optaxclip
       >>> tx = optaxclip.with_carry(optaxclip.clip(2.0))
       >>> state = tx.init(jnp.zeros(1))
@@ -124,7 +126,7 @@ def _dtype(leaf: Any) -> Any:
 
 def _total(grad: Any, carry: Any) -> Any:
     """Gradient plus carry in the wider of their dtypes; finite, in the range of the gradient's, if the gradient is."""
-    wide = jnp.result_type(dtypes.wide(_dtype(grad)), dtypes.wide(_dtype(carry)))
+    wide = np.promote_types(dtypes.wide(_dtype(grad)), dtypes.wide(_dtype(carry)))
     grad = jnp.asarray(grad)
     total = arithmetic.saturated(grad.astype(wide) + carry.astype(wide), bounds.highest(grad.dtype))
     return jnp.where(jnp.isfinite(grad), total, grad.astype(wide))
