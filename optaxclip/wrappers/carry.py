@@ -51,7 +51,6 @@ def with_carry(
 
     Example:
       >>> import jax.numpy as jnp
-    import numpy as np
       >>> import optaxclip
       >>> tx = optaxclip.with_carry(optaxclip.clip(2.0))
       >>> state = tx.init(jnp.zeros(1))
