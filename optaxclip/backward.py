@@ -4,13 +4,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 from optaxclip._arguments import checks
 from optaxclip._arrays import dtypes, layouts
+from optaxclip._jaxprs.hoisting import hoist
 from optaxclip.functions import global_norm, stateless
 
 _NO_STATE = (
@@ -140,7 +140,7 @@ def _with_backward(
     backward: Callable[[list[Any]], tuple[list[jax.Array], jax.Array | None]], xs: list[Any], tap: jax.Array | None
 ) -> list[Any]:
     """`xs`, with `backward` from their cotangents to these and to the tap's."""
-    hoisted, closed_over = _hoist(backward, xs)
+    hoisted, closed_over = hoist(backward, xs)
 
     # The forward pass of a derivative may be traced in a place and its backward pass in another, as under scan. What
     # was traced in between, as a bound, can only get there as an argument and a residual.
@@ -158,18 +158,3 @@ def _with_backward(
 
     identity.defvjp(forward, back)
     return identity(xs, tap, closed_over)
-
-
-def _hoist(fun: Callable[[list[Any]], Any], example: list[Any]) -> tuple[Callable[[list[Any], list[Any]], Any], Any]:
-    """`fun` as a function of the arrays that it closes over and of its argument, and these arrays.
-
-    `jax.closure_convert` leaves those in the closure that it takes to be without a derivative: integers, and under
-    `vmap` what is mapped.
-    """
-    closed, out = jax.make_jaxpr(fun, return_shape=True)(example)
-
-    def hoisted(closed_over: list[Any], argument: list[Any]) -> Any:
-        run = jax.extend.core.jaxpr_as_fun(jax.extend.core.ClosedJaxpr(closed.jaxpr, closed_over))
-        return jax.tree.unflatten(jax.tree.structure(out), run(*argument))
-
-    return hoisted, list(closed.consts)

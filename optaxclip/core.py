@@ -148,7 +148,7 @@ class MadeOf(NamedTuple):
 
 
 class Clip(optax.GradientTransformationExtraArgs):
-    """A transformation that knows what it was built from. One that is wrapped or copied no longer does."""
+    """A transformation that knows what it was built from. One that is wrapped no longer does."""
 
     made_of: MadeOf | None = None
 
@@ -247,7 +247,7 @@ def clip_by(
 
 def shapes_of(norm: Norm, params: Tree, axes: Axes) -> Norms:
     """What a norm measures of updates like `params`, in shapes and dtypes alone."""
-    return jax.eval_shape(lambda tree: norm.measure(Leaves(tree, tree, axes)), params)
+    return jax.eval_shape(lambda tree: _measured(norm, Leaves(tree, tree, axes)), params)
 
 
 class Judged(NamedTuple):
@@ -270,8 +270,17 @@ def judge(
     norm: Norm, threshold: Threshold, leaves: Leaves, state: State, extra_args: Mapping[str, Any] = MappingProxyType({})
 ) -> Judged:
     """Measures, and asks the threshold."""
-    measured = norm.measure(leaves)
+    measured = _measured(norm, leaves)
     return permit(threshold, measured, state, lambda: norm.measure(leaves.params()), extra_args)
+
+
+def _measured(norm: Norm, leaves: Leaves) -> Norms:
+    norms = norm.measure(leaves)
+    flat = jax.tree.leaves(norms)
+    if others := [each for each in flat if getattr(each, "dtype", None) not in (jnp.float32, jnp.float64)]:
+        came = getattr(others[0], "dtype", type(others[0]).__name__)
+        raise ValueError(f"measure of {norm} must return arrays of float32 or float64, got {came}")
+    return norms
 
 
 def permit(
@@ -284,7 +293,6 @@ def permit(
     """Asks the threshold what of these norms is permitted."""
     (lower, upper), state = threshold.limit(norms, state, param_norms, **extra_args)
     flat, treedef = jax.tree.flatten(norms)
-    _require_norms(flat)
     edges = groups.vectorized(_edge, flat, groups.entries(lower, treedef), groups.entries(upper, treedef))
     limits, factors = zip(*edges, strict=True) if edges else ((), ())
     return Judged(norms, treedef.unflatten(limits), treedef.unflatten(factors), state)
@@ -292,13 +300,11 @@ def permit(
 
 def apply(norm: Norm, leaves: Leaves, factors: Tree) -> Updates:
     """The updates, each leaf by the factor that the norm gives it."""
-    assigned: list[Any] = norm.assign(leaves, factors)
-    others = [factor for factor in assigned if not (factor is None or isinstance(factor, Factor))]
-    if len(assigned) != len(leaves) or others:
-        came = f"{len(assigned)} entries" + (f", among them a {type(others[0]).__name__}" if others else "")
+    assigned: Any = norm.assign(leaves, factors)
+    if problem := _what_is_wrong(assigned, leaves):
         raise ValueError(
             f"assign of {norm} must return a list with one of the factors, or None, for each of the {len(leaves)} "
-            f"leaves, got {came}"
+            f"leaves, got {problem}"
         )
     by_leaf = zip(leaves, assigned, strict=True)
     return leaves.updated(
@@ -306,11 +312,18 @@ def apply(norm: Norm, leaves: Leaves, factors: Tree) -> Updates:
     )
 
 
-def _require_norms(flat: list[Any]) -> None:
-    others = [norm for norm in flat if getattr(norm, "dtype", None) not in (jnp.float32, jnp.float64)]
-    if others:
-        came = getattr(others[0], "dtype", type(others[0]).__name__)
-        raise ValueError(f"measure of a Norm must return arrays of float32 or float64, got {came}")
+def _what_is_wrong(assigned: Any, leaves: Leaves) -> str:
+    """Why this is no list of factors for these leaves; nothing if it is."""
+    if not isinstance(assigned, list | tuple) or isinstance(assigned, Factor):
+        return f"a {type(assigned).__name__}"
+    others = [type(factor).__name__ for factor in assigned if not (factor is None or isinstance(factor, Factor))]
+    if len(assigned) != len(leaves) or others:
+        return f"{len(assigned)} entries" + (f", among them a {others[0]}" if others else "")
+    for leaf, factor in zip(leaves, assigned, strict=True):
+        shape = () if factor is None else factor.second.shape
+        if shape and jnp.broadcast_shapes(shape, leaf.value.shape) != leaf.value.shape:
+            return f"a factor of shape {shape} for the leaf {leaf.path!r} of shape {leaf.value.shape}"
+    return ""
 
 
 def _edge(norm: jax.Array, lower: Any, upper: Any) -> tuple[jax.Array, Factor]:

@@ -130,7 +130,7 @@ def group_norm(labels: Any, ord: float = 2) -> Norm:
       [0.6] [0.8] [3. 4.]
 
     See also:
-      `aggc`; `leaf_norm`, where each leaf is a group.
+      `contrib.aggc`; `leaf_norm`, where each leaf is a group.
     """
     checks.static_together(labels=labels, ord=ord)
     p = checks.order("ord", ord)
@@ -205,7 +205,7 @@ def leaf_peaks() -> Norm:
       [ 5. -4.  3.]
 
     See also:
-      `adaptive_spike_clip`; `leaf_norm` with `ord=inf`, for a scale of the whole leaf.
+      `contrib.adaptive_spike_clip`; `leaf_norm` with `ord=inf`, for a scale of the whole leaf.
     """
     whole = leaf_norm(math.inf)
 
@@ -361,7 +361,7 @@ def relative_change(relative: Number, absolute: Number) -> Norm:
       [ 0.125 -1.   ]
 
     See also:
-      `clippy`; `thresholds.relative_to_params`, for the norm of an update beside that of its parameters.
+      `contrib.clippy`; `thresholds.relative_to_params`, for the norm of an update beside that of its parameters.
     """
     relative = checks.number("relative", relative)
     absolute = checks.number("absolute", absolute)
@@ -396,7 +396,7 @@ def _is_beyond(leaf: jax.Array, high: jax.Array) -> jax.Array:
 def _by_leaf(
     name: str, dims_of: DimsOf, ord: float, stacked: Any, *, keepdims: bool = False, mean: bool = False
 ) -> Norm:
-    """A Norm with groups of their own in each leaf, extending over the dimensions `dims_of(shape, path)`."""
+    """A Norm with groups of their own in each leaf, extending over the dimensions `dims_of(shape, leaf)`."""
     if stacked is not None:
         none = "stacks no leaf: give at least one leaf a number of axes, or pass None"
         checks.per_leaf("stacked", stacked, stacks.is_axis_count, "a number of axes, at least 0", none)

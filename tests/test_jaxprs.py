@@ -1,5 +1,7 @@
 """What reads jaxprs, and the plain fallbacks for a jax that does not show them: the same numbers."""
 
+import subprocess
+import sys
 import types
 
 import jax
@@ -201,3 +203,28 @@ def test_operations_inside_others_are_found(name, unreadable):
     assert "sin" in names
     unreadable()
     assert reading.equations(INSIDE[name], jnp.float32(1.0)) is None
+
+
+# A closure's arrays in the backward pass.
+
+
+def test_a_bound_that_a_scan_traced_reaches_the_backward_pass(unreadable):
+    def loss(x, bounds):
+        def step(x, bound):
+            return 3 * oc.clip_cotangents(x, oc.clip_by_global_norm(bound)), None
+
+        return jnp.sum(jax.lax.scan(step, x, bounds)[0])
+
+    x, bounds = jnp.array([3.0, 4.0]), jnp.array([0.5, 1.0, 2.0])
+    expected = jax.jit(jax.grad(loss))(x, bounds)
+    unreadable()
+    assert_same(jax.grad(loss)(x, bounds), expected, rtol=1e-6)
+    np.testing.assert_allclose(jnp.linalg.norm(expected), 0.5, rtol=1e-6)
+
+
+def test_the_library_is_imported_where_jax_has_no_such_module():
+    code = (
+        "import sys; sys.modules['jax.extend.core'] = None; import optaxclip._jaxprs.reading as r; print(r.IS_POSSIBLE)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "False"

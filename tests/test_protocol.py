@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from collections import OrderedDict
 
 import jax
 import jax.numpy as jnp
@@ -176,13 +177,25 @@ def test_a_sum_over_devices():
 
 def test_what_a_norm_must_not_return():
     one_each = LEAF_MAX.assign
+
+    def wide(factor):
+        return jax.tree.map(lambda x: jnp.full((2, 2), x), factor)
+
     for measure, came in ((lambda leaves: jnp.bfloat16(1), "bfloat16"), (lambda leaves: 1.0, "float")):
         tx = clip_by(Norm(measure, lambda leaves, factors: [factors] * len(leaves)), thresholds.constant(1.0))
-        with pytest.raises(ValueError, match=f"must return arrays of float32 or float64, got {came}"):
-            tx.update(GRADS, tx.init(GRADS))
+        with pytest.raises(ValueError, match=f"measure of a Norm must return arrays of float32 or float64, got {came}"):
+            tx.update(GRADS, optax.EmptyState())
+        with pytest.raises(ValueError, match="measure of a Norm must return"):
+            clip_by(tx.made_of.norm, thresholds.zscore()).init(GRADS)
     for assign, came in (
         (lambda leaves, factors: one_each(leaves, factors)[:1], "1 entries"),
         (lambda leaves, factors: [1.0, None], "2 entries, among them a float"),
+        (lambda leaves, factors: None, "a NoneType"),
+        (lambda leaves, factors: factors, "a dict"),
+        (
+            lambda leaves, factors: [wide(factors["a"]), None],
+            r"a factor of shape \(2, 2\) for the leaf 'a' of shape \(2,\)",
+        ),
     ):
         tx = clip_by(Norm(LEAF_MAX.measure, assign, "mine()"), thresholds.constant(1.0))
         with pytest.raises(ValueError, match=rf"assign of mine\(\) must .* for each of the 2 leaves, got {came}"):
@@ -213,3 +226,46 @@ def test_no_cycle_keeps_gradients_alive(norm):
         assert alive() is None
     finally:
         gc.enable()
+
+
+def test_a_lookup_is_of_its_own_function_even_if_that_is_gone():
+    seen = []
+
+    def measure(leaves):
+        for number in range(4):
+            seen.append(leaves.lookup("weight", lambda path, number=number: number)[0])
+            gc.collect()
+        return jnp.float32(1)
+
+    tx = clip_by(Norm(measure, lambda leaves, factors: [None] * len(leaves)), thresholds.constant(1.0))
+    tx.update(GRADS, optax.EmptyState())
+    assert seen == [0, 1, 2, 3]
+
+
+def test_a_leaf_knows_its_path_when_leaves_are_gone():
+    kept = []
+
+    def measure(leaves):
+        kept.extend([*leaves, *leaves.params()])
+        return jnp.float32(1)
+
+    tx = clip_by(Norm(measure, lambda leaves, factors: [None] * len(leaves)), thresholds.constant(1.0))
+    tx.update(GRADS, optax.EmptyState(), GRADS)
+    gc.collect()
+    assert [leaf.path for leaf in kept] == ["a", "b", "a", "b"]
+
+
+def test_a_python_number_is_an_array_to_a_norm():
+    tx = clip_by(LEAF_MAX, thresholds.constant(1.0))
+    updates, _ = tx.update({"a": 3.0}, optax.EmptyState())
+    assert float(updates["a"]) == 1.0
+
+
+def test_parameters_in_other_containers_fit_where_a_gradient_is_missing():
+    params = {"a": jnp.array([3.0, 4.0]), "b": jnp.ones(2)}
+    tx = clip_by(norms.leaf_norm(), thresholds.relative_to_params(0.1))
+    for grads in (OrderedDict(b=None, a=params["a"]), OrderedDict(b=params["b"], a=params["a"])):
+        updates, _ = tx.update(grads, tx.init(params), params)
+        assert list(updates) == ["b", "a"]
+        np.testing.assert_allclose(updates["a"], [0.3, 0.4], rtol=1e-6)
+        assert (updates["b"] is None) == (grads["b"] is None)

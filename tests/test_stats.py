@@ -411,3 +411,11 @@ def test_a_record_under_jit_on_an_explicit_mesh(rng):
 
 def test_the_type_is_public():
     assert isinstance(RECORDED.init(PARAMS).clip_stats, ClipStats)
+
+
+def test_no_leaf_is_named_where_init_saw_other_leaves():
+    tx = optaxclip.clip_by_global_norm(1.0, record=1)
+    state = tx.init({"a": jnp.ones(2), "b": jnp.ones(2)})
+    _, state = tx.update({"a": None, "b": jnp.array([jnp.nan, 1.0])}, state)  # without params
+    found = clip_stats(state)
+    assert (found["first_nonfinite_step"], found["first_nonfinite_leaf"]) == (1, "")

@@ -1,6 +1,5 @@
 """The leaves of a tree of updates, found once: what a Norm sees of it."""
 
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,18 +20,16 @@ class Leaf:
       by_dim: the same axes, dimension by dimension; None where that is not known.
     """
 
-    __slots__ = ("_at", "_of", "axes", "by_dim", "value")
+    __slots__ = ("_at", "_paths", "axes", "by_dim", "value")
 
-    def __init__(self, value: jax.Array, split: mesh.Split, of: "Leaves", at: int) -> None:
+    def __init__(self, value: jax.Array, split: mesh.Split, paths: "_Paths", at: int) -> None:
         self.value, self.axes, self.by_dim = value, split.axes, split.by_dim
-        # Weakly: a cycle would keep gradients alive until Python looks for cycles.
-        self._of, self._at = weakref.ref(of), at
+        self._paths, self._at = paths, at
 
     @property
     def path(self) -> str:
-        """Where the leaf is in its tree, as in "decoder/kernel". To be asked while `leaves` are there."""
-        leaves = self._of()
-        return "" if leaves is None else leaves.paths[self._at]
+        """Where the leaf is in its tree, as in "decoder/kernel"."""
+        return self._paths()[self._at]
 
     def sum(self, part: jax.Array) -> jax.Array:
         """The sum of what each device has of this leaf; where the leaf is whole, `part` itself."""
@@ -71,6 +68,23 @@ class Leaf:
         return max(mesh.whole_size((jnp.shape(self.value)[dim] for dim in dims), self.axes_over(dims)), 1)
 
 
+class _Paths:
+    """The paths of leaves, once somebody asks for them.
+
+    A leaf has this and not `Leaves`, which has the leaf: a cycle would keep gradients alive.
+    """
+
+    def __init__(self, keys: Sequence[Any], treedef: Any, places: list[int]) -> None:
+        self._keys, self._treedef, self._places = keys, treedef, places
+        self._known: list[str] | None = None
+
+    def __call__(self) -> list[str]:
+        if self._known is None:
+            paths = trees.paths_of(self._keys, self._treedef)
+            self._known = [paths[i] for i in self._places]
+        return self._known
+
+
 class Leaves(list[Leaf]):
     """The leaves of a tree of updates that hold floats, in order.
 
@@ -92,17 +106,22 @@ class Leaves(list[Leaf]):
           ValueError: for a gradient that is not reduced yet, or of a dtype that can't be clipped.
         """
         self._tree, self._params, self._axes = tree, params, axes
-        self._flat, self._treedef = jax.tree.flatten(tree)
-        self._found: dict[Any, list[Any]] = {} if like is None else like._found
+        flat, self._treedef = jax.tree_util.tree_flatten_with_path(tree)
+        keys, self._flat = zip(*flat, strict=True) if flat else ((), ())
+        self._found: dict[Any, tuple[Any, list[Any]]] = {} if like is None else like._found
         self._places = dtypes.places_of_floats(self._flat) if like is None else like._places
-        arrays = [self._flat[i] for i in self._places]
+        self._paths = _Paths(keys, self._treedef, self._places) if like is None else like._paths
+        arrays = [
+            self._flat[i] if hasattr(self._flat[i], "shape") else jnp.asarray(self._flat[i]) for i in self._places
+        ]
         splits = mesh.splits_of(arrays, tree, self._places, params, axes)
-        super().__init__([Leaf(*each, self, at) for at, each in enumerate(zip(arrays, splits, strict=True))])
+        each = enumerate(zip(arrays, splits, strict=True))
+        super().__init__([Leaf(array, split, self._paths, at) for at, (array, split) in each])
 
     @property
     def paths(self) -> list[str]:
         """The path of each leaf, as in "decoder/kernel"."""
-        return self.once("paths", lambda: self._counted(trees.paths(self._tree)))
+        return self._paths()
 
     @property
     def axes(self) -> frozenset[str]:
@@ -138,15 +157,16 @@ class Leaves(list[Leaf]):
         def look() -> list[Any]:
             if trees.is_function(value):
                 return [value(path) for path in self.paths]
-            return self._counted(trees.values(name, value, self._tree))
+            return self._counted(trees.values(name, value, self._tree)) if self else []
 
-        return self.once((name, id(value)), look)
+        return self.once(value, look, name)
 
-    def once(self, key: Any, look: Callable[[], list[Any]]) -> list[Any]:
+    def once(self, key: Any, look: Callable[[], list[Any]], name: str = "") -> list[Any]:
         """What `look` finds of these leaves and of their parameters alike; it is called once for each key."""
-        if key not in self._found:
-            self._found[key] = look()
-        return self._found[key]
+        place = (name, id(key))
+        if place not in self._found:
+            self._found[place] = key, look()  # with the key, so that no other object gets its id
+        return self._found[place][1]
 
     def params(self) -> "Leaves":
         """The parameters of these leaves.
@@ -157,5 +177,5 @@ class Leaves(list[Leaf]):
         require_params(self._tree, self._params)
         return Leaves(self._params, self._params, self._axes, like=self)
 
-    def _counted(self, values: list[Any]) -> list[Any]:
-        return [values[i] for i in self._places] if values else []
+    def _counted(self, values: Sequence[Any]) -> list[Any]:
+        return [values[i] for i in self._places]

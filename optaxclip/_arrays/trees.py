@@ -1,6 +1,7 @@
 """What holds for each leaf: from one value, a prefix pytree of values, or a function of the leaf's path."""
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -15,23 +16,31 @@ def paths(tree: Tree) -> list[str]:
     is left out, so that a leaf has one path whether it is boxed or not. Where keys that contain a "/" would give two
     leaves one path, these have jax's notation: "['a/b']".
     """
-    keys = _keys(tree)
-    joined = ["/".join(path) for path in keys]
+    flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    return paths_of([key for key, _ in flat], treedef)
+
+
+def paths_of(keys: Sequence[Any], treedef: Any) -> list[str]:
+    """As `paths`, from what jax says are the keys of each leaf."""
+    joined = ["/".join(path) for path in _without_boxes(keys, treedef)]
     if len(set(joined)) == len(joined):
         return joined
     twice = {path for path in joined if joined.count(path) > 1}
-    exact = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    exact = map(jax.tree_util.keystr, keys)
     return [full if path in twice else path for path, full in zip(joined, exact, strict=True)]
 
 
-def _keys(tree: Tree) -> list[tuple[str, ...]]:
+def _keys(tree: Tree, is_leaf: Callable[[Any], bool] | None = None) -> list[tuple[str, ...]]:
     """The keys on the way to every leaf, except those of boxes."""
-    flat = jax.tree_util.tree_leaves_with_path(tree)
-    keys = [_simple(path) for path, _ in flat]
-    if not any(path and path[-1] == jax.tree_util.GetAttrKey("value") for path, _ in flat):
-        return keys
-    boxed = _in_boxes(jax.tree.structure(tree))
-    return [path[:-1] if is_boxed else path for path, is_boxed in zip(keys, boxed, strict=True)]
+    flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    return _without_boxes([key for key, _ in flat], treedef)
+
+
+def _without_boxes(keys: Sequence[Any], treedef: Any) -> list[tuple[str, ...]]:
+    simple = [_simple(path) for path in keys]
+    if not any(path and path[-1] == jax.tree_util.GetAttrKey("value") for path in keys):
+        return simple
+    return [path[:-1] if is_boxed else path for path, is_boxed in zip(simple, _in_boxes(treedef), strict=True)]
 
 
 def _simple(path: tuple[Any, ...]) -> tuple[str, ...]:
@@ -113,12 +122,15 @@ def _at_empty(tree: Tree, entries: Any) -> set[Any]:
 
 
 def aligned(tree: Tree, other: Any) -> Any:
-    """The leaves of `tree` in the containers of `other`, by their keys; None unless both have the same keys."""
-    by_keys = dict(zip(_keys(tree), jax.tree.leaves(tree), strict=True))
-    needed = _keys(other)
+    """The leaves of `tree` in the containers of `other`, by their keys; None unless both have the same keys.
+
+    A None in one of the two is a leaf.
+    """
+    by_keys = dict(zip(_keys(tree, is_none), jax.tree.leaves(tree, is_leaf=is_none), strict=True))
+    needed = _keys(other, is_none)
     if set(needed) != set(by_keys) or len(needed) != len(by_keys):
         return None
-    return jax.tree.unflatten(jax.tree.structure(other), [by_keys[path] for path in needed])
+    return jax.tree.unflatten(jax.tree.structure(other, is_leaf=is_none), [by_keys[path] for path in needed])
 
 
 def broadcast(problem: str, prefix: Tree, tree: Tree, names: tuple[str, str]) -> Any:

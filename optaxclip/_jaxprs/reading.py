@@ -65,6 +65,11 @@ def as_function(closed: Any) -> Callable[..., list[Any]]:
     return _core.jaxpr_as_fun(closed)
 
 
+def with_consts(closed: Any, consts: Sequence[Any]) -> Callable[..., list[Any]]:
+    """A jaxpr with other constants, as a function of flat arguments."""
+    return as_function(_core.ClosedJaxpr(closed.jaxpr, consts))
+
+
 def equations(function: Callable[..., Any], *args: Any) -> list[Any] | None:
     """All operations of `function(*args)`, also those inside others; None where jaxprs can't be read."""
     return list(_walk(jax.make_jaxpr(function)(*args).jaxpr)) if IS_POSSIBLE else None

@@ -13,7 +13,7 @@ from optaxclip._arguments import bounds, checks
 from optaxclip._arguments.bounds import Bound
 from optaxclip._arrays import dtypes, groups, layouts
 from optaxclip._arrays.mesh import Axes
-from optaxclip._arrays.parameters import drop_missing, fill_missing, parameters
+from optaxclip._arrays.parameters import beside, drop_missing
 from optaxclip._arrays.trees import Tree
 from optaxclip._numerics import arithmetic, scaling
 from optaxclip._numerics.matrices import capping, stacks
@@ -165,8 +165,7 @@ def clip_singular_values(
 
     def update(updates: Updates, state: State, params: Tree = None, **extra_args: Any) -> tuple[Updates, State]:
         del extra_args
-        params = parameters(params, updates)
-        filled = fill_missing(updates, params)
+        filled, params = beside(updates, params)
         leaves = Leaves(filled, params, axes)
         layers = stacks.layers(stacked, leaves)
         matrices = stacks.of_leaves(leaves, layers, units)

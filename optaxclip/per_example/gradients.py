@@ -98,7 +98,8 @@ def clipped_value_and_grad(
 
       Under `jax.vmap`, over several models say, two passes are slow: use `jax.lax.map`, or `form="one_pass"`.
 
-      The Python code of `fun` runs once for each call, and twice in `shard_map`. It sees parameters and examples as
+      The Python code of `fun` runs once for each call, and twice in `shard_map`. In two passes a `jax.debug.callback`
+      in it is called twice for each example. It sees parameters and examples as
       tracers, as under `jax.jit`.
 
       **Edge cases.** A value that is not finite does not count in the value; its gradient may be finite and

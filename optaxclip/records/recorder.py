@@ -108,7 +108,9 @@ def advance(stats: ClipStats, judged: Any, leaves: Leaves) -> ClipStats:
     norm, limit, scale, clipped = _by_entry(judged, leaves, stats.clip_norm)
     nonfinite = ~jnp.all(jnp.isfinite(norm))
     is_first = nonfinite & (stats.first_nonfinite_step == 0)
-    leaf = _first_nonfinite(leaves)
+    # Of another number of leaves than `init` saw the names are not known.
+    has_names = _encoded(leaves.paths).shape == stats.leaf_names.shape
+    leaf = _first_nonfinite(leaves) if has_names else jnp.full((), -1, jnp.int32)
 
     def into(ring: jax.Array, new: jax.Array) -> jax.Array:
         return ring.at[row].set(new.astype(ring.dtype))

@@ -10,7 +10,7 @@ import optax
 from optaxclip import core, norms, thresholds
 from optaxclip._arguments import checks
 from optaxclip._arrays import groups, layouts, mesh, states
-from optaxclip._arrays.parameters import fill_missing, parameters
+from optaxclip._arrays.parameters import beside, parameters
 from optaxclip._arrays.trees import Tree
 from optaxclip._jaxprs.holding import update_or_hold
 from optaxclip.core import Norm, Threshold, Updates
@@ -236,8 +236,8 @@ class _Seen(NamedTuple):
 
 
 def _look(gate: _Gate, updates: Updates, state: SkipState, params: Tree, extra_args: Mapping[str, Any]) -> _Seen:
-    known = parameters(params, updates)
-    leaves = core.Leaves(fill_missing(updates, known), known, gate.axes)
+    filled, known = beside(updates, params)
+    leaves = core.Leaves(filled, known, gate.axes)
     judged = core.judge(gate.norm, gate.threshold, leaves, state.norm_threshold_state, extra_args)
     whole = judged.norms if gate.norm is _ALL else _ALL.measure(leaves)
     seen = _Seen(
