@@ -43,8 +43,7 @@ def parameters(params: Tree, updates: Tree = None) -> Any:
     if _are_alike(updates, params):
         return params
     aligned = trees.aligned(params, updates)
-    if aligned is not None:
-        return aligned
+    params = params if aligned is None else aligned
 
     def known(update: Any, param: Any) -> Any:
         may_be_number = update is not None
