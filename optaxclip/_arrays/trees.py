@@ -1,4 +1,4 @@
-"""What holds for each leaf: from one value, a prefix pytree of values, or a function of the leaf's path."""
+"""What pytrees have where: the paths of leaves, prefix pytrees, and where two pytrees part."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -64,20 +64,11 @@ def _is_box(kind: type) -> bool:
 
 
 def values(name: str, value: Any, tree: Tree) -> list[Any]:
-    """One value per leaf of `tree`.
-
-    Args:
-      name: the argument's name, for the message.
-      value: a function `path -> value`, or a prefix pytree of values (a single value, say). A None in it is a value.
-      tree: the pytree whose leaves are asked about.
+    """What an argument of this name, a prefix pytree, says of each leaf of `tree`. A None in it is a value.
 
     Raises:
       ValueError: naming the argument and the path where the structures part.
     """
-    if not jax.tree.leaves(tree):  # as when `optax.tree.map_params` looks for the parameters in a state
-        return []
-    if is_function(value):
-        return [value(path) for path in paths(tree)]
     return spread(f"{name} does not fit the updates", value, tree, (name, "updates"))
 
 

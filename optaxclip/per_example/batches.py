@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 
 from optaxclip._arrays import dtypes, layouts
-from optaxclip.per_example.problems import Batch, Form, Grads, Problem, Seen
+from optaxclip.per_example.problems import Batch, Form, Grads, Problem, Seen, size
 
 
 def in_microbatches(form: Form, problem: Problem, batch: Batch, microbatch_size: int | None) -> tuple[Grads, Seen]:
     """`form` of a batch, that many examples at a time; what does not fill a microbatch comes last, by itself."""
-    number = jax.tree.leaves(batch)[0].shape[0]
+    number = size(batch)
     if microbatch_size is None or microbatch_size >= number:
         return form(problem, batch)
     left_over = number % microbatch_size
