@@ -21,7 +21,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from types import FrameType
 
 from optaxclip.demo.interrupts import Terminated
 
@@ -92,24 +91,19 @@ def _explained(error: Exception) -> str:
 
 
 def _code(main: Callable[[], int]) -> int:
-    """The exit code. From here on Ctrl-C leaves no traceback, in `main` or after it."""
+    """The exit code. From here on Ctrl-C leaves no traceback in `main`, and does nothing after it: all is written."""
     is_ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # else nohup, for one, has decided
     try:
         try:
             return main()
         finally:
             if is_ours:
-                signal.signal(signal.SIGINT, _end_at_once)
+                # A handler in Python would be given up while the interpreter ends, and Ctrl-C would kill it then.
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
     except KeyboardInterrupt:
         return INTERRUPTED
     except SystemExit as error:  # argparse's
         return error.code if isinstance(error.code, int) else 0
-
-
-def _end_at_once(signal_number: int, frame: FrameType | None) -> None:
-    """The handler after `main`: all is written."""
-    del signal_number, frame
-    os._exit(INTERRUPTED)
 
 
 def _open_what_is_closed() -> None:
