@@ -44,6 +44,7 @@ from optaxclip._arrays.trees import Tree
 from optaxclip._numerics import scaling
 from optaxclip._numerics.scaling import Factor
 from optaxclip.records import recorder
+from optaxclip.records.recorder import RecordedState
 
 __all__ = ["Axes", "Bound", "Factor", "Leaf", "Leaves", "Norm", "Norms", "RecordedState", "Threshold", "clip_by"]
 
@@ -153,18 +154,6 @@ class Clip(optax.GradientTransformationExtraArgs):
     made_of: MadeOf | None = None
 
 
-class RecordedState(NamedTuple):
-    """State of a transformation built with `record=`.
-
-    Attributes:
-      threshold_state: the threshold's own state.
-      clip_stats: the record.
-    """
-
-    threshold_state: State
-    clip_stats: recorder.ClipStats
-
-
 def clip_by(
     norm: Norm, threshold: Threshold, *, axes: Axes = "auto", record: int = False
 ) -> optax.GradientTransformationExtraArgs:
@@ -232,7 +221,7 @@ def clip_by(
     def update(updates: Updates, state: State, params: Tree = None, **extra_args: Any) -> tuple[Updates, State]:
         filled, params = beside(updates, params)
         leaves = Leaves(filled, params, axes)
-        recorder.require_state(state, RecordedState, length)
+        recorder.require_state(state, length)
         state = states.as_arrays(state)
         judged = judge(norm, threshold, leaves, state.threshold_state if length else state, extra_args)
         clipped, after = apply(norm, leaves, judged.factors), judged.state

@@ -195,7 +195,7 @@ def test_what_is_no_vector_is_told_where_to_go(norms):
 
 
 def test_from_state_without_a_record():
-    with pytest.raises(ValueError, match=r"record=k"):
+    with pytest.raises(ValueError, match=r"no record .*record=100"):
         diagnostics.from_state(recorded([1], optaxclip.clip_by_global_norm(1.0)))
 
 

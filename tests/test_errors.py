@@ -399,7 +399,7 @@ SIGNATURES = {
     "thresholds.smooth": "(max_norm)",
     "thresholds.relative_to_params": "(ratio, *, floor=0.0, offset=0.0)",
     "thresholds.chain": "(*thresholds)",
-    "clip_stats": "(opt_state, *, per_group=False, history=False)",
+    "clip_stats": "(opt_state, *, per_group=False, history=False, since=0, numeric=False)",
 }
 
 

@@ -1,8 +1,5 @@
 """Models of Equinox and Flax as parameters, labels and bounds, without a line for them in the library."""
 
-import importlib
-import warnings
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -12,14 +9,8 @@ import pytest
 
 import optaxclip as oc
 from optaxclip import contrib, norms, thresholds
+from tests.imports import imported
 from tests.table import ROWS
-
-
-def imported(name):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # with the oldest jax they name what is deprecated there
-        return pytest.importorskip(name) and importlib.import_module(name)
-
 
 eqx, nn, nnx = imported("equinox"), imported("flax.linen"), imported("flax.nnx")
 

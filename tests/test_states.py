@@ -109,7 +109,7 @@ def test_states_of_plain_numbers_make_the_same_types(row, bring):
         oc.clip_by_leaf_norm(0.5, record=3),
         oc.zclip(warmup_steps=1, record=2),
         oc.skip_spikes(oc.clip_by_global_norm(0.5, record=2), oc.thresholds.mean_std(6.0)),
-        contrib.reset_state_every(optax.adam(0.1), 3, warmup_steps=0),
+        contrib.reset_state_every(oc.clip_by_global_norm(0.5, record=True), 3, warmup_steps=0),
     ],
     ids=["leaf_norm", "zclip", "skip_spikes", "reset_state_every"],
 )

@@ -12,7 +12,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import optaxclip
-from optaxclip import ClipStats, clip_by, clip_stats, contrib, norms, thresholds
+from optaxclip import ClipStats, Norm, clip_by, clip_stats, contrib, norms, thresholds
 from tests.table import halving
 
 PARAMS = {"a": jnp.ones((2, 3)), "b": {"c": jnp.ones(3), "d": jnp.ones(())}}
@@ -89,10 +89,20 @@ def test_before_the_first_step_nothing_has_happened():
     )
 
 
-def test_a_state_without_a_record_has_nothing_to_say():
-    assert clip_stats(optax.adam(1e-3).init(PARAMS)) == {}
-    assert clip_stats(optaxclip.clip_by_global_norm(1.0).init(PARAMS)) == {}
-    assert clip_stats(()) == {}
+@pytest.mark.parametrize(
+    ("state", "named"),
+    [
+        (optax.adam(1e-3).init(PARAMS), "a tuple of 2: ScaleByAdamState, EmptyState"),
+        (optaxclip.clip_by_global_norm(1.0).init(PARAMS), "EmptyState"),
+        ((), "a tuple of 0"),
+        (None, "None"),
+        ([{"count": np.zeros(())}, None], "a list of 2: dict, None"),
+    ],
+    ids=["adam", "no record", "empty", "none", "restored"],
+)
+def test_a_state_without_a_record_says_why_there_is_nothing_to_say(state, named):
+    with pytest.raises(ValueError, match=rf"no record in this state, {named}.*: build the clipper with record=True"):
+        clip_stats(state)
 
 
 def test_a_lower_end_is_a_scale_above_one(rng):
@@ -133,7 +143,7 @@ def test_labels_are_the_names_of_their_groups(rng):
     tx = clip_by(norms.group_norm({"a": "body", "b": "head"}), thresholds.constant(1.0), record=True)
     found = clip_stats(run(tx, [grads(rng, 3.0)]), per_group=True)
     assert {name for name in found if "/" in name} == {
-        f"clip_{what}/{label}" for what in ("norm", "limit", "scale") for label in ("body", "head")
+        f"clip_{what}/{label}" for what in ("norm", "limit", "scale", "norm_after") for label in ("body", "head")
     }
 
 
@@ -215,6 +225,119 @@ def test_a_nan_in_one_of_148_leaves_is_found_in_a_long_scan():
     assert clip_stats(state, history=True)["clip_steps"].tolist() == [1997, 1998, 1999, 2000]
 
 
+# What led to it is kept.
+
+
+def fault_run(length, *, steps, first, later=()):
+    """A record of a run whose norm is its step, but for one step that is not finite, and later ones."""
+    tx = optaxclip.clip_by_global_norm(2.5, record=length)
+    bad = jnp.array([first, *later])
+
+    def step(state, number):
+        return tx.update(jnp.where(jnp.any(number == bad), jnp.nan, number.astype(jnp.float32))[None], state)[1], None
+
+    return jax.jit(lambda state: jax.lax.scan(step, state, jnp.arange(1, steps + 1))[0])(tx.init(jnp.ones(1)))
+
+
+@pytest.mark.parametrize(("length", "after"), [(100, 10), (10, 1), (9, 0), (1, 0)])
+@pytest.mark.parametrize("later", [(), (301, 302, 400)])
+def test_what_led_to_the_first_step_that_was_not_finite_is_there_3000_steps_later(length, after, later):
+    state = fault_run(length, steps=3300, first=300, later=later)
+    kept = clip_stats(state, history="first_nonfinite")
+    expected = np.arange(300 + after - length + 1, 300 + after + 1)
+    np.testing.assert_array_equal(kept["clip_steps"], expected)
+    np.testing.assert_array_equal(kept["clip_norm"], np.where(np.isin(expected, [300, *later]), np.nan, expected))
+    np.testing.assert_array_equal(clip_stats(state, history=True)["clip_steps"], np.arange(3301 - length, 3301))
+    assert clip_stats(state)["clip_norm"] == 3300.0
+
+
+def test_without_such_a_step_the_last_ones_are_kept():
+    state = fault_run(7, steps=30, first=0)
+    kept, last = (clip_stats(state, history=which) for which in ("first_nonfinite", True))
+    np.testing.assert_array_equal(kept["clip_steps"], np.arange(24, 31))
+    jax.tree.map(np.testing.assert_array_equal, kept, last)
+
+
+def test_a_first_step_that_is_not_finite_is_kept_alone():
+    assert clip_stats(fault_run(5, steps=40, first=1), history="first_nonfinite")["clip_steps"].tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("leaves", "report"),
+    [
+        (["a", "b/c", "b/d"], "3 of 3 leaves: look in the forward pass"),
+        (["b/c", "b/d"], "2 of 3 leaves, first in tree order b/c"),
+        (["b/d"], "1 of 3 leaves: b/d"),
+    ],
+)
+def test_it_says_how_many_leaves_were_not_finite_in_the_first_such_step(rng, leaves, report):
+    bad = grads(rng, 1.0)
+    for leaf in leaves:
+        bad = planted(bad, leaf, np.nan)
+    every = jax.tree.map(lambda leaf: leaf * jnp.inf, PARAMS)
+    found = clip_stats(run(optaxclip.clip_by_global_norm(1.0, record=True), [grads(rng, 1.0), bad, every]))
+    assert (found["first_nonfinite_leaves"], found["first_nonfinite_report"]) == (len(leaves), report)
+    assert found["first_nonfinite_leaf"] == leaves[0]
+
+
+def test_a_norm_that_is_not_finite_where_all_leaves_are_is_no_leaf():
+    plain = Norm(
+        lambda leaves: jnp.sqrt(sum(jnp.sum(leaf.value**2) for leaf in leaves)),
+        lambda leaves, factors: [factors] * len(leaves),
+    )
+    tx = clip_by(plain, thresholds.constant(1.0), record=True)
+    found = clip_stats(run(tx, [{"w": jnp.full(2, 1e30)}], {"w": jnp.ones(2)}))
+    assert (found["first_nonfinite_leaf"], found["first_nonfinite_leaves"]) == ("", 0)
+    assert found["first_nonfinite_report"] == "0 of 1 leaves: the norm alone is not finite"
+
+
+# What is logged.
+
+
+def test_the_norm_after_the_clip(rng):
+    for tx, after in [
+        (optaxclip.clip_by_global_norm(1.0, record=True), 1.0),
+        (optaxclip.clip_by_global_norm(9.0, record=True), 5.0),
+        (optaxclip.clip_by_norm_range(7.0, 9.0, record=True), 7.0),
+        (optaxclip.smooth_clip_by_global_norm(5.0, record=True), 2.5),
+        (optaxclip.clip_by_global_norm(0.0, record=True), 0.0),
+    ]:
+        given = grads(rng, 5.0)
+        clipped, state = tx.update(given, tx.init(PARAMS), PARAMS)
+        assert clip_stats(state)["clip_norm_after"] == pytest.approx(after, rel=1e-6)
+        assert float(optax.tree.norm(clipped)) == pytest.approx(after, rel=1e-6)
+
+
+@pytest.mark.parametrize(("since", "steps", "clipped"), [(0, 6, 4), (14, 6, 4), (16, 4, 3), (20, 0, 0), (99, 0, 0)])
+def test_the_share_clipped_in_the_record_and_since_a_step(since, steps, clipped):
+    tx, state = optaxclip.clip_by_global_norm(1.0, record=6), None
+    state = tx.init(jnp.ones(1))
+    is_clipped = [*[True] * 14, False, True, False, True, True, True]
+    for each in is_clipped:
+        _, state = tx.update(jnp.full(1, 2.0 if each else 1.0), state)
+    found = clip_stats(state, since=since)
+    assert found["recent_steps"] == steps
+    assert found["recent_clipped_share"] == pytest.approx(clipped / max(steps, 1))
+    assert found["clipped_share"] == pytest.approx(18 / 20)
+
+
+def test_only_numbers_are_there_if_only_these_are_asked_for(rng):
+    tx = optaxclip.skip_nonfinite(optaxclip.clip_by_leaf_norm(1.0, record=2))
+    found = clip_stats(run(tx, [grads(rng, 3.0)]), numeric=True, per_group=True)
+    assert {type(value) for value in found.values()} == {int, float}
+    assert {"skip_steps", "clip_norm/a"} <= set(found)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"history": "last"}, {"history": None}, {"since": -1}, {"since": 1.5}, {"since": True}, {"numeric": 1}],
+    ids=str,
+)
+def test_what_it_can_not_be_asked_for(arguments):
+    with pytest.raises(ValueError, match=f"{next(iter(arguments))} must be"):
+        clip_stats(RECORDED.init(PARAMS), **arguments)
+
+
 # Where it is found.
 
 RECORDED = optaxclip.clip_by_global_norm(1.0, record=True)
@@ -252,7 +375,8 @@ def test_a_record_is_found_in_any_nesting(rng, nesting):
 
 def test_several_records_are_told_apart_by_their_places(rng):
     def keys(tx):
-        return [name.removesuffix("clip_norm") for name in clip_stats(run(tx, [grads(rng, 5.0)])) if "norm" in name]
+        found = clip_stats(run(tx, [grads(rng, 5.0)]))
+        return [name.removesuffix("clip_norm") for name in found if name.endswith("clip_norm")]
 
     assert keys(optax.chain(RECORDED, optax.identity(), RECORDED)) == ["0/", "2/"]
     assert keys(optax.named_chain(("outer", RECORDED), ("sgd", optax.sgd(0.1)), ("inner", RECORDED))) == [
@@ -265,24 +389,25 @@ def test_several_records_are_told_apart_by_their_places(rng):
     assert len(set(keys(deep))) == 4
 
 
-def test_in_a_jitted_function_it_gives_traced_scalars(rng):
+@pytest.mark.parametrize("per_group", [False, True])
+def test_in_a_jitted_function_it_gives_traced_scalars(rng, per_group):
     tx = optaxclip.clip_by_leaf_norm(0.5, record=3)
 
     @jax.jit
     def step(updates, state):
         _, state = tx.update(updates, state)
-        return state, clip_stats(state)
+        return state, clip_stats(state, per_group=per_group, since=1)
 
     state = tx.init(PARAMS)
     for scale in (2.0, 0.1, 7.0):
         state, traced = step(grads(rng, scale), state)
-    concrete = clip_stats(state)
-    assert set(concrete) - set(traced) == {"first_nonfinite_leaf"}
+    concrete = clip_stats(state, per_group=per_group, since=1)
+    assert set(concrete) - set(traced) == {"first_nonfinite_leaf", "first_nonfinite_report"}
+    assert ("clip_norm/b/c" in traced) == per_group
     for name, value in traced.items():
         assert float(value) == pytest.approx(concrete[name], rel=1e-6)
-    for option in ("per_group", "history"):
-        with pytest.raises(ValueError, match=r"ask for them outside"):
-            jax.jit(lambda state, option=option: clip_stats(state, **{option: True}))(state)
+    with pytest.raises(ValueError, match=r"ask for it outside"):
+        jax.jit(lambda state: clip_stats(state, history=True))(state)
 
 
 def test_replicas_in_one_state_are_refused():

@@ -129,7 +129,8 @@ def train(program: Program, corpus: Corpus, *, steps: int, report: Callable[[int
         if done % REPORT_EVERY == 0 or done in {1, steps}:
             report(done, float(loss) / math.log(2))
     bits = float(_held_out_loss(run.params, sequences(corpus.held_out))) / math.log(2)
-    return _result(bits, jax.device_get(run.log), optaxclip.clip_stats(run.opt_state, history=True))
+    record = optaxclip.clip_stats(run.opt_state, history=True) if _is_recorded(run.opt_state) else {}
+    return _result(bits, jax.device_get(run.log), record)
 
 
 def _result(bits: float, log: Any, record: dict[str, Any]) -> Result:
@@ -181,7 +182,7 @@ def _make_step(
 
 
 def _is_recorded(opt_state: Any) -> bool:
-    return bool(optaxclip.clip_stats(opt_state))
+    return bool(optax.tree.get_all_with_path(opt_state, "clip_stats"))
 
 
 @jax.jit

@@ -70,7 +70,9 @@ def from_state(opt_state: Tree, *, place: str = "", group: str = "") -> np.ndarr
     found = clip_stats(opt_state, per_group=True, history=True)
     records = {name.removesuffix(RECORD).removesuffix("/"): each for name, each in found.items() if _is_record(name)}
     if not records:
-        raise ValueError("there is no record in this state: build the clipper with record=k, for the last k steps")
+        raise ValueError(
+            "there is no record of norms in this state: build the clipper with record=k, for the last k steps"
+        )
     if not place and len(records) == 1:
         place = next(iter(records))
     if place not in records:

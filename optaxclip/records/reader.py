@@ -1,7 +1,7 @@
 """What the records in an optimizer's state say."""
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,27 +11,37 @@ from jax.core import Tracer
 from optaxclip._arguments import bounds, checks
 from optaxclip._arrays import states
 from optaxclip._arrays.trees import Tree
-from optaxclip.records.recorder import ClipStats, axes_from_bytes, decoded, excess
+from optaxclip.records import moments, restored
+from optaxclip.records.recorder import ClipStats, RecordedState, axes_from_bytes, excess, last_step
 
 
-def clip_stats(opt_state: Tree, *, per_group: bool = False, history: bool = False) -> dict[str, Any]:
+def clip_stats(
+    opt_state: Tree, *, per_group: bool = False, history: bool | str = False, since: int = 0, numeric: bool = False
+) -> dict[str, Any]:
     """Reads what the clippers and skips in an optimizer's state did, as a flat dict ready to log.
 
     For a clipper that was built with `record=`:
 
-    ======================  ===========================================================================================
-    `clip_steps`            steps so far
-    `clip_norm`             norm in the last step
-    `clip_limit`            bound in the last step, the upper end of the band
-    `clip_scale`            factor of the updates in the last step; 1 if they were not scaled
-    `clipped_share`         share of all steps in which some group was scaled
-    `nonfinite_steps`       number of steps in which some norm was infinite or NaN
-    `first_nonfinite_step`  the first of these, counted from 1; 0 if there was none
-    `first_nonfinite_leaf`  path of the first non-finite leaf in that step; "" if there was none
-    `norm_axes`             mesh axes that the norm went over, as "data,model"; absent if it went over none
-    ======================  ===========================================================================================
+    ========================  =========================================================================================
+    `clip_steps`              steps so far
+    `clip_norm`               norm in the last step
+    `clip_limit`              bound in the last step: the upper end of the band, from which on a norm would be clipped
+    `clip_scale`              factor of the updates in the last step; 1 if they were not scaled
+    `clip_norm_after`         norm in the last step after the clip
+    `clipped_share`           share of all steps in which some group was scaled
+    `recent_steps`            steps that are still in the record, of those after `since`
+    `recent_clipped_share`    share of these in which some group was scaled
+    `nonfinite_steps`         number of steps in which some norm was infinite or NaN
+    `first_nonfinite_step`    the first of these, counted from 1; 0 if there was none
+    `first_nonfinite_leaves`  how many leaves were not finite in that step
+    `first_nonfinite_leaf`    path of one of them, the first in the order of the tree; "" if there was none
+    `first_nonfinite_report`  both in words, and where to look; "" if there was none
+    `threshold_mean`          the mean that the next norm is compared with, where the threshold follows a mean
+    `threshold_std`           the deviation from it that is compared with
+    `norm_axes`               mesh axes that the norm went over, as "data,model"; absent if it went over none
+    ========================  =========================================================================================
 
-    With several groups, norm, limit and scale are those of the group furthest outside its band.
+    With several groups, norm, limit, scale, mean and deviation are those of the group furthest outside its band.
 
     For `skip_nonfinite` and `skip_spikes`:
 
@@ -45,19 +55,23 @@ def clip_stats(opt_state: Tree, *, per_group: bool = False, history: bool = Fals
     =====================  ============================================================================================
 
     Args:
-      opt_state: the state of any chain, partition, wrapper or nesting of these. With several clippers, each key starts
-        with the place that tells its clipper from the others: "0/clip_norm", "decoder/clip_norm". The same holds for
-        several skips.
+      opt_state: the state of any chain, partition, wrapper or nesting of these; also a copy on the host, or the dicts
+        that a checkpoint gives back without a template. With several clippers, each key starts with the place that
+        tells its clipper from the others: "0/clip_norm", "decoder/clip_norm". The same holds for several skips.
       per_group: whether to add norm, limit and scale of every group, as "clip_norm/<path of the group>".
-      history: whether to return steps, norm, limit and scale as NumPy arrays over the recorded steps, oldest first.
+      history: True returns steps, norm, limit and scale as NumPy arrays over the recorded steps, oldest first.
+        "first_nonfinite" returns those that led to the first step that was not finite, and a few after it, however
+        long ago that was; without such a step, the last ones.
+      since: `recent_clipped_share` is of the steps after this one, as far as they are in the record: pass the
+        `clip_steps` of the last time you logged.
+      numeric: whether to leave out what is no number, as TensorBoard needs it.
 
     Returns:
-      A dict of Python numbers and strings; empty if there is no record. In a jitted function, which can't return a
-      string, a dict of scalar arrays without `first_nonfinite_leaf` and `norm_axes`.
+      A dict of Python numbers and strings. In a jitted function, a dict of scalar arrays alone.
 
     Raises:
-      ValueError: if `per_group` or `history` is no bool, or is asked for in a jitted function; or if the states of
-        several replicas are stacked in one.
+      ValueError: if an argument is of another kind; if there is no record in the state; if `history` is asked for in a
+        jitted function; or if the states of several replicas are stacked in one.
 
     Example:
       >>> import jax.numpy as jnp
@@ -68,16 +82,24 @@ def clip_stats(opt_state: Tree, *, per_group: bool = False, history: bool = Fals
       >>> state = tx.init(params)
       >>> for grads in ([0.3, 0.4], [3.0, 4.0]):
       ...     updates, state = tx.update({"w": jnp.array(grads)}, state, params)
-      >>> for name, value in optaxclip.clip_stats(state).items():
+      >>> for name, value in optaxclip.clip_stats(state, numeric=True).items():
       ...     print(f"{name}: {value:.1f}" if isinstance(value, float) else f"{name}: {value!r}")
       clip_steps: 2
       clip_norm: 5.0
       clip_limit: 1.0
       clip_scale: 0.2
+      clip_norm_after: 1.0
       clipped_share: 0.5
+      recent_steps: 1
+      recent_clipped_share: 1.0
       nonfinite_steps: 0
       first_nonfinite_step: 0
-      first_nonfinite_leaf: ''
+      first_nonfinite_leaves: 0
+
+    Notes:
+      - Logs: `wandb.log(clip_stats(state, numeric=True))`, or one `writer.scalar` per item.
+      - Names: a restore without a template knows no names of leaves and groups, and they are called by their number, as
+        "#7". `migrate` brings the names back, and so does the next step.
 
     See also:
       `ClipStats`, what is recorded; `diagnostics.from_state`, for the norms as a history.
@@ -86,17 +108,40 @@ def clip_stats(opt_state: Tree, *, per_group: bool = False, history: bool = Fals
         logs, loops, other libraries, checkpoints.
     """
     checks.flag("per_group", per_group)
-    checks.flag("history", history)
-    return {
+    if not isinstance(history, bool):
+        checks.one_of("history", history, (KEPT,))
+    since = checks.whole("since", since, at_least=0)
+    checks.flag("numeric", numeric)
+    wanted = Wanted(per_group, history, since, numeric)
+    found = {
         place + name: value
         for kind in _kinds()
         for place, record in _found(opt_state, kind).items()
-        for name, value in summary(record, per_group=per_group, history=history).items()
+        for name, value in summary(record, wanted).items()
     }
+    if not found:
+        raise ValueError(
+            f"there is no record in this state, {states.described(opt_state)}: build the clipper with record=True, or "
+            "record=100 for the last 100 steps; after a change of arguments, optaxclip.migrate(tx, params, old_state) "
+            "makes the state"
+        )
+    return {name: value for name, value in found.items() if not (numeric and isinstance(value, str))}
+
+
+KEPT = "first_nonfinite"  # which history
+
+
+class Wanted(NamedTuple):
+    """What `clip_stats` was asked for: its arguments."""
+
+    per_group: bool
+    history: bool | str
+    since: int
+    numeric: bool
 
 
 @functools.singledispatch
-def summary(record: Any, *, per_group: bool, history: bool) -> dict[str, Any]:
+def summary(record: Any, wanted: Wanted) -> dict[str, Any]:
     """What `clip_stats` says of a record; each kind of record registers its own."""
     raise NotImplementedError(type(record))
 
@@ -107,18 +152,10 @@ def _kinds() -> list[type]:
 
 def _found(opt_state: Tree, kind: type) -> dict[str, Any]:
     """The records of one kind, by what tells the place of each from the others."""
-
-    def is_record(node: Any) -> bool:
-        return isinstance(node, kind)
-
+    is_record = functools.partial(restored.is_of, kind)
     flat = jax.tree_util.tree_leaves_with_path(opt_state, is_leaf=is_record)
-    records = [(path, node) for path, node in flat if is_record(node)]
-    return dict(zip(_distinct([path for path, _ in records]), [_unboxed(node) for _, node in records], strict=True))
-
-
-def _unboxed(record: Any) -> Any:
-    """A record of arrays: Flax boxes each leaf of a state, and checkpoints return NumPy's arrays and Python numbers."""
-    return states.as_arrays(type(record)(*(jax.tree.leaves(field)[0] for field in record)))
+    records = [(path, restored.as_kind(kind, node)) for path, node in flat if is_record(node)]
+    return dict(zip(_distinct([path for path, _ in records]), [record for _, record in records], strict=True))
 
 
 def is_traced(stats: tuple[Any, ...]) -> bool:
@@ -133,63 +170,112 @@ def require_one(steps: Any, ndim: int) -> None:
 
 
 @summary.register
-def _of_clips(stats: ClipStats, *, per_group: bool, history: bool) -> dict[str, Any]:
+def _of_clips(state: RecordedState, wanted: Wanted) -> dict[str, Any]:
+    stats = restored.unboxed(restored.as_kind(ClipStats, state.clip_stats))
     require_one(stats.clip_steps, 1)
-    if not is_traced(stats):
-        stats = ClipStats(*jax.device_get(tuple(stats)))
-        with np.errstate(all="ignore"):  # inf and NaN are what a record is there to show
-            return _numbers(stats, np, history) | _named(stats, per_group, history)
-    if per_group or history:
-        raise ValueError("per_group and history need a concrete state: ask for them outside the jitted function")
-    return _numbers(stats, jnp, history)
+    compared = moments.of_threshold(state.threshold_state)
+    if is_traced(stats):
+        if wanted.history:
+            raise ValueError("history needs a concrete state: ask for it outside the jitted function")
+        return _numbers(stats, compared, jnp, wanted)
+    stats, compared = jax.device_get((stats, compared))
+    with np.errstate(all="ignore"):  # inf and NaN are what a record is there to show
+        numbers = _numbers(stats, compared, np, wanted)
+    return {name: _plain(value) for name, value in numbers.items()} | _texts(stats)
 
 
-def _numbers(stats: ClipStats, xp: Any, history: bool) -> dict[str, Any]:
-    """All but the names, by NumPy or by jax.numpy."""
-    steps, rings = _rows(stats, xp, history)
-    furthest = xp.argmax(excess(xp, *rings.values()), axis=-1)[..., None]
-    taken = {name: xp.take_along_axis(ring, furthest, axis=-1)[..., 0] for name, ring in rings.items()}
-    share = stats.clipped_steps / xp.maximum(stats.recorded_steps, 1)
-    counts = {name: getattr(stats, name) for name in ("nonfinite_steps", "first_nonfinite_step")}
-    found = {"clip_steps": steps, **taken, "clipped_share": share, **counts}
-    return found if xp is jnp else {name: _plain(value) for name, value in found.items()}
-
-
-def _named(stats: ClipStats, per_group: bool, history: bool) -> dict[str, Any]:
-    """What only makes sense with the names, which a traced record cannot tell."""
-    number = int(stats.first_nonfinite_leaf)
-    found: dict[str, Any] = {"first_nonfinite_leaf": decoded(stats.leaf_names)[number] if number >= 0 else ""}
-    if axes := axes_from_bytes(stats.norm_axes):
-        found["norm_axes"] = axes
-    groups = decoded(stats.group_names)
-    if per_group and groups != [""]:  # a global norm has no path
-        _, rings = _rows(stats, np, history)
-        for place, group in enumerate(groups):
-            found |= {f"{name}/{group}": _plain(ring[..., place]) for name, ring in rings.items()}
+def _numbers(stats: ClipStats, compared: tuple[Any, Any] | None, xp: Any, wanted: Wanted) -> dict[str, Any]:
+    """All but the texts, by NumPy or by jax.numpy."""
+    rows = _rows(stats, xp, wanted.history)
+    by_group = {
+        "clip_norm": rows.norm,
+        "clip_limit": rows.limit,
+        "clip_scale": rows.scale,
+        "clip_norm_after": xp.where(rows.scale < 1, rows.limit, rows.norm * rows.scale),
+    }
+    furthest = _furthest(rows, xp)
+    found = {name: xp.take_along_axis(each, furthest[..., None], axis=-1)[..., 0] for name, each in by_group.items()}
+    if compared is not None and compared[0].size == rows.norm.shape[-1]:  # not of units, which the record has not
+        means = dict(zip(("threshold_mean", "threshold_std"), compared, strict=True))
+        now = _furthest(_rows(stats, xp, history=False), xp)
+        found |= {name: each[now] for name, each in means.items()}
+        by_group |= means
+    steps = rows.steps if wanted.history else stats.recorded_steps
+    found = {"clip_steps": steps, **found, **_counts(stats, xp, wanted.since)}
+    if wanted.per_group and stats.names.groups != ("",):  # a global norm has no path
+        for number in range(rows.norm.shape[-1]):
+            found |= {f"{name}/{stats.names.group(number)}": each[..., number] for name, each in by_group.items()}
     return found
 
 
-def _rows(stats: ClipStats, xp: Any, history: bool) -> tuple[Any, dict[str, Any]]:
-    """The steps recorded, oldest first, and their rows of the rings; or the last of them alone.
+class _Rows(NamedTuple):
+    """Rows of a ring: one, or several with the steps as a leading axis."""
+
+    steps: Any
+    norm: Any
+    limit: Any
+    scale: Any
+
+
+def _rows(stats: ClipStats, xp: Any, history: bool | str) -> _Rows:
+    """The rows of a ring, oldest first; or the last one of the first ring alone.
 
     A ring that was restored into one of another length may hold rows of older steps: these do not count.
     """
-    steps = stats.clip_steps
-    is_recent = (steps > stats.recorded_steps - len(steps)) & (steps > 0)
+    ring = "kept" if history == KEPT else "clip"
+    steps, norm, limit, scale = (getattr(stats, f"{ring}_{name}") for name in _Rows._fields)
+    last = last_step(xp, ring, len(steps), stats.recorded_steps, stats.first_nonfinite_step)
+    is_recent = (steps > last - len(steps)) & (steps > 0)
     steps = xp.where(is_recent, steps, 0)
     order = xp.argsort(steps)
-    rows = order[steps[order] > 0] if history else order[-1]
-    rings = {name: xp.where(is_recent[:, None], getattr(stats, name), empty) for name, empty in _RINGS.items()}
-    rings["clip_limit"] = _as_shown(rings["clip_limit"], xp)
-    return (steps[rows] if history else stats.recorded_steps), {name: ring[rows] for name, ring in rings.items()}
+    at = order[steps[order] > 0] if history else order[-1]
+    norm, scale = xp.where(is_recent[:, None], norm, 0), xp.where(is_recent[:, None], scale, 1)
+    # What bounds nothing is the largest float there.
+    limit = xp.where(is_recent[:, None] & (limit < bounds.highest(limit.dtype)), limit, np.inf).astype(limit.dtype)
+    return _Rows(steps[at], norm[at], limit[at], scale[at])
 
 
-_RINGS = {"clip_norm": 0.0, "clip_limit": np.inf, "clip_scale": 1.0}  # and what is in a row without a step
+def _furthest(rows: _Rows, xp: Any) -> Any:
+    """Which group is furthest outside its band."""
+    return xp.argmax(excess(xp, rows.norm, rows.limit, rows.scale), axis=-1)
 
 
-def _as_shown(limits: Any, xp: Any) -> Any:
-    """inf where the record has the largest float, which bounds nothing."""
-    return xp.where(limits >= bounds.highest(limits.dtype), np.inf, limits).astype(limits.dtype)
+def _counts(stats: ClipStats, xp: Any, since: int) -> dict[str, Any]:
+    steps = stats.clip_steps
+    is_asked = (steps > xp.maximum(since, stats.recorded_steps - len(steps))) & (steps > 0)
+    clipped = xp.sum(is_asked & xp.any(stats.clip_scale != 1, axis=-1))
+    asked = xp.sum(is_asked)
+    return {
+        "clipped_share": stats.clipped_steps / xp.maximum(stats.recorded_steps, 1),
+        "recent_steps": asked,
+        "recent_clipped_share": clipped / xp.maximum(asked, 1),
+        "nonfinite_steps": stats.nonfinite_steps,
+        "first_nonfinite_step": stats.first_nonfinite_step,
+        "first_nonfinite_leaves": stats.first_nonfinite_leaves,
+    }
+
+
+def _texts(stats: ClipStats) -> dict[str, str]:
+    """What a jitted function can't return."""
+    number = int(stats.first_nonfinite_leaf)
+    leaf = stats.names.leaf(number) if number >= 0 else ""
+    found = {"first_nonfinite_leaf": leaf, "first_nonfinite_report": _report(stats, leaf)}
+    if axes := axes_from_bytes(stats.norm_axes):
+        found["norm_axes"] = axes
+    return found
+
+
+def _report(stats: ClipStats, leaf: str) -> str:
+    """How many leaves were not finite in the first such step, and where to look."""
+    if not stats.first_nonfinite_step:
+        return ""
+    bad, number = int(stats.first_nonfinite_leaves), len(stats.names.leaves)
+    share = f"{bad} of {number} leaves" if stats.names.groups is not None else f"{bad} leaves"
+    if not bad:
+        return f"{share}: the norm alone is not finite"
+    if bad == number > 1:
+        return f"{share}: look in the forward pass"
+    return f"{share}, first in tree order {leaf}" if bad > 1 else f"{share}: {leaf}"
 
 
 def _plain(value: Any) -> Any:

@@ -6,7 +6,6 @@ first not to be finite is read off 2-norms, which share a pass with any other no
 leaves or all leaves; other norms cost a pass more there. `clip_stats` reads the records.
 """
 
-import json
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +18,7 @@ from optaxclip._arrays import dtypes, groups, mesh, states, trees
 from optaxclip._arrays.leaves import Leaves
 from optaxclip._arrays.trees import Tree
 from optaxclip._numerics import arithmetic, scaling, tree_norms
+from optaxclip.records.names import Names
 
 
 class ClipStats(NamedTuple):
@@ -26,20 +26,27 @@ class ClipStats(NamedTuple):
 
     Of the units or stacked layers of one leaf, the one that is furthest beyond its limit stands for the leaf.
 
+    There are two rings of k steps. The second stops k // 10 steps after the first step that was not finite, and so
+    keeps what led there.
+
     Attributes:
       recorded_steps: int32 scalar, the number of steps so far.
-      clip_steps: int32 of shape (k,), the step that each row of the rings belongs to, counted from 1; 0 for none yet.
+      clip_steps: int32 of shape (k,), the step that each row of the first ring belongs to, counted from 1; 0 for none.
       clip_norm: floats of shape (k, G), the norms.
       clip_limit: floats of shape (k, G), the upper end of the band; the largest float where nothing bounds.
       clip_scale: floats of shape (k, G), by what the group was multiplied.
+      kept_steps: as `clip_steps`, of the second ring; and so are
+      kept_norm: the norms in it,
+      kept_limit: the limits, and
+      kept_scale: the scales.
       clipped_steps: int32 scalar, the number of steps in which some group was scaled.
       nonfinite_steps: int32 scalar, the number of steps in which some norm was infinite or NaN.
       first_nonfinite_step: int32 scalar, the first of these; 0 for none yet.
-      first_nonfinite_leaf: int32 scalar, the first leaf that was not finite in that step; -1 for none yet.
+      first_nonfinite_leaf: int32 scalar, the first leaf, in the order of the tree, that was not finite in that step; -1
+        for none yet.
+      first_nonfinite_leaves: int32 scalar, how many leaves were not finite in that step.
       norm_axes: uint8 of shape (48,), the mesh axes that the norms of the last step went over, with commas between.
-      group_names: uint8 vector, the paths of the G groups. They are here as bytes so that they pass through jit, scan
-        and checkpoints like any other array.
-      leaf_names: uint8 vector, the paths of the leaves that hold floats.
+      names: the paths of groups and leaves, a `Names` without arrays.
 
     See also:
       `clip_stats`, which reads it.
@@ -50,34 +57,67 @@ class ClipStats(NamedTuple):
     clip_norm: jax.Array
     clip_limit: jax.Array
     clip_scale: jax.Array
+    kept_steps: jax.Array
+    kept_norm: jax.Array
+    kept_limit: jax.Array
+    kept_scale: jax.Array
     clipped_steps: jax.Array
     nonfinite_steps: jax.Array
     first_nonfinite_step: jax.Array
     first_nonfinite_leaf: jax.Array
+    first_nonfinite_leaves: jax.Array
     norm_axes: jax.Array
-    group_names: jax.Array
-    leaf_names: jax.Array
+    names: Names
+
+
+class RecordedState(NamedTuple):
+    """State of a transformation built with `record=`.
+
+    Attributes:
+      threshold_state: the threshold's own state.
+      clip_stats: the record.
+    """
+
+    threshold_state: Any
+    clip_stats: ClipStats
+
+
+RINGS = ("clip", "kept")  # what the names of the fields of each begin with
 
 
 def init(norms: Tree, updates: Tree, length: int) -> ClipStats:
     """An empty record of `length` steps, of norms like `norms`, of which only structure and types matter."""
-    entries = jax.tree.leaves(norms)
-    rings = (length, max(len(entries), 1))  # without groups one of norm 0 stands in: checkpoints refuse empty arrays
-    dtype = groups.dtype(norms)
+    number = max(len(jax.tree.leaves(norms)), 1)  # one of norm 0 stands in for none: checkpoints refuse empty arrays
+    rings = {
+        f"{ring}_{name}": array
+        for ring in RINGS
+        for name, array in _empty_ring(length, number, groups.dtype(norms)).items()
+    }
     return ClipStats(
+        **rings,
         recorded_steps=jnp.zeros((), jnp.int32),
-        clip_steps=jnp.zeros(length, jnp.int32),
-        clip_norm=jnp.zeros(rings, dtype),
-        clip_limit=jnp.full(rings, bounds.highest(dtype), dtype),
-        clip_scale=jnp.ones(rings, dtype),
         clipped_steps=jnp.zeros((), jnp.int32),
         nonfinite_steps=jnp.zeros((), jnp.int32),
         first_nonfinite_step=jnp.zeros((), jnp.int32),
         first_nonfinite_leaf=jnp.full((), -1, jnp.int32),
+        first_nonfinite_leaves=jnp.zeros((), jnp.int32),
         norm_axes=_axes_as_bytes([]),
-        group_names=_encoded(trees.paths(norms)),
-        leaf_names=_encoded(_paths_of_counted(updates)),
+        names=_names(norms, _paths_of_counted(updates)),
     )
+
+
+def _empty_ring(length: int, number: int, dtype: Any) -> dict[str, jax.Array]:
+    return {
+        "steps": jnp.zeros(length, jnp.int32),
+        "norm": jnp.zeros((length, number), dtype),
+        "limit": jnp.full((length, number), bounds.highest(dtype), dtype),
+        "scale": jnp.ones((length, number), dtype),
+    }
+
+
+def _names(norms: Tree, leaves: list[str]) -> Names:
+    # A tree without leaves may stand for another one, as in `optax.tree.map_params`.
+    return Names(tuple(trees.paths(norms)), tuple(leaves)) if leaves else Names()
 
 
 def _paths_of_counted(tree: Tree) -> list[str]:
@@ -86,9 +126,9 @@ def _paths_of_counted(tree: Tree) -> list[str]:
     return [path for path, leaf in pairs if dtypes.is_inexact(leaf)]
 
 
-def require_state(state: Tree, recorded: type, length: int) -> None:
+def require_state(state: Tree, length: int) -> None:
     """Raises unless a state has a record of `length` steps in it, or none if that is 0."""
-    has = np.shape(state.clip_stats.clip_steps)[-1] if isinstance(state, recorded) else 0
+    has = np.shape(state.clip_stats.clip_steps)[-1] if isinstance(state, RecordedState) else 0
     if has != length:
         expected = f"a record of {length} steps beside the threshold's state" if length else "the threshold's alone"
         came = f"a record of {has} steps beside it" if has else states.described(state)
@@ -104,29 +144,48 @@ def advance(stats: ClipStats, judged: Any, leaves: Leaves) -> ClipStats:
       leaves: the updates that were measured.
     """
     step = jnp.asarray(optax.safe_increment(stats.recorded_steps))
-    row = (step - 1) % len(stats.clip_steps)
     norm, limit, scale, clipped = _by_entry(judged, leaves, stats.clip_norm)
     nonfinite = ~jnp.all(jnp.isfinite(norm))
     is_first = nonfinite & (stats.first_nonfinite_step == 0)
-    # Of another number of leaves than `init` saw the names are not known.
-    has_names = _encoded(leaves.paths).shape == stats.leaf_names.shape
-    leaf = _first_nonfinite(leaves) if has_names else jnp.full((), -1, jnp.int32)
-
-    def into(ring: jax.Array, new: jax.Array) -> jax.Array:
-        return ring.at[row].set(new.astype(ring.dtype))
-
+    names = stats.names
+    if names.groups is None:
+        names = _names(judged.norms, leaves.paths)
+    leaf, number = _first_nonfinite(leaves)
+    if tuple(leaves.paths) != names.leaves:  # `init` saw others, and its names are not these
+        leaf = jnp.full((), -1, jnp.int32)
+    first = jnp.where(is_first, step, stats.first_nonfinite_step)
+    row = {"steps": step, "norm": norm, "limit": limit, "scale": scale}
     return stats._replace(
+        **_with_row(stats, row, first),
         recorded_steps=step,
-        clip_steps=into(stats.clip_steps, step),
-        clip_norm=into(stats.clip_norm, norm),
-        clip_limit=into(stats.clip_limit, limit),
-        clip_scale=into(stats.clip_scale, scale),
         clipped_steps=counted(stats.clipped_steps, clipped),
         nonfinite_steps=counted(stats.nonfinite_steps, nonfinite),
-        first_nonfinite_step=jnp.where(is_first, step, stats.first_nonfinite_step),
+        first_nonfinite_step=first,
         first_nonfinite_leaf=jnp.where(is_first & (leaf >= 0), leaf, stats.first_nonfinite_leaf),
+        first_nonfinite_leaves=jnp.where(is_first, number, stats.first_nonfinite_leaves),
         norm_axes=_axes_as_bytes(sorted(leaves.axes)),
+        names=names,
     )
+
+
+def _with_row(stats: ClipStats, row: dict[str, jax.Array], first: jax.Array) -> dict[str, jax.Array]:
+    """Both rings with a step more: the second one only until a few steps after `first`, if there was one."""
+    length = len(stats.clip_steps)
+    step, place = row["steps"], (row["steps"] - 1) % length
+    is_over = step > last_step(jnp, "kept", length, step, first)
+    places = {"clip": place, "kept": jnp.where(is_over, length, place)}  # what would go behind the end is dropped
+    return {
+        field: array.at[places[ring]].set(row[name].astype(array.dtype), mode="drop")
+        for field, array in stats._asdict().items()
+        for ring, _, name in [field.partition("_")]
+        if ring in places and name in row
+    }
+
+
+def last_step(xp: Any, ring: str, length: int, now: Any, first_nonfinite: Any) -> Any:
+    """The last step that is in a ring, by NumPy or by jax.numpy."""
+    stopped = (first_nonfinite > 0) & (ring == "kept")
+    return xp.where(stopped, xp.minimum(now, first_nonfinite + length // 10), now)
 
 
 def _by_entry(judged: Any, leaves: Leaves, ring: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
@@ -177,30 +236,21 @@ def excess(xp: Any, norm: Any, limit: Any, scale: Any) -> Any:
     return xp.where(xp.isfinite(norm), ratio, xp.inf)
 
 
-def _first_nonfinite(leaves: Leaves) -> jax.Array:
-    """Which leaf is the first that is not finite: its number, or -1.
+def _first_nonfinite(leaves: Leaves) -> tuple[jax.Array, jax.Array]:
+    """Which leaf is the first that is not finite, its number or -1, and how many are not.
 
     It is read off the 2-norms of the leaves, which are those of a clipper by 2-norms, and so no further pass over them.
     """
     if not leaves:
-        return jnp.full((), -1, jnp.int32)
+        return jnp.full((), -1, jnp.int32), jnp.zeros((), jnp.int32)
     bad = jnp.stack(groups.vectorized(lambda norm: ~jnp.isfinite(norm), tree_norms.of_each(leaves, 2)))
-    return jnp.where(jnp.any(bad), jnp.argmax(bad).astype(jnp.int32), -1)
+    first = jnp.where(jnp.any(bad), jnp.argmax(bad).astype(jnp.int32), -1)
+    return first, jnp.sum(bad, dtype=jnp.int32)
 
 
 def counted(total: jax.Array, happened: jax.Array) -> jax.Array:
     """A count, one higher if it happened."""
     return jnp.where(happened, jnp.asarray(optax.safe_increment(total)), total)
-
-
-def _encoded(names: list[str]) -> jax.Array:
-    """The names as bytes: JSON, in which a key may hold any character."""
-    return jnp.asarray(np.frombuffer(json.dumps(names).encode(), np.uint8))
-
-
-def decoded(names: Any) -> list[str]:
-    """The names that `_encoded` made bytes of."""
-    return json.loads(bytes(names))
 
 
 def _axes_as_bytes(names: list[str]) -> jax.Array:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip.records import reader, recorder
+from optaxclip.records import reader, recorder, restored
 
 
 class SkipStats(NamedTuple):
@@ -45,8 +45,9 @@ def one_more(stats: SkipStats, skipped: jax.Array, nonfinite: jax.Array, high_no
 
 
 @reader.summary.register
-def _summary(stats: SkipStats, **wanted: bool) -> dict[str, Any]:
+def _summary(stats: SkipStats, wanted: reader.Wanted) -> dict[str, Any]:
     del wanted
+    stats = restored.unboxed(stats)
     reader.require_one(stats.skip_steps, 0)
     counts = stats._asdict()
     steps = counts.pop("skip_steps")

@@ -1,0 +1,40 @@
+"""Records as they arrive: of jax's arrays or NumPy's, in Flax's boxes, or as dicts.
+
+A restore without a template returns the dicts.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from optaxclip._arrays import states
+from optaxclip.records.names import Names
+
+_WITHOUT_ARRAYS = {"names": Names(), "threshold_state": ()}  # what a restore may leave out, and what then stands there
+
+
+def is_of(kind: Any, node: Any) -> bool:
+    """Whether a node of a state is a NamedTuple of this kind, or a dict of its fields."""
+    if isinstance(node, Mapping):
+        return set(node) >= set(kind._fields) - set(_WITHOUT_ARRAYS)
+    return isinstance(node, kind)
+
+
+def as_kind(kind: Any, node: Any) -> Any:
+    """A node that `is_of` this kind, as one of it, with each field as it came."""
+    if not isinstance(node, Mapping):
+        return node
+    return kind(**{field: node.get(field, _WITHOUT_ARRAYS.get(field)) for field in kind._fields})
+
+
+def unboxed(record: Any) -> Any:
+    """A NamedTuple of one array per field: Flax boxes each leaf, and checkpoints return NumPy's or Python's numbers."""
+    return states.as_arrays(record._replace(**{name: _array(field) for name, field in record._asdict().items()}))
+
+
+def _array(field: Any) -> Any:
+    leaves = jax.tree.leaves(field)
+    if not leaves:
+        return field if isinstance(field, Names) else Names()
+    return leaves[0]
