@@ -20,6 +20,7 @@ each example          `per_example.clipped_value_and_grad`: in the place of `jax
 around an optimizer   `skip_nonfinite`, `skip_spikes`: steps that are not taken
 around a clipper      `with_carry`: no bias; `as_function`: for what knows nothing of optax
 in the backward pass  `clip_cotangents`: the gradient that flows back through an array
+a tree in hand        `clip_tree`: clipped, and its norm, without an optimizer
 to log                `clip_stats`: what a clipper with `record=`, or a skip, did; `global_norm`: range-safe, and
                       global on every mesh
 `diagnostics`         what recorded norms say: a summary, which clipper and bound they speak for, plots
@@ -44,7 +45,7 @@ from optaxclip.clippers.quantiles import autoclip
 from optaxclip.clippers.relative import adaptive_grad_clip
 from optaxclip.clippers.spectral import clip_by_spectral_norm, clip_singular_values
 from optaxclip.core import Norm, Threshold, clip_by
-from optaxclip.functions import as_function, global_norm
+from optaxclip.functions import as_function, clip_tree, global_norm
 from optaxclip.per_example.stacked import per_example_global_norm_clip, per_example_layer_norm_clip
 from optaxclip.records import ClipStats, clip_stats
 from optaxclip.wrappers.carry import with_carry
@@ -84,6 +85,7 @@ __all__ = [  # noqa: RUF022 -- in the order in which one meets them
     "clip_stats",
     "ClipStats",
     "global_norm",
+    "clip_tree",
     "diagnostics",
     # to build another
     "clip_by",

@@ -65,6 +65,7 @@ class Norm(NamedTuple):
       makes it a list again.
     - `leaves.lookup(name, argument)` is a list of what an argument says of each leaf: a prefix pytree, or a function
       `path -> value`.
+    - `leaves.told` are the keyword arguments of `update`; None in `init`, where only shapes are asked for.
     - `leaves.params()` is the list of the parameters of these leaves. It raises optax's error where there are none.
 
     Attributes:
@@ -220,7 +221,7 @@ def clip_by(
 
     def update(updates: Updates, state: State, params: Tree = None, **extra_args: Any) -> tuple[Updates, State]:
         filled, params = beside(updates, params)
-        leaves = Leaves(filled, params, axes)
+        leaves = Leaves(filled, params, axes, told=extra_args)
         recorder.require_state(state, length)
         state = states.as_arrays(state)
         judged = judge(norm, threshold, leaves, state.threshold_state if length else state, extra_args)

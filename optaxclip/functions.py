@@ -1,19 +1,21 @@
-"""What is done to a tree in hand, without an optimizer: its norm, and a transformation as a function."""
+"""What is done to a tree in hand, without an optimizer: its norm, a clip, and a transformation as a function."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import optax
 
+from optaxclip import core, norms, thresholds
 from optaxclip._arguments import checks
-from optaxclip._arrays import mesh
+from optaxclip._arrays import mesh, told
 from optaxclip._arrays.leaves import Leaves
+from optaxclip._arrays.parameters import beside, drop_missing
 from optaxclip._arrays.trees import Tree
-from optaxclip._numerics import tree_norms
-from optaxclip.core import Updates
+from optaxclip.core import Bound, Clip, MadeOf, Norm, Updates
 
 
-def global_norm(tree: Tree, *, ord: float = 2, axes: mesh.Axes = "auto") -> jax.Array:
+def global_norm(tree: Tree, *, ord: float = 2, include: Any = None, axes: mesh.Axes = "auto") -> jax.Array:
     r"""Measures the norm of all leaves of a pytree together, over the whole float range and on every mesh.
 
     .. math:: \|x\|_p = \Bigl(\sum_{\mathrm{leaves}} \sum_i |x_i|^p\Bigr)^{1/p}
@@ -22,6 +24,7 @@ def global_norm(tree: Tree, *, ord: float = 2, axes: mesh.Axes = "auto") -> jax.
       tree: pytree of arrays of any shapes and dtypes. Complex entries count by modulus. Integer, boolean, float0 and
         PRNG-key leaves are not counted.
       ord: p, a number of at least 1, or inf for the largest modulus.
+      include: which leaves count: a prefix pytree of bools, or a callable from a leaf's path to one. None is all.
       axes: which mesh axes split the leaves, in `shard_map` and `pmap`. `"auto"` reads them from the types
         (`check_vma=True`). Otherwise a name, a tuple of names, a prefix pytree of PartitionSpec, or None for this
         device's share alone.
@@ -31,7 +34,7 @@ def global_norm(tree: Tree, *, ord: float = 2, axes: mesh.Axes = "auto") -> jax.
       largest float is the largest float.
 
     Raises:
-      ValueError: if `ord` is below 1 or NaN.
+      ValueError: if `ord` is below 1 or NaN, or `include` chooses no leaf.
 
     Example:
       >>> import jax.numpy as jnp
@@ -42,13 +45,104 @@ def global_norm(tree: Tree, *, ord: float = 2, axes: mesh.Axes = "auto") -> jax.
       5e+30
 
     See also:
-      `norms.global_norm`, the same for `clip_by` to measure; `clip_stats`, for the norms that a clipper has measured.
+      `norms.global_norm`, the same for `clip_by` to measure; `clip_tree`, which also clips; `clip_stats`, for the
+      norms that a clipper has measured.
 
       Notebook: `notebooks/scaling_out.ipynb`, on several devices.
     """
-    p = checks.order("ord", ord)
     checks.axes(axes)
-    return tree_norms.of_all(Leaves(tree, axes=axes), p)
+    return norms.global_norm(ord, include=include).measure(Leaves(tree, axes=axes))
+
+
+_ALL = norms.global_norm()
+
+
+def clip_tree(
+    tree: Tree,
+    max_norm: Bound | optax.GradientTransformation,
+    *,
+    norm: Norm = _ALL,
+    known_norm: Any = None,
+    params: Tree = None,
+    axes: mesh.Axes = "auto",
+) -> tuple[Any, Any]:
+    r"""Clips a pytree, and returns the norm that it had: for loops that have no optimizer.
+
+    .. math:: u_G \leftarrow u_G \cdot \min(1, c / n_G)
+
+    Args:
+      tree: pytree of arrays of any shapes and dtypes; integers and keys pass untouched.
+      max_norm: the bound c, at least 0: a number, an array, or a prefix pytree of these where the norm has several
+        groups. Or a clip without state, as `clip_by_leaf_norm(1.0)`, in the place of all that follows but `params`.
+      norm: what to measure, from `optaxclip.norms`.
+      known_norm: the norm, if it is known; it is not measured again. In the structure of what `norm` measures.
+      params: the parameters, for clips relative to them.
+      axes: which mesh axes split the leaves; see `clip_by`.
+
+    Returns:
+      The clipped pytree, and the norm before the clip: a scalar, or a pytree with one for each group of `norm`.
+
+    Raises:
+      ValueError: if an argument is of another kind; if the clip has a state, which a function would forget; if
+        `known_norm` is no real scalar, or differs between the devices of a `shard_map`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from optaxclip import clip_tree, norms
+      >>> grads = {"a": jnp.array([3.0, 4.0]), "b": jnp.array([0.6, 0.8])}
+      >>> clipped, norm = clip_tree(grads, 1.0, norm=norms.leaf_norm())
+      >>> print(clipped["a"], clipped["b"], norm["a"], norm["b"])
+      [0.6 0.8] [0.6 0.8] 5.0 1.0
+      >>> clipped, norm = clip_tree(grads, 1.0, known_norm=10.0)  # with what is elsewhere
+      >>> print(clipped["a"], norm)
+      [0.3 0.4] 10.0
+
+    Notes:
+      - Guarantees: those of `clip_by`. Below the bound the tree is returned bit for bit; a tree with an infinite or NaN
+        norm is returned as it came, so look at the norm.
+
+    See also:
+      `clip_by_global_norm`, the same in an optax chain; `global_norm`, the norm alone; `norms.known`.
+
+      Notebook: `notebooks/recipes.ipynb`, logs, loops, other libraries, checkpoints.
+    """
+    made = _made_of(max_norm, norm, axes)
+    filled, params = beside(tree, params)
+    leaves = Leaves(filled, params, made.axes, told={})
+    shapes = core.shapes_of(made.norm, filled, made.axes)
+    state = made.threshold.init(shapes)
+    if kept := jax.tree.leaves(state):
+        raise ValueError(f"clip_tree needs a clip without state, and this one keeps {len(kept)} arrays, {_FORGOTTEN}")
+    measured = made.norm.measure(leaves) if known_norm is None else _told(known_norm, shapes)
+    judged = core.permit(made.threshold, measured, state, lambda: made.norm.measure(leaves.params()))
+    clipped = core.apply(made.norm, leaves, judged.factors)
+    return clipped if filled is tree else drop_missing(tree, clipped), measured
+
+
+def _made_of(max_norm: Any, norm: Norm, axes: mesh.Axes) -> MadeOf:
+    if not isinstance(max_norm, optax.GradientTransformation):
+        checks.instance("norm", norm, Norm, "norms.global_norm()")
+        checks.axes(axes)
+        return MadeOf(norm, thresholds.constant(max_norm), axes)
+    if not isinstance(max_norm, Clip) or max_norm.made_of is None:
+        raise ValueError(
+            "max_norm must be a bound, or what clip_by or a method built on it makes, such as clip_by_leaf_norm(1.0)"
+        )
+    if norm is not _ALL or axes != "auto":
+        raise ValueError("max_norm is a clip, which has a norm and axes of its own: leave out norm= and axes=")
+    return max_norm.made_of
+
+
+def _told(known_norm: Any, shapes: Any) -> Any:
+    """Norms that are known, in the structure of those that would be measured."""
+    flat, treedef = jax.tree.flatten(shapes)
+    given = jax.tree.leaves(known_norm)
+    if jax.tree.structure(known_norm) != treedef or any(each.shape for each in flat):
+        raise ValueError(
+            f"known_norm must be a scalar for each group, in the structure {treedef}, got "
+            f"{jax.tree.structure(known_norm)}"
+        )
+    return treedef.unflatten([told.scalar("known_norm", each, "norm") for each in given])
 
 
 def as_function(tx: optax.GradientTransformation, params: Tree = None) -> Callable[[Updates], Updates]:

@@ -10,6 +10,7 @@ norm                      one group is                           norms are
 `spectral_norm`           a matrix: its largest singular value   a scalar per leaf
 `unit_norm`               a unit (an output neuron, a filter)    an array per leaf, reduced axes kept as 1
 `relative_change`         a leaf                                 a scalar per leaf
+`known`                   all leaves; their norm is told         a scalar
 ========================  =====================================  =====================================
 
 Leaves that hold no floats are in no group: they have None among the norms, and pass untouched.
@@ -26,7 +27,7 @@ import numpy as np
 
 from optaxclip._arguments import checks
 from optaxclip._arguments.bounds import Number
-from optaxclip._arrays import groups, trees
+from optaxclip._arrays import groups, told, trees
 from optaxclip._arrays.leaves import Leaf, Leaves
 from optaxclip._arrays.trees import Tree
 from optaxclip._numerics import arithmetic, ratios, tree_norms
@@ -102,6 +103,58 @@ def _norm_of_some(p: float, include: Any) -> Norm:
         return [factors if is_in else None for is_in in chosen(leaves)]
 
     return Norm(measure, assign, "norms.global_norm(include=...)")
+
+
+def known(name: str) -> Norm:
+    """The norm of all leaves that `update` is told, so that nothing is measured.
+
+    For a norm that is there already: in a pipeline that sums those of its stages, or a log that wants it before the
+    clip. The argument's name is chosen here, so that two clips in a chain can't take one number for both.
+
+    Args:
+      name: of the keyword argument of `update` that has the norm: a real scalar, the same on all devices.
+
+    Returns:
+      A Norm; its norm is a scalar, float32 or float64.
+
+    Raises:
+      ValueError: if `name` is no Python identifier; at update, if the argument is missing, no real scalar, or differs
+        between the devices of a `shard_map`; if parameters are to be measured.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from optaxclip import clip_by, norms, thresholds
+      >>> tx = clip_by(norms.known("grad_norm"), thresholds.constant(1.0))
+      >>> grads = jnp.array([3.0, 4.0])  # a half of all gradients; the other one is elsewhere
+      >>> updates, _ = tx.update(grads, tx.init(grads), grad_norm=10.0)
+      >>> print(updates)
+      [0.3 0.4]
+
+    Notes:
+      - Guarantees: nothing checks that the number is the norm. One that is 0, negative or not finite clips nothing.
+
+    See also:
+      `clip_tree` with `known_norm=`, the same without an optimizer; `global_norm`, which measures.
+    """
+    checks.text("name", name)
+    if not name.isidentifier():
+        raise ValueError(f"name must be that of a keyword argument, such as 'grad_norm', got {name!r}")
+
+    def measure(leaves: Leaves) -> Norms:
+        if leaves.told is None:  # in init
+            return jnp.zeros((), jnp.float32)
+        if leaves.told.get(name) is None:
+            raise ValueError(
+                f"norms.known({name!r}) measures nothing and must be told: call "
+                f"tx.update(updates, state, params, {name}=norm). Thresholds that need norms of the parameters need "
+                "another Norm"
+            )
+        return told.scalar(name, leaves.told[name], "norm")
+
+    def assign(leaves: Leaves, factors: Factor) -> list[Factor | None]:
+        return [factors] * len(leaves)
+
+    return Norm(measure, assign, f"norms.known({name!r})")
 
 
 def group_norm(labels: Any, ord: float = 2) -> Norm:

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import optaxclip as oc
 from optaxclip import contrib
@@ -238,6 +239,16 @@ def top(path: str) -> str:
 def kernels(path: str) -> int:
     """The first axis of a kernel indexes layers."""
     return int(path.endswith("kernel"))
+
+
+def told_its_norm(max_norm: Any) -> optax.GradientTransformationExtraArgs:
+    """A clip by a norm that it is told, with its caller: who measures it."""
+    tx = oc.clip_by(oc.norms.known("grad_norm"), oc.thresholds.constant(max_norm))
+
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
+        return tx.update(updates, state, params, grad_norm=oc.global_norm(updates), **extra_args)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
 ROWS = (
@@ -948,6 +959,14 @@ ROWS = (
         untouched=("scale",),
     ),
     Row(
+        name="clip_by-known",
+        public="clip_by",
+        factory=told_its_norm,
+        args=(1.0,),
+        groups=together,
+        band=at_most(1.0),
+    ),
+    Row(
         name="clip_by-relative_change-between",
         public="clip_by",
         factory=lambda low, high: oc.clip_by(oc.norms.relative_change(0.1, 1e-3), oc.thresholds.between(low, high)),
@@ -968,6 +987,7 @@ NOT_TRANSFORMATIONS = {
     "as_function": "calls a transformation",
     "clip_cotangents": "calls a transformation in the backward pass",
     "clip_stats": "reads the records in a state",
+    "clip_tree": "clips a tree without an optimizer",
     "global_norm": "measures a tree",
     "per_example_global_norm_clip": "adds up gradients that are clipped",
     "per_example_layer_norm_clip": "adds up gradients that are clipped",

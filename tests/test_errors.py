@@ -362,7 +362,7 @@ def test_norms_and_thresholds_are_not_callable():
 
 SIGNATURES = {
     "clip_by": "(norm, threshold, *, axes='auto', record=False)",
-    "global_norm": "(tree, *, ord=2, axes='auto')",
+    "global_norm": "(tree, *, ord=2, include=None, axes='auto')",
     "clip": "(max_delta)",
     "clip_by_value": "(min_value=None, max_value=None)",
     "clip_by_global_norm": "(max_norm, *, ord=None, axes='auto', record=False)",
@@ -393,6 +393,7 @@ SIGNATURES = {
     "norms.spectral_norm": "(*, units='io', stacked=None)",
     "norms.unit_norm": "(units='io', *, axis=None, stacked=None)",
     "norms.relative_change": "(relative, absolute)",
+    "norms.known": "(name)",
     "thresholds.constant": "(max_norm)",
     "thresholds.between": "(min_norm, max_norm)",
     "thresholds.exactly": "(target_norm)",

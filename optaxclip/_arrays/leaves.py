@@ -1,6 +1,6 @@
 """The leaves of a tree of updates, found once: what a Norm sees of it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -89,10 +89,19 @@ class Leaves(list[Leaf]):
     """The leaves of a tree of updates that hold floats, in order.
 
     Integers, booleans, keys and what else a tree may hold are not among them: no clip measures or changes these.
+
+    Attributes:
+      told: the keyword arguments of `update`; None in `init`, where only shapes are asked for.
     """
 
     def __init__(
-        self, tree: Tree, params: Tree = None, axes: mesh.Axes = "auto", *, like: "Leaves | None" = None
+        self,
+        tree: Tree,
+        params: Tree = None,
+        axes: mesh.Axes = "auto",
+        *,
+        told: Mapping[str, Any] | None = None,
+        like: "Leaves | None" = None,
     ) -> None:
         """Flattens a tree.
 
@@ -100,12 +109,14 @@ class Leaves(list[Leaf]):
           tree: gradients, updates or parameters, without None in the place of a leaf.
           params: the parameters in the containers of `tree`, or None.
           axes: over which mesh axes the leaves are split; see `mesh`.
+          told: the keyword arguments of `update`; None where there is no update, as in `init`.
           like: leaves of a tree of this structure and these shapes; what was found of them holds here, too.
 
         Raises:
           ValueError: for a gradient that is not reduced yet, or of a dtype that can't be clipped.
         """
         self._tree, self._params, self._axes = tree, params, axes
+        self.told = told
         flat, self._treedef = jax.tree_util.tree_flatten_with_path(tree)
         keys, self._flat = zip(*flat, strict=True) if flat else ((), ())
         self._found: dict[Any, tuple[Any, list[Any]]] = {} if like is None else like._found
@@ -175,7 +186,7 @@ class Leaves(list[Leaf]):
           ValueError: optax's message, where there are none; or where they are not of this structure and these shapes.
         """
         require_params(self._tree, self._params)
-        return Leaves(self._params, self._params, self._axes, like=self)
+        return Leaves(self._params, self._params, self._axes, told={}, like=self)
 
     def _counted(self, values: Sequence[Any]) -> list[Any]:
         return [values[i] for i in self._places]

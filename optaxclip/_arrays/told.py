@@ -1,0 +1,30 @@
+"""Numbers that a caller hands to `update`, which all devices must agree on."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optaxclip._arrays import layouts
+
+
+def scalar(name: str, value: Any, what: str) -> jax.Array:
+    """A real number as a scalar of float32, or of float64 if it is one.
+
+    Args:
+      name: of the argument, for messages.
+      value: what was handed in.
+      what: what it is, in one word.
+
+    Raises:
+      ValueError: if it is no real scalar, or differs between the devices of a `shard_map`.
+    """
+    number = jnp.asarray(value)
+    if number.shape or not jnp.issubdtype(number.dtype, jnp.number) or jnp.iscomplexobj(number):
+        raise ValueError(f"{name} must be one {what}, a real scalar, got {number.dtype} of shape {number.shape}")
+    if over := layouts.varying(number):
+        raise ValueError(
+            f"{name} differs between the devices along mesh axes {tuple(sorted(over))}, and they would not decide "
+            f"alike: pass one {what} of all, as of jax.lax.psum or jax.lax.pmean"
+        )
+    return number if number.dtype == jnp.float64 else number.astype(jnp.float32)
