@@ -969,6 +969,7 @@ NOT_TRANSFORMATIONS = {
     "clip_cotangents": "calls a transformation in the backward pass",
     "clip_stats": "reads the records in a state",
     "global_norm": "measures a tree",
+    "migrate": "brings a state into another transformation",
     "per_example_global_norm_clip": "adds up gradients that are clipped",
     "per_example_layer_norm_clip": "adds up gradients that are clipped",
 }
