@@ -1,4 +1,4 @@
-"""`migrate` between every pair of methods, records and wrappings: what has a place is kept, and nothing else differs."""
+"""`migrate` between every pair of methods, records and wrappings: what has a place is kept, nothing else differs."""
 
 import contextlib
 import inspect

@@ -126,14 +126,15 @@ def _equal(one: Any, other: Any) -> bool:
 
 @carried.register
 def _injected(node: optax.InjectStatefulHyperparamsState, new: Part, old: Part) -> dict[Path, Carried]:
-    """Values as they were, for they may have been changed during the run; but a schedule's own are no settings."""
-    scheduled = {*_schedules(node), *_schedules(old.node)}
-    found = carried.dispatch(object)(node, new, old)
-    settings = {path: one for path, one in found.items() if path[0] == "hyperparams"}
-    kept = {path: one for path, one in found.items() if path not in settings}
-    for path, (value, note) in settings.items():
-        if path[1] not in scheduled:
-            kept[path] = Carried(value, ", ".join(filter(None, (_setting(value, new.leaves[path]), note))))
+    """Values as they were, for they may have been changed during the run; but what a schedule made is no setting."""
+    now, before = set(_schedules(node)), set(_schedules(old.node))
+    kept: dict[Path, Carried] = {}
+    for path, (value, note) in carried.dispatch(object)(node, new, old).items():
+        if path[0] != "hyperparams":
+            kept[path] = Carried(value, note)
+        elif path[1] not in now ^ before:
+            setting = "" if path[1] in now else _setting(value, new.leaves[path])
+            kept[path] = Carried(value, ", ".join(filter(None, (setting, note))))
     return kept
 
 

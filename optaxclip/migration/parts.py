@@ -97,6 +97,7 @@ class Parts:
         self.places: list[Place] = []
         self._found: list[Part] = []
         self._with_parts: dict[frozenset[str], set[str]] = {}  # by the fields of a part: those that have parts inside
+        self._orders: dict[frozenset[str], Path] = {}  # and in what order they are
         self._like = like
         self._containers = {type(node) for node in _nodes(params) if _has_fields(node)}
         self._as_dicts = like is not None and not any(map(_has_fields, _nodes(state)))
@@ -123,7 +124,7 @@ class Parts:
         if self._boxes and isinstance(node, Mapping) and list(node) == ["value"]:
             self._visit(node["value"], path, owner, inside)
             return
-        for key, child in children(node):
+        for key, child in self._in_order(children(node), fields):
             if not inside and key in _WRAPPED:
                 self._visit(child, (*path, key), None, ())
             else:
@@ -133,7 +134,18 @@ class Parts:
     def _added(self, part: Part) -> Part:
         self._found.append(part)
         self._with_parts.setdefault(part.fields, set())
+        if part.node is not None and part.is_typed:
+            self._orders[part.fields] = _field_names(part.node)
         return part
+
+    def _in_order(self, below: list[tuple[str, Any]], fields: frozenset[str] | None) -> list[tuple[str, Any]]:
+        """The order that they had before a checkpoint made a dict of fields, or of the entries of a tuple."""
+        if not self._as_dicts or self._like is None:
+            return below
+        if fields is not None:
+            order = self._like._orders[fields]
+            return sorted(below, key=lambda one: order.index(one[0]))
+        return sorted(below, key=lambda one: int(one[0])) if all(key.isdecimal() for key, _ in below) else below
 
     def _fields_of(self, node: Any, owner: Part | None, inside: Path) -> frozenset[str] | None:
         """The names of a part's fields; None if this is no part."""
