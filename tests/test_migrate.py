@@ -42,6 +42,11 @@ def counting():
     )
 
 
+# A threshold of a user's own, whose state is a bare array.
+HALVING = oc.clip_by(
+    oc.norms.global_norm(),
+    oc.Threshold(lambda norms: jnp.zeros((), jnp.int32), lambda norms, step, *_, **__: ((0.0, 0.5**step), step + 1)),
+)
 WINDOW, ZSCORE = oc.thresholds.mean_std(window=4, warmup_steps=2), oc.thresholds.zscore()
 # (the old transformation, the new one, what the report says): the three lists.
 CHANGES = {
@@ -101,6 +106,41 @@ CHANGES = {
         {"1/0": "ScaleByAdamState, from 0/0"},
         {"0/0": "ZScoreState"},
         {"1/0": "ZScoreState"},
+    ),
+    "a clip from one side to the other": (
+        optax.chain(ZCLIP, ADAM),
+        optax.chain(ADAM, ZCLIP),
+        {"0/0": "ScaleByAdamState, from 1/0"},
+        {"1/0": "ZScoreState"},
+        {"0/0": "ZScoreState"},
+    ),
+    "a label in front of another": (
+        optax.partition({"b": ZCLIP}, "b"),
+        optax.partition({"a": ZCLIP, "b": ZCLIP}, {"a": "a", "b": "b"}),
+        {"inner_states/b/inner_state/0": "ZScoreState"},
+        {"inner_states/a/inner_state/0": "ZScoreState"},
+        {},
+    ),
+    "a shorter window beside one that stays": (
+        oc.autoclip(window=4),
+        optax.named_chain(("short", oc.autoclip(window=2)), ("same", oc.autoclip(window=4))),
+        {"same": "RecentNormsState, from the state"},
+        {"short": "RecentNormsState"},
+        {},
+    ),
+    "an array that is a whole state": (
+        optax.chain(HALVING, ADAM),
+        oc.skip_nonfinite(optax.chain(HALVING, ADAM)),
+        {"inner_state/0": "from 0", "inner_state/1/0": "ScaleByAdamState, from 1/0"},
+        {"skip_stats": "SkipStats", "spikes_in_row": ""},
+        {},
+    ),
+    "an array that is a whole state, at another place": (
+        optax.chain(HALVING, ADAM),
+        optax.chain(ZCLIP, HALVING, ADAM),
+        {"2/0": "ScaleByAdamState, from 1/0"},
+        {"0/0": "ZScoreState", "1": ""},
+        {"0": ""},
     ),
     "names for a chain": (
         optax.chain(ZCLIP, ADAM),
@@ -202,6 +242,17 @@ def test_names_of_parameters_with_what_changed_in_them():
     assert report.dropped["0/mu/gone"] == ""
 
 
+def test_a_new_parameter_starts_with_large_updates_as_the_docstring_says():
+    """Adam corrects moments by its count, and these are younger."""
+    old_state = optax.tree.set(ADAM.init({"a": jnp.ones(1)}), count=jnp.int32(100_000))
+    state, _ = oc.migrate(ADAM, {"a": jnp.ones(1), "new": jnp.ones(1)}, old_state)
+    sizes, grads = [], {"a": jnp.ones(1), "new": jnp.ones(1)}
+    for _ in range(20):
+        updates, state = ADAM.update(grads, state)
+        sizes.append(-float(updates["new"][0]) / 1e-3)
+    assert 6.5 < max(sizes) <= 6.6
+
+
 def test_moments_of_which_none_fits_keep_no_count_either():
     """Adam's count says how many gradients are in the moments."""
     state, report = oc.migrate(ADAM, jnp.ones(3), numbered(ADAM.init(jnp.ones(2))))
@@ -214,6 +265,12 @@ def test_an_optimizer_is_not_dropped_without_a_word(params):
     with pytest.warns(UserWarning, match="no place for what the old state has per parameter.*0/mu") as caught:
         oc.migrate(optax.sgd(0.1), params, ADAM.init(params))
     assert caught[0].filename == __file__
+
+
+def test_a_statistic_is_nothing_per_parameter():
+    """It may be dropped without a word, even where it has the shape of the only parameter."""
+    _, report = oc.migrate(optax.clip(1.0), jnp.ones(1), ZCLIP.init(jnp.ones(1)))
+    assert report.dropped == {"0": "ZScoreState"}
 
 
 def test_the_report_is_a_text_of_three_lists():

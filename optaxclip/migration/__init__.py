@@ -73,8 +73,8 @@ def migrate(tx: optax.GradientTransformation, params: Tree, old_state: Tree) -> 
         fields, so it can't tell Adam from AdaBelief.
       - Dropped: if something per parameter, such as Adam's moments, is dropped for a parameter that is still there, a
         `UserWarning` says so.
-      - Parameters: what is per parameter is matched by path and shape. A new parameter starts with Adam's old count and
-        no moments, so with `b2=0.999` its first updates are up to 3 times as large as at the start of a run.
+      - Parameters: what is per parameter is matched by path and shape. A new parameter has no moments beside Adam's old
+        count. With the default decays its updates in the first steps are then up to 6.6 times those of a new run.
       - Statistics: they are kept whatever they measured. If you change the norm or the unit of a threshold of the same
         type, take its state from `tx.init(params)`. A threshold that moves to the other side of the optimizer, or has
         another number of groups, starts anew.

@@ -58,9 +58,10 @@ def _match(new: Part, old: Part) -> Match | None:
 
 
 def _worth(match: Match, base: int, per_parameter: Callable[[Part], bool]) -> int:
-    """How good a match is: first whether it saves something per parameter, last whether it is complete."""
+    """How good a match is: first whether it saves something per parameter, last whether nothing changes."""
     is_whole = len(match.kept) == len(match.new.leaves) == len(match.old.leaves)
-    digits = (per_parameter(match.new), True, match.new.keys == match.old.keys, is_whole)
+    is_copy = is_whole and not any(one.note for one in match.kept.values())
+    digits = (per_parameter(match.new), True, match.new.keys == match.old.keys, is_copy)
     return sum(digit * base**power for power, digit in enumerate(reversed(digits)))
 
 
