@@ -69,8 +69,8 @@ def migrate(tx: optax.GradientTransformation, params: Tree, old_state: Tree) -> 
 
     Notes:
       - Matching: parts of the same type, in their order, in any nesting of chains, partitions, masks and wrappers.
-        Where several fit, the same keys decide, then the same shapes. A checkpoint without types knows parts by their
-        fields, so it can't tell Adam from AdaBelief.
+        Where several fit, the same keys decide, then what can stay as it is. A checkpoint without types knows parts by
+        their fields, so it can't tell Adam from AdaBelief.
       - Dropped: if something per parameter, such as Adam's moments, is dropped for a parameter that is still there, a
         `UserWarning` says so.
       - Parameters: what is per parameter is matched by path and shape. A new parameter has no moments beside Adam's old
@@ -81,7 +81,7 @@ def migrate(tx: optax.GradientTransformation, params: Tree, old_state: Tree) -> 
       - Windows: a shorter one keeps the newest norms, a longer one all.
       - Injected hyperparameters: the values of the old state are kept, as in any restored checkpoint, because they may
         have been changed during the run. The report shows where `tx` has others; to take these, set
-        `state.hyperparams`. What a schedule made of one is not kept.
+        `state.hyperparams`. One that has a schedule in only one of the two transformations is that of `tx`.
       - Schedules: one that is new starts at step 0.
       - Memory: the old state, the new one and that of `init` are there at once. Pass NumPy arrays
         (`jax.device_get(old_state)`) where the device has no room.
