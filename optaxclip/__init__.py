@@ -24,6 +24,7 @@ a tree in hand        `clip_tree`: clipped, and its norm, without an optimizer
 to log                `clip_stats`: what a clipper with `record=`, or a skip, did; `global_norm`: range-safe, and
                       global on every mesh
 `diagnostics`         what recorded norms say: a summary, which clipper and bound they speak for, plots
+another method        `migrate`: the state of a run in another transformation, with what of it still has a place
 `contrib`             twelve more methods: young, costly, or an optimizer as much as a clip
 ====================  =============================================================================================
 """
@@ -46,6 +47,7 @@ from optaxclip.clippers.relative import adaptive_grad_clip
 from optaxclip.clippers.spectral import clip_by_spectral_norm, clip_singular_values
 from optaxclip.core import Norm, Threshold, clip_by
 from optaxclip.functions import as_function, clip_tree, global_norm
+from optaxclip.migration import migrate
 from optaxclip.per_example.stacked import per_example_global_norm_clip, per_example_layer_norm_clip
 from optaxclip.records import ClipStats, clip_stats
 from optaxclip.wrappers.carry import with_carry
@@ -87,6 +89,7 @@ __all__ = [  # noqa: RUF022 -- in the order in which one meets them
     "global_norm",
     "clip_tree",
     "diagnostics",
+    "migrate",
     # to build another
     "clip_by",
     "norms",

@@ -961,7 +961,7 @@ ROWS = (
     Row(
         name="clip_by-known",
         public="clip_by",
-        factory=told_its_norm,
+        factory=lambda c: told_its_norm(c),
         args=(1.0,),
         groups=together,
         band=at_most(1.0),
@@ -989,6 +989,7 @@ NOT_TRANSFORMATIONS = {
     "clip_stats": "reads the records in a state",
     "clip_tree": "clips a tree without an optimizer",
     "global_norm": "measures a tree",
+    "migrate": "brings a state into another transformation",
     "per_example_global_norm_clip": "adds up gradients that are clipped",
     "per_example_layer_norm_clip": "adds up gradients that are clipped",
 }

@@ -62,6 +62,7 @@ PUBLIC = {
     "clipped_momentum": (oc.clipped_momentum, {"max_norm": 1.0}),
     "clippy": (contrib.clippy, {}),
     "global_norm": (oc.global_norm, {"tree": {}}),
+    "migrate": (oc.migrate, {"tx": IDENTITY, "params": {}, "old_state": optax.EmptyState()}),
     "mixed_clip": (contrib.mixed_clip, {"max_norm": 1.0}),
     "per_example_global_norm_clip": (oc.per_example_global_norm_clip, {"grads": {}, "l2_norm_clip": 1.0}),
     "per_example_layer_norm_clip": (oc.per_example_layer_norm_clip, {"grads": {}, "global_l2_norm_clip": 1.0}),
@@ -107,10 +108,10 @@ WITHOUT_ARGUMENTS = {"zero_nonfinite", "norms.leaf_peaks"}
 CHECKED_ELSEWHERE = {"clip_stats", "per_example.form_of", "thresholds.chain"}
 # No transformations, nor parts of one: optax.inject_hyperparams has nothing to do with them.
 CALLED_ONCE = {
-    "clip_cotangents", "global_norm", "per_example_global_norm_clip", "per_example_layer_norm_clip",
+    "clip_cotangents", "global_norm", "migrate", "per_example_global_norm_clip", "per_example_layer_norm_clip",
     "per_example.clipped_value_and_grad", *(name for name in PUBLIC if name.startswith("diagnostics")),
 }  # fmt: skip
-DATA = {"grads", "opt_state", "params", "tree", "x"}
+DATA = {"grads", "old_state", "opt_state", "params", "tree", "x"}
 PARAMETERS = [
     (name, parameter)
     for name, (function, _) in PUBLIC.items()

@@ -31,7 +31,8 @@ def wrong(caller: str, expected: str, came: str) -> str:
     """What the message says wherever a state does not fit."""
     return (
         f"the state of {caller} must be {expected}, got {came}. Pass the state that its own init made, at its place in "
-        "the chain; after a change of arguments, of the chain or of the tree, call init again"
+        "the chain; after a change of arguments, of the chain or of the tree, bring the old one over: "
+        "state, report = optaxclip.migrate(tx, params, old_state)"
     )
 
 

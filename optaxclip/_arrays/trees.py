@@ -52,12 +52,12 @@ def _in_boxes(treedef: Any) -> list[bool]:
     data = treedef.node_data()
     if data is None:
         return [False] * treedef.num_leaves
-    if treedef.num_leaves == 1 and _is_box(data[0]):
+    if treedef.num_leaves == 1 and is_box(data[0]):
         return [True]
     return [flag for child in treedef.children() for flag in _in_boxes(child)]
 
 
-def _is_box(kind: type) -> bool:
+def is_box(kind: type) -> bool:
     # By name, since Flax need not be installed: nnx.Variable, its state in Flax before 0.12, linen's metadata.
     names = ("Variable", "VariableState", "AxisMetadata")
     return any(base.__module__.startswith("flax.") and base.__name__ in names for base in kind.__mro__)

@@ -325,7 +325,7 @@ GIVEN: dict[str, dict[str, Any]] = {
         "inner": optax.identity(), "tx": oc.clip(1.0), "target_norm": 1.0, "quantile": 0.5, "ratio": 1.0,
         "norm": norms.leaf_norm(), "relative": 0.1, "absolute": 0.1, "l2_norm_clip": 1.0,
         "global_l2_norm_clip": 1.0, "grads": jnp.ones((2, 3)), "fun": jnp.vdot, "x": jnp.ones(2), "tree": jnp.ones(2),
-        "opt_state": (), "threshold": thresholds.constant(1.0),
+        "params": {}, "old_state": (), "opt_state": (), "threshold": thresholds.constant(1.0),
     },
     "clip_by_block_rms": {"threshold": 1.0},
     "clip_by_value": {"min_value": -math.inf, "max_value": math.inf},
@@ -365,7 +365,8 @@ def functions() -> dict[str, Callable[..., Any]]:
     }
 
 
-DATA = {"grads", "opt_state", "params", "tree", "x"}  # pytrees of anything: what is no array fails as in jax
+# Pytrees of anything: what is no array fails as in jax.
+DATA = {"grads", "old_state", "opt_state", "params", "tree", "x"}
 CASES = [
     Case(name, f, parameter)
     for name, f in functions().items()

@@ -1,0 +1,115 @@
+"""An old state in a new transformation."""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+from optaxclip._arguments import checks
+from optaxclip._arrays import trees
+from optaxclip._arrays.trees import Tree
+from optaxclip.migration.carrying import fresh
+from optaxclip.migration.matching import matches
+from optaxclip.migration.parts import Parts, Place, is_per_parameter, shapes
+from optaxclip.migration.report import Report, reported, shown
+
+__all__ = ["Migrated", "Report", "migrate"]
+
+
+class Migrated(NamedTuple):
+    """What `migrate` returns.
+
+    Attributes:
+      state: a state of the new transformation.
+      report: what of it is kept, what is new, and what was dropped; print it.
+    """
+
+    state: Any
+    report: Report
+
+
+def migrate(tx: optax.GradientTransformation, params: Tree, old_state: Tree) -> Migrated:
+    """Brings the state of a running optimizer into another transformation: what still has a place is kept.
+
+    Use it to add a clip, a skip or a record to a run with a checkpoint, or to change a threshold or a length: the
+    moments and counts of the optimizer and the statistics of the clips go on.
+
+    Args:
+      tx: the new transformation.
+      params: the parameters now.
+      old_state: the state of the old transformation: as it is, as NumPy arrays, from a pickle, or from a checkpoint
+        that was restored without a template (orbax, Flax's msgpack), in nested dicts and lists.
+
+    Returns:
+      `(state, report)`. The state is one of `tx`, in fresh arrays. The report has the paths of what was kept, of what
+      is new and of what was dropped; `print(report)` lists them.
+
+    Raises:
+      ValueError: if `tx` is no transformation.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import optaxclip
+      >>> params = {"w": jnp.ones(2)}
+      >>> old = optax.chain(optaxclip.clip_by_global_norm(1.0), optax.adam(1e-3))
+      >>> _, old_state = old.update({"w": jnp.array([3.0, 4.0])}, old.init(params), params)
+      >>> tx = optax.chain(optaxclip.clip_by_global_norm(1.0, record=10), optax.adam(1e-3))
+      >>> state, report = optaxclip.migrate(tx, params, old_state)
+      >>> print(report)
+      kept:
+        1/0: ScaleByAdamState
+      new:
+        0/clip_stats: ClipStats
+      dropped: nothing
+      >>> print(state[1][0].mu["w"])  # a tenth of the clipped gradient
+      [0.06 0.08]
+
+    Notes:
+      - Matching: parts of the same type, in their order, in any nesting of chains, partitions, masks and wrappers.
+        Where several fit, the same keys decide, then what can stay as it is. A checkpoint without types knows parts by
+        their fields, so it can't tell Adam from AdaBelief.
+      - Dropped: if something per parameter, such as Adam's moments, is dropped for a parameter that is still there, a
+        `UserWarning` says so.
+      - Parameters: what is per parameter is matched by path and shape. A new parameter has no moments beside Adam's old
+        count. With the default decays its updates in the first steps are then up to 6.6 times those of a new run.
+      - Statistics: they are kept whatever they measured. If you change the norm or the unit of a threshold of the same
+        type, take its state from `tx.init(params)`. A threshold that moves to the other side of the optimizer, or has
+        another number of groups, starts anew.
+      - Windows: a shorter one keeps the newest norms, a longer one all.
+      - Injected hyperparameters: the values of the old state are kept, as in any restored checkpoint, because they may
+        have been changed during the run. The report shows where `tx` has others; to take these, set
+        `state.hyperparams`. One that has a schedule in only one of the two transformations is that of `tx`.
+      - Schedules: one that is new starts at step 0.
+      - Memory: the old state, the new one and that of `init` are there at once. Pass NumPy arrays
+        (`jax.device_get(old_state)`) where the device has no room.
+
+    See also:
+      `clip_stats`, which reads a state.
+    """
+    checks.transformation("tx", tx)
+    initial = tx.init(params)
+    known = shapes(params)
+    new = Parts(initial, params)
+    old = Parts(old_state, params, like=new)
+    found = matches(new.parts, old.parts, lambda part: any(is_per_parameter(place, known) for place in part.places))
+    values = {(match.new, path): one.value for match in found for path, one in match.kept.items()}
+    used = {(match.old, path) for match in found for path in match.kept}
+    leaves = [fresh(values[place[:2]], place.leaf) if place[:2] in values else place.leaf for place in new.places]
+    _warn_of_dropped([place for place in old.places if place[:2] not in used and is_per_parameter(place, known)])
+    return Migrated(jax.tree.unflatten(jax.tree.structure(initial), leaves), reported(new.places, old.places, found))
+
+
+def _warn_of_dropped(places: Sequence[Place]) -> None:
+    """Warns where something that parameters still need was dropped."""
+    if not places:
+        return
+    paths = [shown(place.path) for place in places]
+    warnings.warn(
+        "the new transformation has no place for what the old state has per parameter, and drops it: "
+        f"{trees.listed(paths)}. If the optimizer should go on, compare tx with the old one",
+        UserWarning,
+        stacklevel=3,
+    )

@@ -1,0 +1,172 @@
+"""What of a part of an old state can go into the new one: `carried`, to which the kinds of state add their own."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.core import Tracer
+
+from optaxclip._arrays import dtypes
+from optaxclip._numerics import arithmetic
+from optaxclip.migration.parts import Part, Path
+from optaxclip.records import ClipStats, recorder
+from optaxclip.records.names import Names
+from optaxclip.thresholds.deviations import WindowState
+from optaxclip.thresholds.quantiles import RecentNormsState
+
+
+class Carried(NamedTuple):
+    """What takes the place of an array that `init` made.
+
+    Attributes:
+      value: the array, or what was made of it.
+      note: for the report, if it is more than a copy.
+    """
+
+    value: Any
+    note: str = ""
+
+
+@functools.singledispatch
+def carried(node: Any, new: Part, old: Part) -> dict[Path, Carried]:
+    """What of an old part goes into a new one, by the path inside: what has the same shape, and numbers of a kind.
+
+    Args:
+      node: the new part's own NamedTuple, by whose type this dispatches.
+      new: the new part.
+      old: the old part, of the same type; after a checkpoint perhaps a dict with the same fields.
+    """
+    del node
+    return {
+        path: Carried(old.leaves[path], _change_of_dtype(leaf, old.leaves[path]))
+        for path, leaf in new.leaves.items()
+        if path in old.leaves and _fits(leaf, old.leaves[path])
+    }
+
+
+def _fits(new: Any, old: Any) -> bool:
+    if dtypes.of(new) is None or dtypes.of(old) is None:
+        return False
+    return np.shape(new) == np.shape(old) and _is_alike(dtypes.of(new), dtypes.of(old))
+
+
+def _is_alike(one: Any, other: Any) -> bool:
+    """Whether two dtypes are of one kind: both of floats, both of whole numbers, or the same."""
+    kinds = (jnp.floating, jnp.complexfloating, jnp.integer)
+    return one == other or any(jnp.issubdtype(one, kind) and jnp.issubdtype(other, kind) for kind in kinds)
+
+
+def _change_of_dtype(new: Any, old: Any) -> str:
+    """For the report; nothing for a Python number, which has no dtype of its own."""
+    came = getattr(old, "dtype", None)
+    return "" if came is None or came == dtypes.of(new) else f"{came}, now {dtypes.of(new)}"
+
+
+def fresh(value: Any, like: Any) -> jax.Array:
+    """A copy of a value, with the dtype of `like`; one that is not on a device yet goes where `like` is."""
+    if not hasattr(value, "dtype"):
+        return jnp.asarray(value, like.dtype)  # a Python number: weakly typed without
+    if not isinstance(value, jax.Array) and getattr(like, "committed", False):
+        array = jax.device_put(np.array(value), like.sharding)
+    else:
+        array = jnp.array(value, copy=True)
+    if array.dtype == like.dtype:
+        return array
+    if jnp.issubdtype(like.dtype, jnp.floating):
+        return arithmetic.narrowed(array, like.dtype)
+    return array.astype(like.dtype)
+
+
+@carried.register(WindowState)
+@carried.register(RecentNormsState)
+def _window(node: WindowState | RecentNormsState, new: Part, old: Part) -> dict[Path, Carried]:
+    ring, seen = [(name,) for name in node._fields[:2]]
+    copied = carried.dispatch(object)(node, new, old)
+    if ring in copied or seen not in copied or ring not in old.leaves:
+        return copied
+    before, after = np.shape(old.leaves[ring])[-1], np.shape(new.leaves[ring])[-1]
+    moved, counted = _resized(jnp.asarray(old.leaves[ring]), jnp.asarray(old.leaves[seen]), after)
+    copied[ring] = Carried(moved, f"{before} norms, now {after}")
+    copied[seen] = Carried(counted, f"at most {before}, the norms that are there") if after > before else copied[seen]
+    return copied
+
+
+def _resized(ring: jax.Array, seen: jax.Array, length: int) -> tuple[jax.Array, jax.Array]:
+    """Rings of another length with the newest entries, one ring per row, and how many entries they count.
+
+    Entry number t of a ring is at `t % length`. A ring that grows lacks older entries, so it counts those that it has.
+    """
+    before = ring.shape[-1]
+    counted = jnp.minimum(seen, before) if length > before else seen
+    places = jnp.arange(length, dtype=seen.dtype)[None, :]
+    last = counted[:, None] - 1
+    number = last - (last - places) % length  # the newest entry that belongs here, in the new count
+    is_there = (number >= 0) & (number > last - min(before, length))
+    entry = number + (seen - counted)[:, None]
+    values = jnp.take_along_axis(ring, entry % before, axis=1)
+    # A window that its first norm filled has that norm where no other is yet; other windows have 0 there.
+    first = jnp.where(seen < before, ring[:, -1], jnp.zeros_like(ring[:, -1]))
+    return jnp.where(is_there, values, first[:, None]), counted
+
+
+@carried.register
+def _record(node: ClipStats, new: Part, old: Part) -> dict[Path, Carried]:
+    if node.names != (old.node.names if old.is_typed else Names()):
+        return {}  # of other groups, or of another model
+    copied = carried.dispatch(object)(node, new, old)
+    before, after = (len(part.leaves["clip_steps",]) for part in (old, new))
+    groups = {np.shape(part.leaves["clip_norm",])[-1] for part in (old, new)}
+    if before == after or len(groups) > 1:
+        return copied
+    return copied | {path: Carried(ring, f"{before} steps, now {after}") for path, ring in _rings(new, old).items()}
+
+
+def _rings(new: Part, old: Part) -> dict[Path, jax.Array]:
+    """The rings of a record in another length: each row at the place that its step has there."""
+    now, first = (jnp.asarray(old.leaves[name,]) for name in ("recorded_steps", "first_nonfinite_step"))
+    found: dict[Path, jax.Array] = {}
+    for ring in recorder.RINGS:
+        steps, length = jnp.asarray(old.leaves[f"{ring}_steps",]), len(new.leaves[f"{ring}_steps",])
+        last = recorder.last_step(jnp, ring, length, now, first)
+        is_in = (steps > jnp.maximum(0, last - length)) & (steps <= last)
+        places = jnp.where(is_in, (steps - 1) % length, length)  # behind the end, where what is set is dropped
+        for path in new.leaves:
+            if path[0].startswith(f"{ring}_"):
+                found[path] = jnp.asarray(new.leaves[path]).at[places].set(jnp.asarray(old.leaves[path]), mode="drop")
+    return found
+
+
+def _equal(one: Any, other: Any) -> bool:
+    is_known = not isinstance(one, Tracer) and not isinstance(other, Tracer)
+    return np.array_equal(one, other) if is_known else np.shape(one) == np.shape(other)
+
+
+@carried.register
+def _injected(node: optax.InjectStatefulHyperparamsState, new: Part, old: Part) -> dict[Path, Carried]:
+    """Values as they were, for they may have been changed during the run; but what a schedule made is no setting."""
+    now, before = set(_schedules(node)), set(_schedules(old.node))
+    kept: dict[Path, Carried] = {}
+    for path, (value, note) in carried.dispatch(object)(node, new, old).items():
+        if path[0] != "hyperparams":
+            kept[path] = Carried(value, note)
+        elif path[1] not in now ^ before:
+            setting = "" if path[1] in now else _setting(value, new.leaves[path])
+            kept[path] = Carried(value, ", ".join(filter(None, (setting, note))))
+    return kept
+
+
+def _schedules(node: Any) -> Mapping[str, Any]:
+    states = node["hyperparams_states"] if isinstance(node, Mapping) else node.hyperparams_states
+    return states or {}
+
+
+def _setting(old: Any, new: Any) -> str:
+    if _equal(new, old):
+        return ""
+    if np.shape(new) or isinstance(old, Tracer) or isinstance(new, Tracer):
+        return "tx has another value"
+    return f"{float(old):g}; tx has {float(new):g}"

@@ -1,0 +1,75 @@
+"""Windows of another length: the newest norms, in a ring that goes on as one that always had that length."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import optaxclip as oc
+from optaxclip import contrib
+
+# Two groups: the second has norms that do not enter the history, so that the rings are filled differently.
+NORMS = np.array([[3, 1], [1, 0], [4, 2], [1.5, np.nan], [5, 1e-42], [9, 1e38], [2, 3], [6, 5], [5.5, 2], [3.5, 8]])
+TWO = {"a": jnp.zeros(1), "b": jnp.zeros(1)}
+WINDOWED = {
+    "mean_std": lambda window: oc.clip_by_history(1.0, window=window, warmup_steps=1, take_in="raw", norm=LEAVES),
+    "quantile": lambda window: oc.autoclip(60.0, window=window, norm=LEAVES),
+    "order_statistic": lambda window: contrib.percentile_clip(60.0, window=window),
+}
+LEAVES = oc.norms.leaf_norm()
+
+
+def steps(name, window, _cache={}):  # noqa: B006 -- one compilation for each
+    update = _cache.setdefault((name, window), jax.jit(WINDOWED[name](window).update))
+
+    def run(state, norms):
+        after = []
+        for a, b in norms:
+            updates, state = update({"a": jnp.array([a], jnp.float32), "b": jnp.array([b], jnp.float32)}, state)
+            after.append([updates["a"][0], updates["b"][0]])
+        return np.array(after), state
+
+    return run
+
+
+@pytest.mark.parametrize(("before", "after"), [(5, 3), (3, 5), (4, 4), (5, 1)])
+@pytest.mark.parametrize("name", WINDOWED)
+def test_a_window_goes_on_as_one_that_was_always_so_long(name, before, after):
+    """As long as the old one has all that such a one would have."""
+    old, new = WINDOWED[name](before), WINDOWED[name](after)
+    for at in range(len(NORMS)):
+        if after > before and at >= before:
+            break  # it may have forgotten some, and one filled by its first norm does not show by which
+        _, old_state = steps(name, before)(old.init(TWO), NORMS[:at])
+        state, _ = oc.migrate(new, TWO, old_state)
+        _, always = steps(name, after)(new.init(TWO), NORMS[:at])
+        ours, theirs = (steps(name, after)(start, NORMS[at:])[0] for start in (state, always))
+        np.testing.assert_array_equal(ours, theirs)
+    assert at >= min(before, 3)
+
+
+def test_a_window_that_grows_counts_only_what_it_has():
+    old, new = (oc.clip_by_history(2.0, window=window, warmup_steps=1, take_in="raw") for window in (2, 4))
+    state = old.init(jnp.zeros(1))
+    for norm in (9.0, 7.0, 1.0, 3.0):
+        _, state = old.update(jnp.array([norm]), state)
+    state, report = oc.migrate(new, jnp.zeros(1), state)
+    np.testing.assert_array_equal(state.window_norms, [[1.0, 3.0, 0.0, 0.0]])
+    assert int(state.window_seen[0]) == 2
+    assert report.kept["window_norms"] == "2 norms, now 4"
+    updates, state = new.update(jnp.array([100.0]), state)
+    assert float(updates[0]) == 4.0  # the mean of 1 and 3, and twice their deviation
+    np.testing.assert_array_equal(state.window_norms, [[1.0, 3.0, 100.0, 0.0]])
+
+
+@pytest.mark.parametrize("window", [2, 4, 7])
+def test_a_window_of_other_groups_is_new(window):
+    old, new = (
+        oc.clip_by_history(window=4, warmup_steps=1, norm=LEAVES),
+        oc.clip_by_history(window=window, warmup_steps=1),
+    )
+    _, state = old.update({"a": jnp.ones(1), "b": jnp.ones(1)}, old.init(TWO))
+    state, report = oc.migrate(new, TWO, state)
+    assert not np.any(state.window_norms)
+    assert report.kept == {}
+    assert "of shape" in next(iter(report.dropped.values()))
