@@ -241,9 +241,9 @@ def kernels(path: str) -> int:
     return int(path.endswith("kernel"))
 
 
-def told_its_norm(max_norm: Any) -> optax.GradientTransformationExtraArgs:
+def told_its_norm(max_norm: Any, record: int = 0) -> optax.GradientTransformationExtraArgs:
     """A clip by a norm that it is told, with its caller: who measures it."""
-    tx = oc.clip_by(oc.norms.known("grad_norm"), oc.thresholds.constant(max_norm))
+    tx = oc.clip_by(oc.norms.known("grad_norm"), oc.thresholds.constant(max_norm), record=record)
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
         return tx.update(updates, state, params, grad_norm=oc.global_norm(updates), **extra_args)
@@ -961,8 +961,9 @@ ROWS = (
     Row(
         name="clip_by-known",
         public="clip_by",
-        factory=lambda c: told_its_norm(c),
+        factory=told_its_norm,
         args=(1.0,),
+        static_args=("record",),
         groups=together,
         band=at_most(1.0),
     ),
