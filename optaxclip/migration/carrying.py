@@ -122,7 +122,8 @@ def _record(node: ClipStats, new: Part, old: Part) -> dict[Path, Carried]:
     groups = {np.shape(part.leaves["clip_norm",])[-1] for part in (old, new)}
     if before == after or len(groups) > 1:
         return copied
-    return copied | {path: Carried(ring, f"{before} steps, now {after}") for path, ring in _rings(new, old).items()}
+    whole = {path: one.value for path, one in copied.items()} | _rings(new, old)
+    return {path: Carried(value, f"{before} steps, now {after}") for path, value in whole.items()}
 
 
 def _rings(new: Part, old: Part) -> dict[Path, jax.Array]:
