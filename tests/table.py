@@ -971,4 +971,5 @@ NOT_TRANSFORMATIONS = {
     "global_norm": "measures a tree",
     "per_example_global_norm_clip": "adds up gradients that are clipped",
     "per_example_layer_norm_clip": "adds up gradients that are clipped",
+    "skip_micro_steps": "makes a rule for optax.MultiSteps",
 }
