@@ -45,7 +45,7 @@ def of_logarithms(rule: Rule) -> Rule:
     """
 
     def limit(norm: jax.Array, state: RuleState, *shared: Any) -> tuple[tuple[float, jax.Array], RuleState]:
-        log_norm = jnp.log(norm)
+        log_norm = jnp.log(jnp.maximum(norm, float(jnp.finfo(norm.dtype).tiny)))  # XLA's of a subnormal loss is -inf
         (_, upper), after = rule.limit(log_norm, state, *shared)
         # The exponential of the logarithm may round below the norm, which would be clipped by an ulp.
         bound = jnp.where(log_norm <= upper, jnp.maximum(_exponential(upper), norm), _exponential(upper))
