@@ -21,7 +21,7 @@ LARGE = 8000
 
 
 def reductions(tx):
-    """How many reductions over large arrays the compiled step has, wherever they are fused."""
+    """How many reductions over large arrays the compiled step has: `reduce-window` in the XLA of jax 0.8."""
     tx = optax.with_extra_args_support(tx)
 
     def step(params, state, grads):
@@ -32,7 +32,7 @@ def reductions(tx):
     text = jax.jit(step, donate_argnums=(0, 1)).lower(SHAPES, state, SHAPES).compile().as_text()
     shapes = re.findall(r"(%[\w.-]+) = \w+\[([\d,]*)\]", text)
     sizes = {name: math.prod(int(n) for n in dims.split(",") if n) for name, dims in shapes}
-    reduced = re.findall(r" reduce\((?:\S+ )?(%[\w.-]+)", text)
+    reduced = re.findall(r" reduce(?:-window)?\((?:\w+\[\S+ )?(%[\w.-]+)", text)
     assert reduced
     return sum(sizes[name] > LARGE for name in reduced)
 
