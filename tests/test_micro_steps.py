@@ -132,9 +132,7 @@ def test_all_devices_leave_out_the_same_micro_batches(norm):
     state_specs = jax.tree.map(lambda _: P(), multi.init(params))._replace(acc_grads=specs)
 
     @jax.jit
-    @functools.partial(
-        jax.shard_map, mesh=AUTO, in_specs=(specs, state_specs, specs), out_specs=(specs, state_specs)
-    )
+    @functools.partial(jax.shard_map, mesh=AUTO, in_specs=(specs, state_specs, specs), out_specs=(specs, state_specs))
     def step(grads, state, params):
         return multi.update(grads, state, params)
 

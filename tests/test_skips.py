@@ -567,7 +567,10 @@ class Growth:
 
 
 RULES = {
-    "mean_std": (lambda: thresholds.mean_std(4.0, window=32, warmup_steps=8), lambda signed: MeanStd(4.0, 32, 8, signed)),
+    "mean_std": (
+        lambda: thresholds.mean_std(4.0, window=32, warmup_steps=8),
+        lambda signed: MeanStd(4.0, 32, 8, signed),
+    ),
     "growth": (lambda: thresholds.growth(3.0), lambda signed: Growth(3.0, signed)),
 }
 
@@ -828,7 +831,14 @@ def test_a_loss_of_each_device_raises():
 
 @pytest.mark.parametrize(
     "given",
-    [{"norm": 2}, {"loss_threshold": 2.0}, {"max_consecutive": "no"}, {"max_consecutive": -1}, {"max_consecutive": 1.5}, {"threshold": 6.0}],
+    [
+        {"norm": 2},
+        {"loss_threshold": 2.0},
+        {"max_consecutive": "no"},
+        {"max_consecutive": -1},
+        {"max_consecutive": 1.5},
+        {"threshold": 6.0},
+    ],
     ids=str,
 )
 def test_an_argument_that_is_something_else_is_named(given):
