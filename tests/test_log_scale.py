@@ -173,5 +173,5 @@ def test_clippers_hand_the_scale_on(rng, name):
 
 @pytest.mark.parametrize("build", [thresholds.zscore, thresholds.mean_std, oc.zclip, oc.clip_by_history])
 def test_another_scale_is_refused(build):
-    with pytest.raises(ValueError, match="^scale must be one of 'linear', 'log', got 'ln'"):
+    with pytest.raises(ValueError, match=r"^scale must be one of 'linear', 'log', got 'ln'"):
         build(scale="ln")
