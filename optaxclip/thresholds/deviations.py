@@ -201,7 +201,7 @@ class WindowState(NamedTuple):
 
     Attributes:
       window_norms: ring of the last norms taken in, or of their logarithms with `scale="log"`; 0 where there is none
-        yet.
+        yet, and for a value of 0 the next number that has all its digits.
       window_seen: int32, norms taken in.
       window_spikes: int32, spikes in a row.
     """
@@ -286,15 +286,16 @@ def mean_std(
     def limit(norm: jax.Array, state: WindowState) -> tuple[Any, WindowState]:
         ring, seen, spikes = state
         place = seen % window
-        values = ring.at[place].set(norm) if include_current else ring
-        number = jnp.minimum(seen + 1 if include_current else seen, window)
-        mean, std = _mean_and_std(values, number, ddof)
+        values = ring.at[place].set(_not_zero(norm)) if include_current else ring
+        number = jnp.sum(values != 0)
+        mean, std = _mean_and_std(values, ddof)
         bound = mean + jnp.asarray(num_std, norm.dtype) * jnp.maximum(std, 1e-6 * jnp.maximum(jnp.abs(mean), 1))
         is_spike = (number >= warmup_steps) & (norm > bound)
         value, spikes = taken_in(patience, spikes, is_spike, norm, bound)
         value = norm if take_in == "raw" else value
         upper = jnp.where(number >= warmup_steps, bound, bounds.highest(norm.dtype))
-        return (0.0, upper), WindowState(ring.at[place].set(value), jnp.asarray(optax.safe_increment(seen)), spikes)
+        ring = ring.at[place].set(_not_zero(value))
+        return (0.0, upper), WindowState(ring, jnp.asarray(optax.safe_increment(seen)), spikes)
 
     def init(dtype: Any) -> WindowState:
         return WindowState(jnp.zeros(window, dtype), no_steps(), no_steps())
@@ -302,38 +303,43 @@ def mean_std(
     return per_group(_SCALES[scale](Rule(init, limit, signed=True)))
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _mean_and_std_of(ring: jax.Array, number: jax.Array, ddof: int) -> tuple[jax.Array, jax.Array]:
-    """Mean and standard deviation of the first `number` values, whose squares may lie outside the float range."""
+def _not_zero(value: jax.Array) -> jax.Array:
+    """A value as a ring holds it, where 0 is an empty place.
+
+    A count would not do: orbax may restore a ring into a longer one, with zeros that are no values.
+    """
+    tiny = float(jnp.finfo(value.dtype).tiny)
+    return value + jnp.where(jnp.abs(value) < tiny, 2 * tiny, 0).astype(value.dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _mean_and_std_of(ring: jax.Array, ddof: int) -> tuple[jax.Array, jax.Array]:
+    """Mean and standard deviation of the values that are not 0, whose squares may lie outside the float range."""
     largest = jnp.max(jnp.abs(ring))
     largest = jnp.where(largest > 0, largest, jnp.ones_like(largest))
     shares = arithmetic.quotient(ring, largest)
-    mean = jnp.sum(shares) / _at_least_one(number, ring.dtype)
-    away = jnp.where(_is_there(ring, number), shares - mean, jnp.zeros_like(shares))
-    variance = jnp.sum(jnp.square(away)) / _at_least_one(number - ddof, ring.dtype)
+    mean = jnp.sum(shares) / _number(ring, 0)
+    away = jnp.where(ring != 0, shares - mean, jnp.zeros_like(shares))
+    variance = jnp.sum(jnp.square(away)) / _number(ring, ddof)
     return mean * largest, jnp.sqrt(variance) * largest
 
 
 @_mean_and_std_of.defjvp
 def _mean_and_std_jvp(ddof: int, primals: Any, tangents: Any) -> tuple[Any, Any]:
     # That of the above would go through the reciprocals of the smallest norms, and add up many of them.
-    (ring, number), (change, _) = primals, tangents
-    mean, std = _mean_and_std(ring, number, ddof)
-    there = _is_there(ring, number)
+    (ring,), (change,) = primals, tangents
+    mean, std = _mean_and_std(ring, ddof)
+    there = ring != 0
     away = arithmetic.quotient(ring - mean, jnp.where(std > 0, std, jnp.ones_like(std)))
-    weights = jnp.where(there & (std > 0), away, jnp.zeros_like(ring)) / _at_least_one(number - ddof, ring.dtype)
-    d_mean = jnp.sum(jnp.where(there, change, jnp.zeros_like(change)) / _at_least_one(number, ring.dtype))
+    weights = jnp.where(there & (std > 0), away, jnp.zeros_like(ring)) / _number(ring, ddof)
+    d_mean = jnp.sum(jnp.where(there, change, jnp.zeros_like(change)) / _number(ring, 0))
     return (mean, std), (d_mean, jnp.sum(weights * change))
 
 
 # Jitted, so that eager calls do not compile operation by operation.
-_mean_and_std = jax.jit(_mean_and_std_of, static_argnums=2)
+_mean_and_std = jax.jit(_mean_and_std_of, static_argnums=1)
 
 
-def _is_there(ring: jax.Array, number: jax.Array) -> jax.Array:
-    """Which places of a ring have a value: it is filled from the first place on."""
-    return jnp.arange(len(ring)) < number
-
-
-def _at_least_one(number: jax.Array, dtype: Any) -> jax.Array:
-    return jnp.maximum(number, 1).astype(dtype)
+def _number(ring: jax.Array, less: int) -> jax.Array:
+    """How many values are not 0, less a number; at least 1."""
+    return jnp.maximum(jnp.sum(ring != 0) - less, 1).astype(ring.dtype)
