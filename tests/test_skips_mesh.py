@@ -121,7 +121,7 @@ def assert_all_devices_agree(outs, state, name):
         if leaf.sharding.is_fully_replicated:
             pieces = [np.asarray(piece.data) for piece in leaf.addressable_shards]
             assert len(pieces) in {1, 8}
-            assert all(np.array_equal(piece, pieces[0]) for piece in pieces)
+            assert all(np.array_equal(piece, pieces[0], equal_nan=True) for piece in pieces)
 
 
 @pytest.mark.parametrize(
