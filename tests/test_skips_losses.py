@@ -110,6 +110,11 @@ def test_equal_losses_and_losses_of_zero_are_a_history(name):
     np.testing.assert_array_equal(np.flatnonzero(skipped), [10])
 
 
+def test_equal_losses_have_a_deviation_of_a_millionth_of_their_size():
+    skipped, _ = run(mean_std(), [-5000.0] * 10 + [-4999.98, -4999.9])
+    np.testing.assert_array_equal(np.flatnonzero(skipped), [11])
+
+
 def test_a_constant_is_compared_with_the_number_itself():
     skipped, _ = run(thresholds.constant(1.0), [-5.0, 0.0, 1.0, 1.5, -1e38])
     np.testing.assert_array_equal(skipped, [False, False, False, True, False])
@@ -144,10 +149,10 @@ def test_ratios_judge_positive_losses_only(name):
 
 
 def test_a_chain_judges_by_what_each_of_it_judges(rng):
-    chain = thresholds.chain(mean_std(), thresholds.constant(20.0), thresholds.growth(1e6))
-    skipped, _ = run(chain, with_spikes(rng) - 5.0)
+    chain = thresholds.chain(mean_std(), thresholds.constant(100.0), thresholds.growth(1e6))
+    skipped, _ = run(chain, with_spikes(rng) - 50.0)
     np.testing.assert_array_equal(np.flatnonzero(skipped), [40, 41, 90])
-    skipped, _ = run(chain, [-3.0, 25.0, 3.0])
+    skipped, _ = run(chain, [-3.0, 125.0, 3.0])
     np.testing.assert_array_equal(skipped, [False, True, False])
     assert thresholds.chain(thresholds.constant(1.0), thresholds.growth()).signed is None
 

@@ -93,11 +93,12 @@ def test_nothing_that_looks_for_nan_finds_what_the_threshold_is_asked(flag):
     tx = oc.skip_spikes(
         optax.sgd(0.1), thresholds.mean_std(), loss_threshold=thresholds.zscore(), norm=norms.leaf_norm()
     )
-    state = tx.init(jnp.ones(2))
+    grads = {"a": jnp.ones(2), "b": jnp.ones(3)}
+    state = tx.init(grads)
     jax.config.update(flag, True)
     try:
-        _, eager = tx.update(jnp.ones(2), state, value=-1.0)
-        _, jitted = jax.jit(tx.update)(jnp.ones(2), state, value=-1.0)
+        _, eager = tx.update(grads, state, value=-1.0)
+        _, jitted = jax.jit(tx.update)(grads, state, value=-1.0)
     finally:
         jax.config.update(flag, False)
     assert clip_stats(eager) == clip_stats(jitted)

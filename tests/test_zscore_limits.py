@@ -63,6 +63,19 @@ def test_a_norm_that_is_no_spike_is_returned_bit_for_bit(rng, clip_to, level):
         assert np.all(limits[kept] >= given[kept])
 
 
+@pytest.mark.parametrize("clip_to", ["reciprocal", "edge"])
+def test_a_norm_within_an_ulp_of_the_level(rng, clip_to):
+    """There the level may round below a norm that is no spike."""
+    mean, std = (np.float32(10.0 ** rng.uniform(-2, 2, 100_000)) for _ in range(2))
+    threshold = thresholds.zscore(3.0, clip_to=clip_to)
+    level = mean + np.float32(3) * (std + np.float32(1e-6))
+    for norm in (level, np.nextafter(level, np.float32(np.inf)), np.nextafter(level, np.float32(0))):
+        state = threshold.init(jax.ShapeDtypeStruct(norm.shape, norm.dtype))
+        state = state._replace(zscore_mean=mean, zscore_std=std, zscore_seen=jnp.full_like(state.zscore_seen, 100))
+        (_, limit), state = jax.jit(lambda norm, state: threshold.limit(norm, state, None))(norm, state)
+        assert np.all((limit >= norm) == (state.zscore_spikes == 0))
+
+
 def test_equal_norms_are_at_their_limit():
     limits, after, _, _ = follow(thresholds.zscore(3.0, warmup_steps=4), np.full(12, 0.1, np.float32))
     np.testing.assert_allclose(limits[4:], 0.1 + 3e-6, rtol=1e-6)
