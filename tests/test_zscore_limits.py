@@ -73,7 +73,7 @@ def test_a_norm_within_an_ulp_of_the_level(rng, clip_to):
         state = threshold.init(jax.ShapeDtypeStruct(norm.shape, norm.dtype))
         state = state._replace(zscore_mean=mean, zscore_std=std, zscore_seen=jnp.full_like(state.zscore_seen, 100))
         (_, limit), state = jax.jit(lambda norm, state: threshold.limit(norm, state, None))(norm, state)
-        assert np.all((limit >= norm) == (state.zscore_spikes == 0))
+        assert np.all((limit >= norm) | (state.zscore_spikes > 0))
 
 
 def test_equal_norms_are_at_their_limit():
