@@ -17,7 +17,8 @@ the norms so far      `autoclip`: a quantile of them; `zclip`, `clip_by_history`
 inside momentum       `clipped_momentum`
 each example          `per_example.clipped_value_and_grad`: in the place of `jax.value_and_grad`;
                       `per_example_global_norm_clip`, `per_example_layer_norm_clip`: for gradients that are there
-around an optimizer   `skip_nonfinite`, `skip_spikes`: steps that are not taken
+around an optimizer   `skip_nonfinite`, `skip_spikes`: steps that are not taken; `skip_micro_steps`: micro-batches
+                      that `optax.MultiSteps` leaves out
 around a clipper      `with_carry`: no bias; `as_function`: for what knows nothing of optax
 in the backward pass  `clip_cotangents`: the gradient that flows back through an array
 a tree in hand        `clip_tree`: clipped, and its norm, without an optimizer
@@ -51,6 +52,7 @@ from optaxclip.migration import migrate
 from optaxclip.per_example.stacked import per_example_global_norm_clip, per_example_layer_norm_clip
 from optaxclip.records import ClipStats, clip_stats
 from optaxclip.wrappers.carry import with_carry
+from optaxclip.wrappers.micro_steps import skip_micro_steps
 from optaxclip.wrappers.skips import skip_nonfinite, skip_spikes
 
 __version__ = "0.1.0"
@@ -75,6 +77,7 @@ __all__ = [  # noqa: RUF022 -- in the order in which one meets them
     # around an optimizer, and in its place
     "skip_nonfinite",
     "skip_spikes",
+    "skip_micro_steps",
     "zero_nonfinite",
     "with_carry",
     "clipped_momentum",

@@ -119,6 +119,12 @@ class Threshold(NamedTuple):
         structure of `norms`, or is one number for all groups; None and NaN bound nothing. `param_norms()` measures the
         parameters with the same Norm, and raises optax's error if there are none. `extra_args` are the keyword
         arguments of `update`, which every Threshold must accept. A count of steps is a part of the state.
+      signed: the same for numbers of any sign, such as a loss, with the same states; None for a Threshold that judges
+        positive numbers only. `skip_spikes` takes it for the loss.
+
+    A norm that is NaN or infinite is no observation: `limit` must leave statistics as they are, and count the step
+    where it counts steps. `skip_spikes` relies on that. In a step that it skips, the next state is the one that `limit`
+    returns for NaN in the place of all norms.
 
     Example:
       A bound that is halved every hundred steps:
@@ -139,6 +145,7 @@ class Threshold(NamedTuple):
 
     init: Callable[[Norms], State]
     limit: Callable[..., tuple[tuple[Norms, Norms], State]]
+    signed: "Threshold | None" = None
 
 
 class MadeOf(NamedTuple):

@@ -993,4 +993,5 @@ NOT_TRANSFORMATIONS = {
     "migrate": "brings a state into another transformation",
     "per_example_global_norm_clip": "adds up gradients that are clipped",
     "per_example_layer_norm_clip": "adds up gradients that are clipped",
+    "skip_micro_steps": "makes a rule for optax.MultiSteps",
 }

@@ -71,6 +71,7 @@ PUBLIC = {
     "scale_by_acclip": (contrib.scale_by_acclip, {}),
     "scale_by_adaptive_norm": (contrib.scale_by_adaptive_norm, {}),
     "scale_by_stable_adam": (contrib.scale_by_stable_adam, {}),
+    "skip_micro_steps": (oc.skip_micro_steps, {}),
     "skip_nonfinite": (oc.skip_nonfinite, {"inner": IDENTITY}),
     "skip_spikes": (oc.skip_spikes, {"inner": IDENTITY, "threshold": thresholds.constant(1.0)}),
     "smooth_clip_by_global_norm": (oc.smooth_clip_by_global_norm, {"max_norm": 1.0}),
@@ -109,6 +110,7 @@ CHECKED_ELSEWHERE = {"clip_stats", "per_example.form_of", "thresholds.chain"}
 # No transformations, nor parts of one: optax.inject_hyperparams has nothing to do with them.
 CALLED_ONCE = {
     "clip_cotangents", "global_norm", "migrate", "per_example_global_norm_clip", "per_example_layer_norm_clip",
+    "skip_micro_steps",
     "per_example.clipped_value_and_grad", *(name for name in PUBLIC if name.startswith("diagnostics")),
 }  # fmt: skip
 DATA = {"grads", "old_state", "opt_state", "params", "tree", "x"}
@@ -159,7 +161,7 @@ def test_junk_is_refused_by_name(name, parameter):
 
 
 FLAGS = {"has_aux", "include", "include_current", "record", "return_norms", "smooth", "uniform"}
-NONE_IS_MEANT = {"axes", "patience", ("zclip", "max_norm"), ("adagc", "warmup_max_norm")}
+NONE_IS_MEANT = {"axes", "patience", ("zclip", "max_norm"), ("adagc", "warmup_max_norm"), "max_consecutive"}
 
 
 @pytest.mark.parametrize(("name", "parameter"), PARAMETERS)

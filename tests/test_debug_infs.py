@@ -26,7 +26,9 @@ THRESHOLDS = {
     "order_statistic": lambda: thresholds.order_statistic(5, window=4),
     "tracked_quantile": lambda: thresholds.tracked_quantile(0.5),
     "zscore": lambda: thresholds.zscore(warmup_steps=2),
+    "zscore, log": lambda: thresholds.zscore(warmup_steps=2, scale="log"),
     "mean_std": lambda: thresholds.mean_std(window=4, warmup_steps=2),
+    "mean_std, log": lambda: thresholds.mean_std(window=4, warmup_steps=2, scale="log"),
     "ema_ratio": lambda: thresholds.ema_ratio(warmup_steps=2, warmup_max_norm=1.0),
     "ema_band": lambda: thresholds.ema_band(2.0, min_ratio=0.5),
     "ema_band from 0": lambda: thresholds.ema_band(2.0, initial=0.0, max_down=0.9),
@@ -70,6 +72,7 @@ EAGERLY = (
     "clip_by_spectral_norm",
     "zclip",
     "skip_nonfinite",
+    "skip_spikes",
     "with_carry",
 )
 BY_NAME = {row.name: row for row in ROWS}

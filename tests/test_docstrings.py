@@ -195,7 +195,8 @@ def arguments_of(found):
 # Whose arguments are named wherever they matter.
 USED_WITH = [
     *(jax.shard_map, jax.lax.scan, optax.apply_if_finite, optax.inject_hyperparams, optax.TransformUpdateFn.__call__),
-    *(oc.clip_by, oc.norms.leaf_norm),  # `record=` and `stacked=`
+    *(optax.MultiSteps.__init__, optax.MultiStepsState),
+    *(oc.clip_by, oc.norms.leaf_norm, oc.norms.global_norm),  # `record=`, `stacked=` and `include=`
 ]
 
 

@@ -422,8 +422,9 @@ WITH_A_NORM = {
     "clip_by_norm_range": "min_norm max_norm * norm",
     "autoclip": "percentile=10.0 * window=None norm",
     "percentile_clip": "percentile=5.0 * window=100 norm",
-    "zclip": "num_std=2.5 * decay=0.97 warmup_steps=25 max_norm=1.0 patience=33 clip_to='reciprocal' norm",
-    "clip_by_history": "num_std=3.0 * window=128 warmup_steps=64 take_in='clipped' patience=None norm",
+    "zclip": "num_std=2.5 * decay=0.97 warmup_steps=25 max_norm=1.0 patience=33 clip_to='reciprocal' "
+    "scale='linear' norm",
+    "clip_by_history": "num_std=3.0 * window=128 warmup_steps=64 take_in='clipped' patience=None scale='linear' norm",
     "clip_by_tracked_quantile": "quantile=0.5 * learning_rate=0.2 initial=1.0 norm",
     "clip_norm_growth": "ratio=1.01 * norm",
 }

@@ -493,6 +493,8 @@ NAN, INF = np.nan, np.inf
         (0, [NAN, 2, -INF, 2], "-+-+"),
         # A step inside starts the count anew.
         (2, [2, 0.5, 2, 0.5, 2, 2, 2], "-+-+--+"),
+        # It never opens.
+        (None, [2] * 30 + [0.5, NAN, 2], "-" * 30 + "+--"),
         # A norm at the threshold does not stand out, and neither does one of 0.
         (2, [1, 2, 0, 2, 2, 2], "+-0--+"),
     ],
@@ -530,26 +532,30 @@ def gate(norms, losses, norm_rule, loss_rule, most):
 
 
 class MeanStd:
-    """The bound is mean + k max(std, 1e-6 max(mean, 1)) of the last values; what is above is taken in as the bound."""
+    """The bound is mean + k max(std, 1e-6 max(|mean|, 1)) of the last values; what is above is taken in as the bound.
 
-    def __init__(self, k, window, least):
-        self.k, self.window, self.least, self.values = k, window, least, []
+    A loss may have any sign, a norm of 0 is none.
+    """
+
+    def __init__(self, k, window, least, signed):
+        self.k, self.window, self.least, self.signed, self.values = k, window, least, signed, []
 
     def bound(self):
         if len(self.values) < self.least:
             return np.inf
         mean, std = np.mean(self.values), np.std(self.values)
-        return mean + self.k * max(std, 1e-6 * max(mean, 1))
+        return mean + self.k * max(std, 1e-6 * max(abs(mean), 1))
 
     def take(self, value):
-        if value > 0:
+        if value > 0 or self.signed:
             self.values = [*self.values, min(value, self.bound())][-self.window :]
 
 
 class Growth:
-    """At most `most` times the last value."""
+    """At most `most` times the last value, if that was positive."""
 
-    def __init__(self, most):
+    def __init__(self, most, signed):
+        del signed
         self.most, self.last = most, None
 
     def bound(self):
@@ -561,8 +567,11 @@ class Growth:
 
 
 RULES = {
-    "mean_std": (lambda: thresholds.mean_std(4.0, window=32, warmup_steps=8), lambda: MeanStd(4.0, 32, 8)),
-    "growth": (lambda: thresholds.growth(3.0), lambda: Growth(3.0)),
+    "mean_std": (
+        lambda: thresholds.mean_std(4.0, window=32, warmup_steps=8),
+        lambda signed: MeanStd(4.0, 32, 8, signed),
+    ),
+    "growth": (lambda: thresholds.growth(3.0), lambda signed: Growth(3.0, signed)),
 }
 
 
@@ -578,13 +587,26 @@ def events(rng, steps):
     return np.float32(values).astype(np.float64)
 
 
-@pytest.mark.parametrize("with_loss", [False, True], ids=["norm", "norm and loss"])
+def of_any_sign(rng, losses):
+    """About 0: each third of the losses is turned around."""
+    return np.where(rng.random(len(losses)) < 1 / 3, -losses, losses)
+
+
+LOSSES = {
+    "norm": None,
+    "norm and loss": lambda rng: events(rng, 2000),
+    "norm and loss of any sign": lambda rng: of_any_sign(rng, events(rng, 2000)),
+}
+
+
+@pytest.mark.parametrize("losses", LOSSES.values(), ids=LOSSES)
 @pytest.mark.parametrize("most", slow_but([0, 3, 20], 3))
 @pytest.mark.parametrize("rule", slow_but(RULES, "mean_std"))
-def test_two_thousand_random_steps_as_transcribed(rng, rule, most, with_loss):
+def test_two_thousand_random_steps_as_transcribed(rng, rule, most, losses):
     ours, theirs = RULES[rule]
-    given, losses = events(rng, 2000), events(rng, 2000)
-    reasons, in_row = gate(given, losses, theirs(), theirs() if with_loss else None, most)
+    given, with_loss = events(rng, 2000), losses is not None
+    losses = losses(rng) if with_loss else np.zeros(2000)
+    reasons, in_row = gate(given, losses, theirs(False), theirs(True) if with_loss else None, most)
     tx = skip(ours(), loss_threshold=ours() if with_loss else None, max_consecutive=most)
     taken, states, last = decisions(tx, given, losses)
     np.testing.assert_array_equal(
@@ -653,6 +675,8 @@ NORMS = {
     "group": norms.group_norm(lambda path: "first" if path == "w" else "second"),
     "included": norms.global_norm(include=lambda path: path != "b"),
     "relative": norms.relative_change(1.0, 1.0),
+    "peaks": norms.leaf_peaks(),
+    "spectral": norms.spectral_norm(),
 }
 
 
@@ -684,17 +708,23 @@ def test_a_spike_in_one_group_rejects_the_whole_step(name):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_leaf_that_the_norm_leaves_out_must_still_be_finite(value):
-    some = norms.global_norm(include=lambda path: path == "w")
-    tx = oc.skip_spikes(optax.identity(), thresholds.constant(10.0), norm=some)
-    state = tx.init(params())
-    high = grads(0) | {"b": jnp.full(3, 1e6)}
-    out, state = tx.update(high, state, params())
-    assert_same_bits(out, high)
-    out, state = tx.update(grads(1) | {"b": jnp.array([1.0, value, 1.0])}, state, params())
+SOME = {
+    "include": norms.global_norm(include=lambda path: path == "w"),
+    "labels": norms.group_norm({"w": "w", "b": None, "s": "s"}),
+}
+
+
+@pytest.mark.parametrize("value", [1e6, np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("norm", SOME.values(), ids=SOME)
+def test_a_leaf_that_the_norm_leaves_out_may_hold_anything(norm, value):
+    tx = oc.skip_spikes(optax.identity(), thresholds.constant(10.0), norm=norm)
+    frozen = grads(1) | {"b": jnp.array([1.0, value, 1.0])}
+    out, state = tx.update(frozen, tx.init(params()), params())
+    assert_same_bits(out, frozen)
+    out, state = tx.update(bad(2, value), state, params())
     assert_same_bits(out, zeros(out))
-    assert clip_stats(state)["skipped_nonfinite"] == 1
+    found = clip_stats(state)
+    assert (found["skipped_steps"], found["skipped_norm"]) == (1, int(np.isfinite(value)))
 
 
 def test_finite_numbers_at_the_end_of_the_range_are_no_reason_to_skip():
@@ -801,7 +831,14 @@ def test_a_loss_of_each_device_raises():
 
 @pytest.mark.parametrize(
     "given",
-    [{"norm": 2}, {"loss_threshold": 2.0}, {"max_consecutive": -1}, {"max_consecutive": 1.5}, {"threshold": 6.0}],
+    [
+        {"norm": 2},
+        {"loss_threshold": 2.0},
+        {"max_consecutive": "no"},
+        {"max_consecutive": -1},
+        {"max_consecutive": 1.5},
+        {"threshold": 6.0},
+    ],
     ids=str,
 )
 def test_an_argument_that_is_something_else_is_named(given):

@@ -1,5 +1,6 @@
 """The flight recorder: what a clipper did and what blew up first, from the state alone."""
 
+import functools
 import json
 
 import jax
@@ -544,3 +545,40 @@ def test_no_leaf_is_named_where_init_saw_other_leaves():
     _, state = tx.update({"a": None, "b": jnp.array([jnp.nan, 1.0])}, state)  # without params
     found = clip_stats(state)
     assert (found["first_nonfinite_step"], found["first_nonfinite_leaf"]) == (1, "")
+
+
+# What a threshold that follows the history compares with.
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+@pytest.mark.parametrize("scale", ["linear", "log"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda scale: thresholds.mean_std(3.0, window=8, warmup_steps=4, scale=scale),
+        lambda scale: thresholds.chain(thresholds.constant(1e6), thresholds.zscore(3.0, warmup_steps=8, scale=scale)),
+    ],
+    ids=["mean_std", "zscore"],
+)
+def test_the_level_that_would_clip_with_mean_and_deviation(rng, make, scale, jitted):
+    norms_seen = rng.lognormal(0.0, 0.1, size=8)
+    tx = clip_by(norms.leaf_norm(), make(scale), record=3)
+    state = tx.init({"a": jnp.ones(1), "b": jnp.ones(1)})
+    for norm in norms_seen:
+        _, state = tx.update({"a": jnp.array([norm]), "b": jnp.array([2 * norm])}, state)
+    read = (
+        (jax.jit(lambda s: clip_stats(s, per_group=True))) if jitted else functools.partial(clip_stats, per_group=True)
+    )
+    found = read(state)
+    for group, times in [("a", 1), ("b", 2)]:
+        values = times * norms_seen if scale == "linear" else np.log(times * norms_seen)
+        assert float(found[f"threshold_mean/{group}"]) == pytest.approx(values.mean(), rel=1e-5, abs=1e-6)
+        assert float(found[f"threshold_std/{group}"]) == pytest.approx(values.std(), rel=1e-4)
+    _, state = tx.update({"a": jnp.array([norms_seen[0]]), "b": jnp.array([2 * norms_seen[0]])}, state)
+    now = clip_stats(state, per_group=True)
+    for group in ("a", "b"):
+        level = found[f"threshold_mean/{group}"] + 3 * found[f"threshold_std/{group}"]
+        level = np.exp(level) if scale == "log" else level
+        assert now[f"clip_limit/{group}"] == pytest.approx(float(level), rel=1e-4)  # and no inf between spikes
+        assert now[f"clip_scale/{group}"] == 1.0
+    assert now["threshold_mean"] in {now["threshold_mean/a"], now["threshold_mean/b"]}

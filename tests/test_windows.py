@@ -85,6 +85,18 @@ def test_nothing_is_bounded_before_there_are_enough_norms_whatever_the_count_say
     np.testing.assert_array_equal(outs, 1e3)
 
 
+def test_a_value_of_zero_is_no_empty_place():
+    """The logarithm of a norm of 1, and a loss of 0."""
+    threshold = thresholds.mean_std(3.0, window=4, warmup_steps=3, scale="log")
+    outs, _ = followed(clip_by(norms.leaf_norm(), threshold), np.float32([[1.0, 2.0]] * 3 + [[5.0, 5.0]]))
+    np.testing.assert_allclose(outs[-1], [1.0, 2.0], rtol=1e-5)
+    threshold = thresholds.mean_std(3.0, window=4, warmup_steps=3).signed
+    state = threshold.init(jnp.float32(0))
+    for loss in (0.0, -0.0, 1e-40, 0.0):
+        (_, limit), state = threshold.limit(jnp.float32(loss), state, None)
+    np.testing.assert_allclose(limit, 3e-6, rtol=1e-5)
+
+
 def test_the_largest_norms_are_norms_like_others():
     """The places that are empty sort as the largest float does."""
     largest = np.finfo(np.float32).max

@@ -17,6 +17,7 @@ def zclip(
     max_norm: Bound | None = 1.0,
     patience: int | None = 33,
     clip_to: str = "reciprocal",
+    scale: str = "linear",
     norm: Norm = norms.global_norm(),
     axes: Axes = "auto",
     record: int = False,
@@ -40,6 +41,7 @@ def zclip(
       patience: after this many spikes in a row the statistics take norms in as measured. None never does, as in the
         paper.
       clip_to: what a spike is clipped to, `"reciprocal"`, `"mean"` or `"edge"`; see `thresholds.zscore`.
+      scale: `"linear"`, as in the paper, or `"log"` for the statistics of the logarithm of the norm.
       norm: what to measure, from `optaxclip.norms`. Each group has its own history.
       axes: which mesh axes split the leaves; see `clip_by`.
       record: how many of the last steps to record for `clip_stats`; see `clip_by`.
@@ -65,7 +67,7 @@ def zclip(
       - Edge cases: those of `clip_by`. A norm of 0, or one that is not finite, does not enter the history.
       - Level shifts: a lasting tenfold rise is followed within about 40 steps, with `patience=5` within 10.
       - Constant norms: after a warm-up of equal norms, every larger norm is a spike until `patience` runs out.
-      - Small norms: the 1e-6 is absolute, so norms far below it are never spikes.
+      - Small norms: the 1e-6 is absolute, so with `scale="linear"` norms far below it are never spikes.
       - Placement: before the optimizer.
       - Differs from the paper: `patience`, and NaN stays out of the statistics. The published method takes a spike in
         as what it was clipped to. After a lasting rise by three times or more its variance is gone, and it clips every
@@ -83,7 +85,9 @@ def zclip(
     checks.static_together(warmup_steps=warmup_steps, patience=patience, record=record)
     if max_norm is not None:
         checks.bound("max_norm", max_norm)
-    spikes = thresholds.zscore(num_std, decay=decay, warmup_steps=warmup_steps, patience=patience, clip_to=clip_to)
+    spikes = thresholds.zscore(
+        num_std, decay=decay, warmup_steps=warmup_steps, patience=patience, clip_to=clip_to, scale=scale
+    )
     threshold = spikes if max_norm is None else thresholds.chain(spikes, thresholds.constant(max_norm))
     return clip_by(norm, threshold, axes=axes, record=record)
 
@@ -95,6 +99,7 @@ def clip_by_history(
     warmup_steps: int = 64,
     take_in: str = "clipped",
     patience: int | None = None,
+    scale: str = "linear",
     norm: Norm = norms.global_norm(),
     axes: Axes = "auto",
     record: int = False,
@@ -113,6 +118,7 @@ def clip_by_history(
       take_in: `"clipped"` takes norms in after clipping, so one spike does not make room for the next. `"raw"` takes
         them in as measured, as levanter does.
       patience: after this many clipped norms in a row, norms are taken in as measured. None never does.
+      scale: `"linear"`, as in levanter, or `"log"` for the statistics of the logarithm of the norm.
       norm: what to measure, from `optaxclip.norms`. Each group has its own history.
       axes: which mesh axes split the leaves; see `clip_by`.
       record: how many of the last steps to record for `clip_stats`; see `clip_by`.
@@ -152,6 +158,6 @@ def clip_by_history(
     """
     checks.static_together(window=window, warmup_steps=warmup_steps, patience=patience, record=record)
     threshold = thresholds.mean_std(
-        num_std, window=window, warmup_steps=warmup_steps, take_in=take_in, patience=patience
+        num_std, window=window, warmup_steps=warmup_steps, take_in=take_in, patience=patience, scale=scale
     )
     return clip_by(norm, threshold, axes=axes, record=record)

@@ -1,6 +1,7 @@
 """Thresholds from the mean of the norms and how they scatter about it: of the last ones, or in moving averages."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,13 +12,15 @@ from optaxclip._arguments import bounds, checks
 from optaxclip._arguments.bounds import Number
 from optaxclip._numerics import arithmetic, averages
 from optaxclip.core import Threshold
-from optaxclip.thresholds.rules import Rule, no_steps, per_group, taken_in
+from optaxclip.records import moments
+from optaxclip.thresholds.rules import Rule, no_steps, of_logarithms, per_group, taken_in
 
 _CLIP_TO = ("reciprocal", "mean", "edge")
+_SCALES: dict[str, Callable[[Rule], Rule]] = {"linear": lambda rule: rule, "log": of_logarithms}
 
 
 class ZScoreState(NamedTuple):
-    """State of `zscore`, per group.
+    """State of `zscore`, per group. With `scale="log"` it is of the logarithms of the norms.
 
     Attributes:
       zscore_mean: moving average of what was taken in.
@@ -39,11 +42,13 @@ def zscore(
     warmup_steps: int = 25,
     patience: int | None = 33,
     clip_to: str = "reciprocal",
+    scale: str = "linear",
 ) -> Threshold:
     r"""Bounds a spike, a norm many standard deviations above a moving average, near the average, as ZClip does.
 
     With mean :math:`\mu`, standard deviation :math:`\sigma` and :math:`z = (n - \mu) / (\sigma + 10^{-6})`, a norm with
-    :math:`z > k` may be at most :math:`\mu + k^2 \sigma / z`. Other norms are not bounded.
+    :math:`z > k` may be at most :math:`\mu + k^2 \sigma / z`. Other norms are not clipped: their limit is the level
+    that a spike must pass, :math:`\mu + k (\sigma + 10^{-6})`.
 
     The first `warmup_steps` norms pass, however large: `chain` this with a `constant` if your run can explode at once.
 
@@ -55,6 +60,8 @@ def zscore(
         rise. None never does, as in the published method.
       clip_to: what a spike is clipped to. `"reciprocal"` is the formula above: the larger the spike, the lower its
         bound. `"mean"` is :math:`\mu`. `"edge"` is :math:`\mu + k \sigma`, which is also where spikes then begin.
+      scale: `"linear"`, or `"log"` for mean, deviation and bound of the logarithm of the norm. Norms of minibatches
+        scatter by factors, so in logarithms fewer ordinary steps stand out.
 
     Returns:
       A Threshold. Its state is 16 bytes per group.
@@ -74,8 +81,10 @@ def zscore(
 
     Notes:
       - Constant norms: after a warm-up of equal norms, every larger norm is a spike until `patience` runs out.
-      - Small norms: the 1e-6 is absolute, so norms far below it are never spikes.
+      - Small norms: the 1e-6 is absolute, so with `scale="linear"` norms far below it are never spikes.
       - Edge cases: A norm of 0, or one that is not finite, does not enter the history.
+      - Losses: as `loss_threshold` of `skip_spikes` it judges losses of any sign. With `scale="log"` it judges positive
+        ones only.
 
     See also:
       `zclip`; `mean_std`, whose window forgets.
@@ -86,6 +95,7 @@ def zscore(
     warmup_steps = checks.whole("warmup_steps", warmup_steps)
     patience = checks.whole_or_none("patience", patience)
     checks.one_of("clip_to", clip_to, _CLIP_TO)
+    checks.one_of("scale", scale, tuple(_SCALES))
 
     def init(dtype: Any) -> ZScoreState:
         return ZScoreState(jnp.zeros((), dtype), jnp.zeros((), dtype), no_steps(), no_steps())
@@ -108,11 +118,19 @@ def zscore(
         # squares are of the distances from the old mean to the new one and to the value, here from the new mean alone.
         plain, moving = _shares_of_all(seen, norm.dtype), averages.shares(decay, norm.dtype)
         by = averages.Shares(*(jnp.where(warm, one, other) for one, other in zip(plain, moving, strict=True)))
-        left = jnp.where(warm, arithmetic.root(by.old), by.old) * jnp.abs(value - mean)
+        distance = jnp.minimum(jnp.abs(value - mean), bounds.highest(norm.dtype))  # inf would stay in the average
+        left = jnp.where(warm, arithmetic.root(by.old), by.old) * distance
         new = ZScoreState(averages.moved(mean, value, by), averages.power_mean(std, left, by, 2), seen, spikes)
-        return (0.0, jnp.where(is_spike, bound, bounds.highest(norm.dtype))), new
+        level = bound if clip_to == "edge" else mean + most * (std + 1e-6)
+        upper = jnp.where(is_spike, bound, jnp.maximum(level, norm))  # rounded, the level may lie below
+        return (0.0, jnp.where(warm, bounds.highest(norm.dtype), upper)), new
 
-    return per_group(Rule(init, limit))
+    return per_group(_SCALES[scale](Rule(init, limit, signed=True)))
+
+
+@moments.of_kind.register
+def _of_zscore(state: ZScoreState) -> tuple[jax.Array, jax.Array]:
+    return state.zscore_mean, state.zscore_std
 
 
 class MomentsState(NamedTuple):
@@ -188,7 +206,8 @@ class WindowState(NamedTuple):
     """State of `mean_std`, per group.
 
     Attributes:
-      window_norms: ring of the last norms taken in; 0 where there is none yet.
+      window_norms: ring of the last norms taken in, or of their logarithms with `scale="log"`; 0 where there is none
+        yet, and for a value of 0 the next number that has all its digits.
       window_seen: int32, norms taken in.
       window_spikes: int32, spikes in a row.
     """
@@ -207,10 +226,11 @@ def mean_std(
     include_current: bool = False,
     take_in: str = "clipped",
     patience: int | None = None,
+    scale: str = "linear",
 ) -> Threshold:
     r"""Bounds a norm by `num_std` standard deviations above the mean of the last norms.
 
-    .. math:: bound = \mu + k \cdot \max(\sigma, 10^{-6} \max(\mu, 1))
+    .. math:: bound = \mu + k \cdot \max(\sigma, 10^{-6} \max(|\mu|, 1))
 
     The first `warmup_steps` norms pass, however large: `chain` this with a `constant` if your run can explode at once.
 
@@ -225,6 +245,8 @@ def mean_std(
         them in as measured, which follows a rise sooner.
       patience: after this many spikes in a row norms are taken in as measured, so that the bound follows a lasting
         rise. None never does.
+      scale: `"linear"`, or `"log"` for mean, deviation and bound of the logarithm of the norm. Norms of minibatches
+        scatter by factors, so in logarithms fewer ordinary steps stand out.
 
     Returns:
       A Threshold. Its state is 4 bytes per norm of the window, and 8 more, per group.
@@ -246,6 +268,8 @@ def mean_std(
       - Constant norms: where all norms in the window are equal, the deviation is a millionth of their mean, or 1e-6 if
         the mean is below 1.
       - Edge cases: A norm of 0, or one that is not finite, does not enter the history.
+      - Losses: as `loss_threshold` of `skip_spikes` it judges losses of any sign. With `scale="log"` it judges positive
+        ones only.
 
     See also:
       `clip_by_history`; `skip_spikes`, which it fits; `zscore`, without a window.
@@ -263,35 +287,45 @@ def mean_std(
     checks.flag("include_current", include_current)
     checks.one_of("take_in", take_in, ("clipped", "raw"))
     patience = checks.whole_or_none("patience", patience)
+    checks.one_of("scale", scale, tuple(_SCALES))
 
     def limit(norm: jax.Array, state: WindowState) -> tuple[Any, WindowState]:
         ring, seen, spikes = state
         place = seen % window
-        values = ring.at[place].set(norm) if include_current else ring
-        number = jnp.sum(values > 0)
+        values = ring.at[place].set(_not_zero(norm)) if include_current else ring
+        number = jnp.sum(values != 0)
         mean, std = _mean_and_std(values, ddof)
-        bound = mean + jnp.asarray(num_std, norm.dtype) * jnp.maximum(std, 1e-6 * jnp.maximum(mean, 1))
+        bound = mean + jnp.asarray(num_std, norm.dtype) * jnp.maximum(std, 1e-6 * jnp.maximum(jnp.abs(mean), 1))
         is_spike = (number >= warmup_steps) & (norm > bound)
         value, spikes = taken_in(patience, spikes, is_spike, norm, bound)
         value = norm if take_in == "raw" else value
         upper = jnp.where(number >= warmup_steps, bound, bounds.highest(norm.dtype))
-        return (0.0, upper), WindowState(ring.at[place].set(value), jnp.asarray(optax.safe_increment(seen)), spikes)
+        ring = ring.at[place].set(_not_zero(value))
+        return (0.0, upper), WindowState(ring, jnp.asarray(optax.safe_increment(seen)), spikes)
 
     def init(dtype: Any) -> WindowState:
         return WindowState(jnp.zeros(window, dtype), no_steps(), no_steps())
 
-    return per_group(Rule(init, limit))
+    return per_group(_SCALES[scale](Rule(init, limit, signed=True)))
+
+
+def _not_zero(value: jax.Array) -> jax.Array:
+    """A value as a ring holds it, where 0 is an empty place.
+
+    A count would not do: orbax may restore a ring into a longer one, with zeros that are no values.
+    """
+    tiny = float(jnp.finfo(value.dtype).tiny)
+    return value + jnp.where(jnp.abs(value) < tiny, 2 * tiny, 0).astype(value.dtype)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _mean_and_std_of(ring: jax.Array, ddof: int) -> tuple[jax.Array, jax.Array]:
-    """Mean and standard deviation of the positive values, whose squares may lie outside the float range."""
-    there = ring > 0
-    largest = jnp.max(ring)
+    """Mean and standard deviation of the values that are not 0, whose squares may lie outside the float range."""
+    largest = jnp.max(jnp.abs(ring))
     largest = jnp.where(largest > 0, largest, jnp.ones_like(largest))
     shares = arithmetic.quotient(ring, largest)
     mean = jnp.sum(shares) / _number(ring, 0)
-    away = jnp.where(there, shares - mean, jnp.zeros_like(shares))
+    away = jnp.where(ring != 0, shares - mean, jnp.zeros_like(shares))
     variance = jnp.sum(jnp.square(away)) / _number(ring, ddof)
     return mean * largest, jnp.sqrt(variance) * largest
 
@@ -301,9 +335,10 @@ def _mean_and_std_jvp(ddof: int, primals: Any, tangents: Any) -> tuple[Any, Any]
     # That of the above would go through the reciprocals of the smallest norms, and add up many of them.
     (ring,), (change,) = primals, tangents
     mean, std = _mean_and_std(ring, ddof)
+    there = ring != 0
     away = arithmetic.quotient(ring - mean, jnp.where(std > 0, std, jnp.ones_like(std)))
-    weights = jnp.where((ring > 0) & (std > 0), away, jnp.zeros_like(ring)) / _number(ring, ddof)
-    d_mean = jnp.sum(jnp.where(ring > 0, change, jnp.zeros_like(change)) / _number(ring, 0))
+    weights = jnp.where(there & (std > 0), away, jnp.zeros_like(ring)) / _number(ring, ddof)
+    d_mean = jnp.sum(jnp.where(there, change, jnp.zeros_like(change)) / _number(ring, 0))
     return (mean, std), (d_mean, jnp.sum(weights * change))
 
 
@@ -312,5 +347,10 @@ _mean_and_std = jax.jit(_mean_and_std_of, static_argnums=1)
 
 
 def _number(ring: jax.Array, less: int) -> jax.Array:
-    """How many values are positive, less a number; at least 1."""
-    return jnp.maximum(jnp.sum(ring > 0) - less, 1).astype(ring.dtype)
+    """How many values are not 0, less a number; at least 1."""
+    return jnp.maximum(jnp.sum(ring != 0) - less, 1).astype(ring.dtype)
+
+
+@moments.of_kind.register
+def _of_window(state: WindowState) -> tuple[jax.Array, jax.Array]:
+    return jax.vmap(functools.partial(_mean_and_std, ddof=0))(state.window_norms)

@@ -181,7 +181,10 @@ def chain(*thresholds: Threshold) -> Threshold:
     """
     for number, threshold in enumerate(thresholds):
         checks.instance(f"threshold {number} of the chain", threshold, Threshold, "thresholds.constant(1.0)")
+    return _all_of(thresholds)
 
+
+def _all_of(thresholds: tuple[Threshold, ...]) -> Threshold:
     def init(norms: Norms) -> State:
         each = tuple(threshold.init(norms) for threshold in thresholds)
         return each if jax.tree.leaves(each) else optax.EmptyState()
@@ -200,7 +203,10 @@ def chain(*thresholds: Threshold) -> Threshold:
             after_each.append(after)
         return (lower, upper), state if stateless else tuple(after_each)
 
-    return Threshold(init, limit)
+    if all(threshold.signed is None for threshold in thresholds):
+        return Threshold(init, limit)
+    signed = tuple(threshold if threshold.signed is None else threshold.signed for threshold in thresholds)
+    return Threshold(init, limit, _all_of(signed))
 
 
 def from_bounds(band: Callable[..., Band], *given: bounds.Bound) -> Threshold:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optaxclip._arguments import bounds
@@ -27,18 +28,45 @@ class Rule(NamedTuple):
       limit: `(norm, state, *shared) -> ((lower, upper), state)`, with `norm` positive and finite.
       shared: from the norms of all groups, a vector, what `limit` is told besides.
       takes_zero: whether a norm of 0 is an observation, too.
+      signed: whether `limit` is right for finite numbers of any sign, too.
     """
 
     init: Callable[[Any], RuleState]
     limit: Callable[..., tuple[tuple[Any, Any], RuleState]]
     shared: Callable[[jax.Array], tuple[Any, ...]] = lambda norms: ()
     takes_zero: bool = False
+    signed: bool = False
+
+
+def of_logarithms(rule: Rule) -> Rule:
+    """A rule for numbers of any sign, applied to the logarithms of norms.
+
+    Its state holds logarithms, and the upper end of the band is the exponential of its own; there is no lower end.
+    """
+
+    def limit(norm: jax.Array, state: RuleState, *shared: Any) -> tuple[tuple[float, jax.Array], RuleState]:
+        log_norm = jnp.log(jnp.maximum(norm, float(jnp.finfo(norm.dtype).tiny)))  # XLA's of a subnormal loss is -inf
+        (_, upper), after = rule.limit(log_norm, state, *shared)
+        # The exponential of the logarithm may round below the norm, which would be clipped by an ulp.
+        bound = jnp.where(log_norm <= upper, jnp.maximum(_exponential(upper), norm), _exponential(upper))
+        return (0.0, bound), after
+
+    return rule._replace(limit=limit, signed=False)
+
+
+def _exponential(log: jax.Array) -> jax.Array:
+    """The exponential as a positive normal number: where it is beyond the largest float, that."""
+    info = jnp.finfo(log.dtype)
+    most = float(np.nextafter(np.log(info.max), info.dtype.type(0)))  # rounded, the logarithm may be that of inf
+    size = jnp.exp(jnp.minimum(log, most))
+    return jnp.where(log > most, jnp.full_like(log, bounds.highest(log.dtype)), jnp.maximum(size, float(info.tiny)))
 
 
 def per_group(rule: Rule, *, max_groups: int | None = None) -> Threshold:
     """A rule for one group as a Threshold for all.
 
     A norm that is 0, infinite or NaN is no observation: the state of its group stays bit for bit, the others go on.
+    For a number of any sign, which the `signed` of the result judges, 0 and below are observations.
 
     Args:
       rule: the rule. Its state's arrays get the groups as a leading axis.
@@ -56,13 +84,15 @@ def per_group(rule: Rule, *, max_groups: int | None = None) -> Threshold:
         # Without groups one stands in: checkpoints refuse empty arrays.
         return jax.tree.map(lambda leaf: jnp.tile(leaf, (max(number, 1), *(1 for _ in leaf.shape))), one)
 
-    def limit(norms: Norms, state: State, param_norms: Any, **extra_args: Any) -> tuple[tuple[Norms, Norms], State]:
+    def limit(
+        signed: bool, norms: Norms, state: State, param_norms: Any, /, **extra_args: Any
+    ) -> tuple[tuple[Norms, Norms], State]:
         del param_norms, extra_args
         if not groups.number(norms):
             return (0.0, None), state
         flat, back = groups.as_vector(norms)
         _require_like(state, jax.eval_shape(init, norms))
-        is_seen = jnp.isfinite(flat) & ((flat > 0) | rule.takes_zero)
+        is_seen = jnp.isfinite(flat) & ((flat > 0) | rule.takes_zero | signed)
         seen = jnp.where(is_seen, flat, jnp.ones_like(flat))
         shared = rule.shared(flat)
 
@@ -75,7 +105,8 @@ def per_group(rule: Rule, *, max_groups: int | None = None) -> Threshold:
         high = back(jnp.where(is_seen, upper, bounds.highest(flat.dtype)))
         return (low, high), jax.tree.map(functools.partial(_where_seen, is_seen), after, state)
 
-    return Threshold(init, limit)
+    signed = Threshold(init, functools.partial(limit, True)) if rule.signed else None
+    return Threshold(init, functools.partial(limit, False), signed)
 
 
 def _where_seen(is_seen: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:

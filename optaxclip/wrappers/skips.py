@@ -1,6 +1,6 @@
 """Steps that are not taken: those that are not finite, and those that stand out."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import optax
 
 from optaxclip import core, norms, thresholds
-from optaxclip._arguments import checks
+from optaxclip._arguments import bounds, checks
 from optaxclip._arrays import groups, layouts, mesh, states
 from optaxclip._arrays.parameters import beside, parameters
 from optaxclip._arrays.trees import Tree
 from optaxclip._jaxprs.holding import update_or_hold
-from optaxclip.core import Norm, Threshold, Updates
-from optaxclip.wrappers import skip_counts
+from optaxclip.core import Norm, Norms, Threshold, Updates
+from optaxclip.wrappers import skip_counts, verdicts
 from optaxclip.wrappers.skip_counts import SkipStats
 
 
@@ -73,6 +73,8 @@ def skip_nonfinite(
         addition. A step that is not finite is never taken, however many there are in a row.
       - Edge cases: gradients of 1e30 are finite. Clip them inside, or use `skip_spikes`. Leaves without floats are not
         checked; in a skipped step integer updates are zeros too.
+      - Some leaves: `skip_spikes(inner, thresholds.constant(jnp.inf), norm=norms.global_norm(include=...))` checks
+        only those included.
       - Placement: around everything: `skip_nonfinite(chain(clip_by_global_norm(1.0), adam(1e-3)))`. Around
         `optax.MultiSteps` it checks every micro-batch. Do not put it inside: optax empties its sum of gradients by
         multiplying with 0, so a NaN stays in it and every later step is skipped.
@@ -85,7 +87,8 @@ def skip_nonfinite(
       `optax.apply_if_finite`.
 
     See also:
-      `skip_spikes`; `zero_nonfinite`, which keeps the coordinates that are finite.
+      `skip_spikes`; `skip_micro_steps`, inside `optax.MultiSteps`; `zero_nonfinite`, which keeps the coordinates that
+      are finite.
 
       Notebook: `notebooks/recipes.ipynb`, logs, loops, other libraries, checkpoints.
     """
@@ -93,17 +96,13 @@ def skip_nonfinite(
     return skip_spikes(inner, thresholds.constant(float("inf")), axes=axes)
 
 
-# The default of `skip_spikes`. Whether a step is finite is read from it: a second norm is measured only beside another.
-_ALL = norms.global_norm()
-
-
 def skip_spikes(
     inner: optax.GradientTransformation,
     threshold: Threshold,
     *,
-    norm: Norm = _ALL,
+    norm: Norm = norms.global_norm(),
     loss_threshold: Threshold | None = None,
-    max_consecutive: int = 20,
+    max_consecutive: int | None = 20,
     axes: mesh.Axes = "auto",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Skips every step whose norm or loss is above its threshold, or not finite.
@@ -111,7 +110,8 @@ def skip_spikes(
     .. math:: (u, s) \leftarrow (0, s) \text{ if } n_G > upper_G \text{ for some group, or the loss is above its own},
         \text{ else } \mathrm{inner}(g, s)
 
-    While a threshold warms up, every finite step is taken, however large its norm. Put a clip inside:
+    After 20 spikes in a row the next is taken, as a new level; `max_consecutive=None` skips them all. While a threshold
+    warms up, every finite step is taken, however large its norm. Put a clip inside:
     `skip_spikes(chain(clip_by_global_norm(1.0), adam(1e-3)), thresholds.mean_std(6.0))`.
 
     Args:
@@ -119,12 +119,13 @@ def skip_spikes(
       threshold: from `optaxclip.thresholds`. A step is a spike if some norm is above the upper end of its band; the
         lower end is ignored. `thresholds.mean_std` and `thresholds.zscore` with many deviations fit, and so does
         `thresholds.constant`.
-      norm: what to measure, from `optaxclip.norms`.
+      norm: what to measure, from `optaxclip.norms`. Leaves that it leaves out, as by `include=`, may be NaN.
       loss_threshold: a threshold for the loss. Pass the loss as `tx.update(grads, state, params, value=loss)`, the same
-        on all devices. It must be positive, as a cross entropy is: a loss of 0 or less is not judged and does not enter
-        the statistics.
+        on all devices. `thresholds.mean_std` and `thresholds.zscore` judge losses of any sign, `thresholds.constant`
+        compares the number. The other thresholds compare ratios, and so do these two with `scale="log"`: a loss of 0 or
+        less is then not judged and does not enter the statistics.
       max_consecutive: after this many finite steps skipped in a row, spikes are taken, and enter the statistics, until
-        a step is no spike. At least 0; 20 is long for a spike and short for a new level.
+        a step is no spike. At least 0; 20 is long for a spike and short for a new level. None never takes one.
       axes: which mesh axes split the leaves; see `clip_by`. All devices make the same decision.
 
     Returns:
@@ -149,16 +150,18 @@ def skip_spikes(
 
     Notes:
       - Guarantees: those of `skip_nonfinite`. A skipped step does not enter the statistics of the thresholds, and
-        schedules inside do not advance.
+        schedules of `inner` do not advance.
+      - Schedules: a schedule inside a threshold counts every step, skipped or not. To skip steps 10 to 12, pass
+        `thresholds.constant(lambda step: jnp.where((step >= 10) & (step <= 12), 0.0, jnp.inf))` and
+        `max_consecutive=None`.
       - Thresholds that do not fit: a quantile or a small ratio of the steps *taken* skips more and more ordinary steps.
         `thresholds.smooth` skips all of them.
       - Edge cases: a step whose gradient, or with `loss_threshold` whose loss, is not finite is never taken. It counts
         neither for nor against `max_consecutive`. A step is counted under the first reason that holds: not finite,
         norm, loss.
       - Placement: around everything. As with `skip_nonfinite`, a recorder belongs in front.
-      - Differs from OLMo-core: that code also skips what is far below the mean. It takes skipped steps into its window,
-        so that one spike opens the band for 128 steps. It multiplies by 0, so that a NaN stays one. It has no
-        `max_consecutive`.
+      - Differs from OLMo-core: that code takes skipped steps into its window, so that one spike opens the band for 128
+        steps. It multiplies by 0, so that a NaN stays one. It has no `max_consecutive`.
 
     References:
       Walsh et al., 2 OLMo 2 Furious, COLM 2025, arXiv:2501.00656. The code of OLMo-core calls it SkipStepOptimizer,
@@ -175,7 +178,8 @@ def skip_spikes(
     checks.instance("norm", norm, Norm, "norms.global_norm()")
     if loss_threshold is not None:
         checks.instance("loss_threshold", loss_threshold, Threshold, "thresholds.mean_std(6.0)")
-    max_consecutive = checks.whole("max_consecutive", max_consecutive, at_least=0)
+    if max_consecutive is not None:
+        max_consecutive = checks.whole("max_consecutive", max_consecutive, at_least=0, also=", or None")
     checks.axes(axes)
     return _skipping(
         optax.with_extra_args_support(inner), _Gate(threshold, norm, loss_threshold, max_consecutive, axes)
@@ -188,7 +192,7 @@ class _Gate(NamedTuple):
     threshold: Threshold
     norm: Norm
     loss_threshold: Threshold | None
-    max_consecutive: int
+    max_consecutive: int | None
     axes: mesh.Axes
 
 
@@ -207,8 +211,8 @@ def _skipping(inner: optax.GradientTransformationExtraArgs, gate: _Gate) -> opta
     def update(updates: Updates, state: Tree, params: Tree = None, **extra_args: Any) -> tuple[Updates, SkipState]:
         state = states.of_kind(SkipState, state, "skip_nonfinite or skip_spikes")
         seen = _look(gate, updates, state, params, extra_args)
-        is_open = state.spikes_in_row >= gate.max_consecutive
-        rejected = ~seen.finite | (seen.stands_out & ~is_open)
+        is_open = False if gate.max_consecutive is None else state.spikes_in_row >= gate.max_consecutive
+        rejected = ~seen.finite | (seen.stands_out & jnp.logical_not(is_open))
         new_updates, inner_state = update_or_hold(
             lambda updates, inner_state: inner.update(updates, inner_state, params, **extra_args),
             rejected,
@@ -221,14 +225,21 @@ def _skipping(inner: optax.GradientTransformationExtraArgs, gate: _Gate) -> opta
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+class _States(NamedTuple):
+    """The states of the two thresholds."""
+
+    of_norm: Any
+    of_loss: Any
+
+
 class _Seen(NamedTuple):
-    """What a step is judged by, and the states of the thresholds if it is taken."""
+    """What a step is judged by, and the states of the thresholds if it is taken and if it is skipped."""
 
     finite: jax.Array
     high_norm: jax.Array
     high_loss: jax.Array
-    norm_threshold_state: Any
-    loss_threshold_state: Any
+    taken: _States
+    skipped: _States
 
     @property
     def stands_out(self) -> jax.Array:
@@ -237,56 +248,63 @@ class _Seen(NamedTuple):
 
 def _look(gate: _Gate, updates: Updates, state: SkipState, params: Tree, extra_args: Mapping[str, Any]) -> _Seen:
     filled, known = beside(updates, params)
-    leaves = core.Leaves(filled, known, gate.axes)
-    judged = core.judge(gate.norm, gate.threshold, leaves, state.norm_threshold_state, extra_args)
-    whole = judged.norms if gate.norm is _ALL else _ALL.measure(leaves)
+    leaves = core.Leaves(filled, known, gate.axes, told=extra_args)
+    before = _States(state.norm_threshold_state, state.loss_threshold_state)
+    judged = core.judge(gate.norm, gate.threshold, leaves, before.of_norm, extra_args)
+    verdict = verdicts.of_norms(judged, leaves)
+    without = _without(
+        gate.threshold, judged.norms, before.of_norm, lambda: gate.norm.measure(leaves.params()), extra_args
+    )
     seen = _Seen(
-        finite=jnp.isfinite(whole),
-        high_norm=_is_any_above(judged, leaves),
-        high_loss=jnp.zeros_like(whole, jnp.bool_),
-        norm_threshold_state=judged.state,
-        loss_threshold_state=state.loss_threshold_state,
+        finite=verdict.finite,
+        high_norm=verdict.high,
+        high_loss=jnp.zeros_like(verdict.high),
+        taken=before._replace(of_norm=judged.state),
+        skipped=before._replace(of_norm=without),
     )
     if gate.loss_threshold is None:
         return seen
-    loss = _loss(extra_args, leaves.axes)
-    high_loss, loss_state = _is_loss_above(loss, gate.loss_threshold, state.loss_threshold_state, extra_args)
-    return seen._replace(finite=seen.finite & jnp.isfinite(loss), high_loss=high_loss, loss_threshold_state=loss_state)
+    loss, threshold = _loss(extra_args, leaves.axes), gate.loss_threshold
+    threshold = threshold if threshold.signed is None else threshold.signed
+    (_, upper), after = threshold.limit(loss, before.of_loss, _no_param_norms, **extra_args)
+    return seen._replace(
+        finite=verdict.finite & jnp.isfinite(loss),
+        high_loss=groups.over_groups(_is_above, loss, upper),
+        taken=seen.taken._replace(of_loss=after),
+        skipped=seen.skipped._replace(of_loss=_without(threshold, loss, before.of_loss, _no_param_norms, extra_args)),
+    )
+
+
+def _without(
+    threshold: Threshold,
+    norms: Norms,
+    state: Any,
+    param_norms: Callable[[], Norms],
+    extra_args: Mapping[str, Any],
+) -> Any:
+    """The state of a threshold after a step that does not count: NaN is no observation, and it counts as a step."""
+    if not jax.tree.leaves(state):
+        return state
+    # These NaN are meant, and go nowhere: no error for them where jax looks for NaN.
+    with jax.debug_nans(False), jax.debug_infs(False):
+        nothing = jax.tree.map(lambda norm: jnp.full_like(norm, jnp.nan), norms)
+        _, after = threshold.limit(nothing, state, param_norms, **extra_args)
+    return after
 
 
 def _outer_state(state: SkipState, seen: _Seen, rejected: jax.Array) -> SkipState:
     """The state one step on, except for the inner one."""
-    norm_state, loss_state = jax.tree.map(
-        lambda old, new: jnp.where(rejected, old, new),
-        (state.norm_threshold_state, state.loss_threshold_state),
-        (seen.norm_threshold_state, seen.loss_threshold_state),
-    )
+    after = jax.tree.map(lambda skipped, taken: jnp.where(rejected, skipped, taken), seen.skipped, seen.taken)
     in_row = jnp.where(seen.stands_out, jnp.asarray(optax.safe_increment(state.spikes_in_row)), 0)
     return state._replace(
         skip_stats=skip_counts.one_more(state.skip_stats, rejected, ~seen.finite, seen.high_norm),
         spikes_in_row=jnp.where(seen.finite, in_row, state.spikes_in_row),
-        norm_threshold_state=norm_state,
-        loss_threshold_state=loss_state,
+        norm_threshold_state=after.of_norm,
+        loss_threshold_state=after.of_loss,
     )
 
 
 _LOSS = jax.ShapeDtypeStruct((), jnp.float32)
-
-
-def _is_any_above(judged: core.Judged, leaves: core.Leaves) -> jax.Array:
-    """Whether some norm, on any device, is above its limit."""
-    above = jax.tree.leaves(groups.over_groups(_is_above, judged.norms, judged.limits))
-    found = jnp.zeros((), jnp.int32)
-    for each in above:
-        found = jnp.maximum(found, jnp.any(each).astype(jnp.int32))
-    if any(each.ndim for each in above):  # units, which may lie on different devices
-        axes = mesh.may_vary_over(found, leaves.axes)
-        found = jax.lax.pmax(found, axes) if axes else found
-    return found > 0
-
-
-def _is_above(norm: jax.Array, limit: jax.Array) -> jax.Array:
-    return jnp.isfinite(norm) & (norm > limit)
 
 
 def _loss(extra_args: Mapping[str, Any], names: frozenset[str]) -> jax.Array:
@@ -307,14 +325,13 @@ def _loss(extra_args: Mapping[str, Any], names: frozenset[str]) -> jax.Array:
     return jax.lax.pmax(jnp.where(jnp.isnan(loss), jnp.inf, loss), axes) if axes else loss
 
 
-def _is_loss_above(
-    loss: jax.Array, threshold: Threshold, state: Tree, extra_args: Mapping[str, Any]
-) -> tuple[jax.Array, Any]:
-    def no_param_norms() -> Any:
-        raise ValueError("loss_threshold must not depend on the parameters: a loss has no norm of them beside it")
+def _no_param_norms() -> Any:
+    raise ValueError("loss_threshold must not depend on the parameters: a loss has no norm of them beside it")
 
-    (_, upper), state = threshold.limit(loss, state, no_param_norms, **extra_args)
-    return _is_above(loss, groups.over_groups(core.upper_end, loss, upper)), state
+
+def _is_above(loss: jax.Array, upper: Any) -> jax.Array:
+    """Whether a loss is above its threshold. As a loss may be, that may be negative, as no norm's may."""
+    return jnp.isfinite(loss) & (loss > bounds.as_array(upper, loss.dtype))
 
 
 def _zero_if(flag: jax.Array, leaf: Any) -> Any:

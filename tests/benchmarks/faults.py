@@ -29,7 +29,8 @@ from tests.benchmarks import show_environment, write_json
 
 GOOD = 100  # steps before the first fault
 BURST = 50
-KINDS = ("none", "nan", "inf", "1e30", "zero", "leaf", "coordinate", "loss")
+KINDS = ("none", "nan", "inf", "1e30", "zero", "leaf", "coordinate", "loss", "high loss")
+IN_TABLE = KINDS[1:-1]  # a high loss is nothing to an optimizer that does not see it
 FAULTS: dict[str, float] = {"no faults": 0.0, "1 % of steps": 0.01, "5 % of steps": 0.05, "20 % of steps": 0.2}
 BURSTS = "bursts of 50"
 
@@ -71,7 +72,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def codes(fault: str, steps: int, kinds: tuple[str, ...] = KINDS[1:], seed: int = 0) -> np.ndarray:
+def codes(fault: str, steps: int, kinds: tuple[str, ...] = IN_TABLE, seed: int = 0) -> np.ndarray:
     """Which of KINDS happens at each step."""
     rng = np.random.default_rng(seed)
     numbers = np.array([KINDS.index(kind) for kind in kinds], np.int32)
@@ -114,15 +115,19 @@ def damaged(code: jax.Array, grads: Params, value: jax.Array) -> tuple[Params, j
         "leaf": grads | {"w": full(jnp.nan)["w"]},
         "coordinate": grads | {"b": grads["b"].at[1].set(jnp.inf)},
         "loss": grads,
+        "high loss": grads,
     }
     chosen = jax.tree.map(lambda *leaves: jnp.stack(leaves)[code], *(versions[kind] for kind in KINDS))
+    value = jnp.where(code == KINDS.index("high loss"), value + 100, value)
     return chosen, jnp.where(code == KINDS.index("loss"), jnp.nan, value)
 
 
-def train(tx: Any, code: np.ndarray, numbers: np.ndarray | None = None, options: Any = None) -> Run:
+def train(
+    tx: Any, code: np.ndarray, numbers: np.ndarray | None = None, options: Any = None, *, level: float = 0.0
+) -> Run:
     """Steps of `tx` with these faults. The noise of a step is that of its number, by default its place.
 
-    `options` are those of the compiler.
+    `options` are those of the compiler. `level` is added to the losses, which may then be negative.
     """
     tx = optax.with_extra_args_support(tx)
     numbers = np.arange(len(code)) if numbers is None else numbers
@@ -135,7 +140,7 @@ def train(tx: Any, code: np.ndarray, numbers: np.ndarray | None = None, options:
             value, grads = jax.value_and_grad(loss)(params)
             noise = jax.random.normal(jax.random.fold_in(jax.random.key(2), number), 16)
             grads = {"w": grads["w"] + 0.2 * noise[:12].reshape(4, 3), "b": grads["b"] + 0.2 * noise[12:15]}
-            grads, value = damaged(code, grads, value + 0.05 * noise[15])
+            grads, value = damaged(code, grads, value + level + 0.05 * noise[15])
             updates, state = tx.update(grads, state, params, value=value)
             total = sum(jnp.sum(jnp.abs(leaf)) for leaf in jax.tree.leaves(updates))
             return (optax.apply_updates(params, updates), state), jnp.isfinite(total) & (total > 0)
