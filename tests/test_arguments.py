@@ -59,6 +59,7 @@ PUBLIC = {
     "clip_cotangents": (oc.clip_cotangents, {"x": jnp.ones(2), "tx": IDENTITY}),
     "clip_norm_growth": (contrib.clip_norm_growth, {}),
     "clip_singular_values": (oc.clip_singular_values, {"max_value": 1.0}),
+    "clip_tree": (oc.clip_tree, {"tree": {}, "max_norm": 1.0}),
     "clipped_momentum": (oc.clipped_momentum, {"max_norm": 1.0}),
     "clippy": (contrib.clippy, {}),
     "global_norm": (oc.global_norm, {"tree": {}}),
@@ -80,6 +81,7 @@ PUBLIC = {
     "zclip": (oc.zclip, {}),
     "norms.global_norm": (norms.global_norm, {}),
     "norms.group_norm": (norms.group_norm, {"labels": "all"}),
+    "norms.known": (norms.known, {"name": "grad_norm"}),
     "norms.leaf_norm": (norms.leaf_norm, {}),
     "norms.leaf_rms": (norms.leaf_rms, {}),
     "norms.relative_change": (norms.relative_change, {"relative": 0.1, "absolute": 0.1}),
@@ -110,7 +112,7 @@ CHECKED_ELSEWHERE = {"clip_stats", "per_example.form_of", "thresholds.chain"}
 # No transformations, nor parts of one: optax.inject_hyperparams has nothing to do with them.
 CALLED_ONCE = {
     "clip_cotangents", "global_norm", "migrate", "per_example_global_norm_clip", "per_example_layer_norm_clip",
-    "skip_micro_steps",
+    "clip_tree", "skip_micro_steps",
     "per_example.clipped_value_and_grad", *(name for name in PUBLIC if name.startswith("diagnostics")),
 }  # fmt: skip
 DATA = {"grads", "old_state", "opt_state", "params", "tree", "x"}

@@ -555,7 +555,7 @@ def test_no_leaf_is_named_where_init_saw_other_leaves():
 @pytest.mark.parametrize(
     "make",
     [
-        lambda scale: thresholds.mean_std(3.0, window=8, warmup_steps=4, scale=scale),
+        lambda scale: thresholds.mean_std(3.0, window=8, warmup_steps=8, scale=scale),
         lambda scale: thresholds.chain(thresholds.constant(1e6), thresholds.zscore(3.0, warmup_steps=8, scale=scale)),
     ],
     ids=["mean_std", "zscore"],

@@ -36,8 +36,8 @@ def clip_stats(
     `first_nonfinite_leaves`  how many leaves were not finite in that step
     `first_nonfinite_leaf`    path of one of them, the first in the order of the tree; "" if there was none
     `first_nonfinite_report`  both in words, and where to look; "" if there was none
-    `threshold_mean`          the mean that the next norm is compared with, where the threshold follows a mean; of the
-                              logarithms with `scale="log"`
+    `threshold_mean`          the mean that the next norm is compared with, where the threshold follows a mean; that of
+                              the logarithms where these are compared
     `threshold_std`           the standard deviation about it
     `norm_axes`               mesh axes that the norm went over, as "data,model"; absent if it went over none
     ========================  =========================================================================================
