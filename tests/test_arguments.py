@@ -154,7 +154,8 @@ JUNK = [
     np.array("x"), np.datetime64(0, "s"), b"x", object(), {1, 2}, math, HUGE, math.nan, complex,
     {"a": 1j}, {"a": object()}, {}, (jnp.array(1j), 1.0),
 ]  # fmt: skip
-FINE = {"axis": [HUGE], "fun": [complex], "stacked": [HUGE]}  # the ranks of the leaves are known later
+# The ranks of the leaves are known later, and a norm may be NaN.
+FINE = {"axis": [HUGE], "fun": [complex], "known_norm": [math.nan], "stacked": [HUGE]}
 
 
 @pytest.mark.parametrize(("name", "parameter"), PARAMETERS)

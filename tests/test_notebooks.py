@@ -20,6 +20,7 @@ NEEDS = {
     "acceleration": ["sklearn"],
     "bias": ["sklearn"],
     "choosing_a_threshold": ["IPython", "sklearn"],
+    "long_run": ["orbax"],
     "outliers_and_privacy": ["sklearn"],
     "quickstart": ["equinox", "flax"],
     "recipes": ["equinox", "flax", "orbax", "tensorboardX"],

@@ -19,7 +19,10 @@ def scalar(name: str, value: Any, what: str) -> jax.Array:
     Raises:
       ValueError: if it is no real scalar, or differs between the devices of a `shard_map`.
     """
-    number = jnp.asarray(value)
+    try:
+        number = jnp.asarray(value)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"{name} must be one {what}, a real scalar, got {value!r}") from None
     if number.shape or not jnp.issubdtype(number.dtype, jnp.number) or jnp.iscomplexobj(number):
         raise ValueError(f"{name} must be one {what}, a real scalar, got {number.dtype} of shape {number.shape}")
     if over := layouts.varying(number):

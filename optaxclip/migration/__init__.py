@@ -88,6 +88,8 @@ def migrate(tx: optax.GradientTransformation, params: Tree, old_state: Tree) -> 
 
     See also:
       `clip_stats`, which reads a state.
+
+      Notebooks: `notebooks/long_run.ipynb`, a run that goes on after a NaN; `notebooks/recipes.ipynb`, checkpoints.
     """
     checks.transformation("tx", tx)
     initial = tx.init(params)

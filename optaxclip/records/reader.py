@@ -105,8 +105,8 @@ def clip_stats(
     See also:
       `ClipStats`, what is recorded; `diagnostics.from_state`, for the norms as a history.
 
-      Notebooks: `notebooks/quickstart.ipynb`, a clipped and recorded run in twenty lines; `notebooks/recipes.ipynb`,
-        logs, loops, other libraries, checkpoints.
+      Notebooks: `notebooks/quickstart.ipynb`, a clipped and recorded run in twenty lines; `notebooks/long_run.ipynb`,
+        what led to a NaN; `notebooks/recipes.ipynb`, logs, loops, other libraries, checkpoints.
     """
     checks.flag("per_group", per_group)
     if not isinstance(history, bool):

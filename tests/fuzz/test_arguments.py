@@ -210,6 +210,12 @@ def tap(v: Any) -> bool | None:
     return True if v is None else is_real_array(v) and v.shape == (2,) and v.dtype.kind == "f"
 
 
+def norm_in_hand(v: Any) -> bool | None:
+    """A real scalar, whose value is not looked at."""
+    is_one = is_number(v) or (is_real_array(v) and v.ndim == 0)
+    return v is None or (None if is_huge(v) else is_one)
+
+
 def percentile(v: Any) -> bool | None:
     """In [0, 100]; one below 1 may be taken for a mistake."""
     fits = number(high=100)(v)
@@ -242,6 +248,7 @@ KINDS: dict[str, Kind] = {
     "include_current": flag,
     "initial": or_none(FINITE),
     "inner": transformation,
+    "known_norm": norm_in_hand,
     "l2_norm_clip": number(),
     "labels": tree_of(is_a(str), none=False),
     "learning_rate": FINITE,
@@ -257,8 +264,10 @@ KINDS: dict[str, Kind] = {
     "min_ratio": or_none(SHARE),
     "min_value": or_none(bound(signed=True)),
     "mix": SHARE,
+    "name": lambda v: isinstance(v, str) and v.isidentifier(),
     "norm": is_a(oc.Norm),
     "num_std": number(),
+    "numeric": flag,
     "offset": BOUND,
     "ord": order,
     "patience": whole(1, none=True),
@@ -272,6 +281,8 @@ KINDS: dict[str, Kind] = {
     "form": one_of("auto", "one_pass", "two_pass"),
     "relative": number(),
     "return_norms": flag,
+    "scale": one_of("linear", "log"),
+    "since": whole(0),
     "smooth": flag,
     "stacked": tree_of(lambda v: None if v is False else whole(0)(v), none=True),
     "state_dtype": floats,
@@ -325,7 +336,8 @@ GIVEN: dict[str, dict[str, Any]] = {
         "inner": optax.identity(), "tx": oc.clip(1.0), "target_norm": 1.0, "quantile": 0.5, "ratio": 1.0,
         "norm": norms.leaf_norm(), "relative": 0.1, "absolute": 0.1, "l2_norm_clip": 1.0,
         "global_l2_norm_clip": 1.0, "grads": jnp.ones((2, 3)), "fun": jnp.vdot, "x": jnp.ones(2), "tree": jnp.ones(2),
-        "params": {}, "old_state": (), "opt_state": (), "threshold": thresholds.constant(1.0),
+        "params": {}, "old_state": (), "name": "grad_norm",
+        "opt_state": oc.clip_by_global_norm(1.0, record=True).init(jnp.ones(2)), "threshold": thresholds.constant(1.0),
     },
     "clip_by_block_rms": {"threshold": 1.0},
     "clip_by_value": {"min_value": -math.inf, "max_value": math.inf},
