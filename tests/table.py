@@ -180,6 +180,7 @@ class Row:
       untouched: paths of leaves that are neither counted nor changed.
       param_state: the fields of the state that have an entry per parameter.
       bounds_weights: what it bounds is the weights after the step: nothing can be asked of the updates alone.
+      counts_entries: a leaf of zeros changes the norm of its group, and so does a missing gradient.
       takes_zero: a zero gradient changes the statistics.
       dtypes: which dtypes the method is for.
     """
@@ -206,6 +207,7 @@ class Row:
     untouched: tuple[str, ...] = ()
     param_state: tuple[str, ...] = ()
     bounds_weights: bool = False
+    counts_entries: bool = False
     takes_zero: bool = False
     dtypes: tuple[str, ...] = DTYPES
 
@@ -890,6 +892,16 @@ ROWS = (
         measure=norm(np.inf),
         band=within(0.5, 0.5),
         inside=None,
+    ),
+    Row(
+        name="clip_by-global_rms-constant",
+        public="clip_by",
+        factory=lambda c: oc.clip_by(oc.norms.global_rms(), oc.thresholds.constant(c)),
+        args=(0.5,),
+        groups=together,
+        measure=rms,
+        band=at_most(0.5),
+        counts_entries=True,
     ),
     Row(
         name="clip_by-leaf_rms-exactly",

@@ -109,7 +109,7 @@ PUBLIC = {
     "diagnostics.plot": (diagnostics.plot, {"norms": STEPS, "file": "norms.png"}),
     "diagnostics.summary": (diagnostics.summary, {"norms": STEPS}),
 }
-WITHOUT_ARGUMENTS = {"zero_nonfinite", "norms.leaf_peaks"}
+WITHOUT_ARGUMENTS = {"zero_nonfinite", "norms.global_rms", "norms.leaf_peaks"}
 CHECKED_ELSEWHERE = {"clip_stats", "per_example.form_of", "thresholds.chain"}
 # No transformations, nor parts of one: optax.inject_hyperparams has nothing to do with them.
 CALLED_ONCE = {

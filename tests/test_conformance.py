@@ -464,7 +464,7 @@ def test_chain_applies_one_after_the_other(row):
 
 
 @pytest.mark.parametrize("way", ["masked", "partition"])
-@rows()
+@rows(where=lambda row: not row.counts_entries)
 def test_masked_leaves_count_for_nothing(row, way):
     tx, updates, weights = compositions(row)[way], tree(0, "float32"), params("float32")
     masked, _ = tx.update(updates, tx.init(weights), weights)
