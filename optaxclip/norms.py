@@ -4,6 +4,7 @@
 norm                      one group is                           norms are
 ========================  =====================================  =====================================
 `global_norm`             all leaves together                    a scalar
+`global_rms`              all leaves together                    a scalar
 `group_norm`              the leaves with one label              a dict from label to scalar
 `leaf_norm`, `leaf_rms`   a leaf, or a layer of a stacked one    a scalar per leaf
 `leaf_peaks`              a leaf; only its peaks are scaled      a scalar per leaf
@@ -300,6 +301,40 @@ def leaf_rms(*, stacked: Any = None) -> Norm:
     """
     checks.static_together(stacked=stacked)
     return _by_leaf("leaf_rms", _whole, 2, stacked, mean=True)
+
+
+def global_rms() -> Norm:
+    """The root mean square of all leaves together: their norm over the square root of the number of entries.
+
+    A bound on it is right for models of every size.
+
+    Returns:
+      A Norm; its norms are one scalar.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from optaxclip import clip_by, norms, thresholds
+      >>> tx = clip_by(norms.global_rms(), thresholds.constant(1.0))
+      >>> updates, _ = tx.update({"a": jnp.array([4.0, -4.0]), "b": jnp.zeros(6)}, tx.init(None))  # (32 / 8) ** 0.5
+      >>> print(updates["a"])
+      [ 2. -2.]
+
+    Notes:
+      - Entries that are 0 count, and so do those of a leaf whose gradient is None. What holds no floats does not.
+      - Inside `shard_map` it counts the entries on all devices that have a piece of a leaf.
+
+    See also:
+      `global_norm`; `leaf_rms`, for each leaf alone.
+    """
+
+    def measure(leaves: Leaves) -> Norms:
+        sizes = [leaf.size_over(tuple(range(jnp.ndim(leaf.value)))) for leaf in leaves if jnp.size(leaf.value)]
+        return tree_norms.of_all(leaves, 2) / math.sqrt(max(sum(sizes), 1))
+
+    def assign(leaves: Leaves, factors: Factor) -> list[Factor | None]:
+        return [factors] * len(leaves)
+
+    return Norm(measure, assign, "norms.global_rms()")
 
 
 def spectral_norm(*, units: str = "io", stacked: Any = None) -> Norm:

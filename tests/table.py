@@ -179,6 +179,8 @@ class Row:
       inside: gradients of this scale lie inside every band and pass unchanged; None where nothing passes unchanged.
       untouched: paths of leaves that are neither counted nor changed.
       param_state: the fields of the state that have an entry per parameter.
+      bounds_weights: what it bounds is the weights after the step: nothing can be asked of the updates alone.
+      counts_entries: a leaf of zeros changes the norm of its group, and so does a missing gradient.
       takes_zero: a zero gradient changes the statistics.
       dtypes: which dtypes the method is for.
     """
@@ -204,6 +206,8 @@ class Row:
     inside: float | None = 1e-3
     untouched: tuple[str, ...] = ()
     param_state: tuple[str, ...] = ()
+    bounds_weights: bool = False
+    counts_entries: bool = False
     takes_zero: bool = False
     dtypes: tuple[str, ...] = DTYPES
 
@@ -247,6 +251,19 @@ def told_its_norm(max_norm: Any, record: int = 0) -> optax.GradientTransformatio
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
         return tx.update(updates, state, params, grad_norm=oc.global_norm(updates), **extra_args)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
+def told_its_logits(max_logit: Any) -> optax.GradientTransformationExtraArgs:
+    """`qk_clip` of a kernel with three heads, with its caller: who measures their logits."""
+    query = contrib.Projection("query", axis=1)
+    tx = contrib.qk_clip(max_logit, projections=lambda path: query if path.endswith("kernel") else None)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
+        leaves = jax.tree_util.tree_leaves_with_path(updates)
+        heads = [leaf.shape[1] for path, leaf in leaves if "kernel" in jax.tree_util.keystr(path)]
+        return tx.update(updates, state, params, max_logits=jnp.full(heads[0], 400.0) if heads else None, **extra_args)
 
     return optax.GradientTransformationExtraArgs(tx.init, update)
 
@@ -877,6 +894,16 @@ ROWS = (
         inside=None,
     ),
     Row(
+        name="clip_by-global_rms-constant",
+        public="clip_by",
+        factory=lambda c: oc.clip_by(oc.norms.global_rms(), oc.thresholds.constant(c)),
+        args=(0.5,),
+        groups=together,
+        measure=rms,
+        band=at_most(0.5),
+        counts_entries=True,
+    ),
+    Row(
         name="clip_by-leaf_rms-exactly",
         public="clip_by",
         factory=lambda c: oc.clip_by(oc.norms.leaf_rms(), oc.thresholds.exactly(c)),
@@ -959,6 +986,20 @@ ROWS = (
         untouched=("scale",),
     ),
     Row(
+        name="qk_clip",
+        public="qk_clip",
+        factory=told_its_logits,
+        args=(100.0,),
+        groups=per_coordinate,
+        band=within(0.0, np.inf),
+        bounds_weights=True,
+        needs_params=True,
+        direction_preserving=False,
+        idempotent=False,
+        inside=None,
+        any_tree=False,
+    ),
+    Row(
         name="clip_by-known",
         public="clip_by",
         factory=told_its_norm,
@@ -982,6 +1023,7 @@ ROWS = (
 
 # Public callables that transform nothing, each with what it is instead.
 NOT_TRANSFORMATIONS = {
+    "Projection": "the type of what says how heads lie in a leaf",
     "ClipStats": "the type of a record",
     "Norm": "the type of what is measured",
     "Threshold": "the type of what is permitted",

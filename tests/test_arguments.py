@@ -38,6 +38,7 @@ def shapes_of_two_steps(tx):
 IDENTITY = optax.identity()
 STEPS = np.linspace(1.0, 2.0, 100)
 
+PROJECTIONS = contrib.Projection("query")
 # What each needs to be called.
 PUBLIC = {
     "adagc": (oc.adagc, {}),
@@ -68,6 +69,7 @@ PUBLIC = {
     "per_example_global_norm_clip": (oc.per_example_global_norm_clip, {"grads": {}, "l2_norm_clip": 1.0}),
     "per_example_layer_norm_clip": (oc.per_example_layer_norm_clip, {"grads": {}, "global_l2_norm_clip": 1.0}),
     "percentile_clip": (contrib.percentile_clip, {}),
+    "qk_clip": (contrib.qk_clip, {"projections": PROJECTIONS}),
     "reset_state_every": (contrib.reset_state_every, {"inner": IDENTITY}),
     "scale_by_acclip": (contrib.scale_by_acclip, {}),
     "scale_by_adaptive_norm": (contrib.scale_by_adaptive_norm, {}),
@@ -107,7 +109,7 @@ PUBLIC = {
     "diagnostics.plot": (diagnostics.plot, {"norms": STEPS, "file": "norms.png"}),
     "diagnostics.summary": (diagnostics.summary, {"norms": STEPS}),
 }
-WITHOUT_ARGUMENTS = {"zero_nonfinite", "norms.leaf_peaks"}
+WITHOUT_ARGUMENTS = {"zero_nonfinite", "norms.global_rms", "norms.leaf_peaks"}
 CHECKED_ELSEWHERE = {"clip_stats", "per_example.form_of", "thresholds.chain"}
 # No transformations, nor parts of one: optax.inject_hyperparams has nothing to do with them.
 CALLED_ONCE = {

@@ -218,7 +218,7 @@ def test_the_bound_holds(row, dtype, scale):
         np.testing.assert_array_equal(after[path], before[path])
 
 
-@rows(where=lambda row: not row.first_passes)
+@rows(where=lambda row: not (row.first_passes or row.bounds_weights))
 def test_the_bound_of_the_table_is_one_that_can_fail(row):
     weights = params("float32")
     with pytest.raises(AssertionError, match="is not within"):
@@ -254,7 +254,7 @@ def test_a_second_application_changes_nothing_more(row):
     chex.assert_trees_all_close(twice, once, rtol=1e-5)
 
 
-@rows_and_dtypes()
+@rows_and_dtypes(where=lambda row: not row.bounds_weights)
 def test_zero_gradients_stay_zero(row, dtype):
     zeros = jax.tree.map(jnp.zeros_like, tree(0, dtype))
     new_updates, _ = first_step(row, zeros, params(dtype))
@@ -464,7 +464,7 @@ def test_chain_applies_one_after_the_other(row):
 
 
 @pytest.mark.parametrize("way", ["masked", "partition"])
-@rows()
+@rows(where=lambda row: not row.counts_entries)
 def test_masked_leaves_count_for_nothing(row, way):
     tx, updates, weights = compositions(row)[way], tree(0, "float32"), params("float32")
     masked, _ = tx.update(updates, tx.init(weights), weights)

@@ -389,6 +389,7 @@ SIGNATURES = {
     "norms.global_norm": "(ord=2, *, include=None)",
     "norms.group_norm": "(labels, ord=2)",
     "norms.leaf_norm": "(ord=2, *, stacked=None)",
+    "norms.global_rms": "()",
     "norms.leaf_rms": "(*, stacked=None)",
     "norms.spectral_norm": "(*, units='io', stacked=None)",
     "norms.unit_norm": "(units='io', *, axis=None, stacked=None)",

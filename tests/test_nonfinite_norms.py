@@ -25,6 +25,7 @@ NORMS = {
     "stacked": norms.leaf_norm(stacked={"w": 1, "b": 0, "s": 0}),
     "peaks": norms.leaf_peaks(),
     "rms": norms.leaf_rms(),
+    "global rms": norms.global_rms(),
     "spectral": norms.spectral_norm(),
     "spectral, oi, stacked": norms.spectral_norm(units="oi", stacked={"w": 1, "b": 0, "s": 0}),
     "units": norms.unit_norm("io"),

@@ -78,7 +78,7 @@ def test_the_form_that_is_told_is_the_one_that_runs(rng, form, monkeypatch):
     ran = []
 
     def recorded(name, summed):
-        return lambda problem, batch: (ran.append(name), summed(problem, batch))[1]
+        return lambda *given: (ran.append(name), summed(*given))[1]
 
     for name, summed in list(forms.SUMMED.items()):
         monkeypatch.setitem(forms.SUMMED, name, recorded(name, summed))

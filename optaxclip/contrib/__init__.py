@@ -6,10 +6,12 @@ the norms so far      `percentile_clip`, `clip_by_tracked_quantile`: a quantile 
                       average; `clip_norm_growth`: a multiple of the last one
 spiking coordinates   `spam_clip`, with `reset_state_every` around the optimizer; `adaptive_spike_clip`, with
                       `scale_by_adaptive_norm`
+attention logits      `qk_clip`, by the weights of queries and keys, which `Projection` describes
 inside momentum       `mixed_clip`; `scale_by_acclip`, `scale_by_stable_adam`
 ====================  =============================================================================================
 """
 
+from optaxclip.contrib.attention import Projection, qk_clip
 from optaxclip.contrib.averages import aggc, clip_norm_growth
 from optaxclip.contrib.momentum import mixed_clip
 from optaxclip.contrib.quantiles import clip_by_tracked_quantile, percentile_clip
@@ -19,6 +21,7 @@ from optaxclip.contrib.scale_by import scale_by_acclip, scale_by_stable_adam
 from optaxclip.contrib.spikes import adaptive_spike_clip, scale_by_adaptive_norm, spam_clip
 
 __all__ = [
+    "Projection",
     "adaptive_spike_clip",
     "aggc",
     "clip_by_tracked_quantile",
@@ -26,6 +29,7 @@ __all__ = [
     "clippy",
     "mixed_clip",
     "percentile_clip",
+    "qk_clip",
     "reset_state_every",
     "scale_by_acclip",
     "scale_by_adaptive_norm",

@@ -1,24 +1,31 @@
 """A batch in microbatches, one after the other."""
 
+from typing import TypeAlias
+
 import jax
 import jax.numpy as jnp
 
 from optaxclip._arrays import dtypes, layouts
-from optaxclip.per_example.problems import Batch, Form, Grads, Problem, Seen, size
+from optaxclip.per_example.problems import Batch, Form, Grads, Problem, Seen, Weights, size
+
+Rows: TypeAlias = tuple[Batch, Weights]  # examples, each with its weight
 
 
-def in_microbatches(form: Form, problem: Problem, batch: Batch, microbatch_size: int | None) -> tuple[Grads, Seen]:
+def in_microbatches(
+    form: Form, problem: Problem, batch: Batch, weights: Weights, microbatch_size: int | None
+) -> tuple[Grads, Seen]:
     """`form` of a batch, that many examples at a time; what does not fill a microbatch comes last, by itself."""
     number = size(batch)
     if microbatch_size is None or microbatch_size >= number:
-        return form(problem, batch)
+        return form(problem, batch, weights)
     left_over = number % microbatch_size
     last = number - left_over
-    total, seen = _scan(form, problem, jax.tree.map(lambda leaf: _split(leaf[:last], microbatch_size), batch))
+    rows = batch, weights
+    total, seen = _scan(form, problem, jax.tree.map(lambda leaf: _split(leaf[:last], microbatch_size), rows))
     seen = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1).reshape(last, *leaf.shape[2:]), seen)
     if not left_over:
         return total, seen
-    more, seen_last = form(problem, jax.tree.map(lambda leaf: leaf[last:], batch))
+    more, seen_last = form(problem, *jax.tree.map(lambda leaf: leaf[last:], rows))
     both = jax.tree.map(lambda *parts: jnp.concatenate(parts), seen, seen_last)
     return jax.tree.map(jnp.add, total, more), both
 
@@ -29,9 +36,9 @@ def _split(leaf: jax.Array, microbatch_size: int) -> jax.Array:
     return jnp.swapaxes(rows, 0, 1)
 
 
-def _scan(form: Form, problem: Problem, microbatches: Batch) -> tuple[Grads, Seen]:
-    def step(total: Grads, rows: Batch) -> tuple[Grads, Seen]:
-        part, seen = form(problem, rows)
+def _scan(form: Form, problem: Problem, microbatches: Rows) -> tuple[Grads, Seen]:
+    def step(total: Grads, rows: Rows) -> tuple[Grads, Seen]:
+        part, seen = form(problem, *rows)
         return jax.tree.map(jnp.add, total, part), seen
 
     def zeros(param: jax.Array) -> jax.Array:

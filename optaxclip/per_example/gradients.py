@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import inspect
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,8 +14,9 @@ from optaxclip._arguments import checks
 from optaxclip._arrays import dtypes, layouts
 from optaxclip._arrays.trees import Tree
 from optaxclip._numerics import arithmetic
-from optaxclip.per_example import batches, forms, problems
+from optaxclip.per_example import batches, forms, problems, weights
 from optaxclip.per_example.problems import Grads, Problem, Seen
+from optaxclip.per_example.weights import Shares
 
 
 def clipped_value_and_grad(
@@ -35,7 +35,8 @@ def clipped_value_and_grad(
 
     .. math:: \frac{1}{B} \sum_{i=1}^{B} T(\nabla_w f(w, x_i))
 
-    With :math:`T` a clip of the norm to c, an example adds at most c to the sum, and so at most c / B to the mean.
+    With :math:`T` a clip of the norm to c, an example adds at most c to the sum, and so at most c / B to the mean. With
+    weights :math:`a_i` of the examples, the mean is :math:`\sum_i a_i T(\nabla_w f(w, x_i)) / \sum_i a_i`.
 
     Args:
       fun: the loss of one example, without a batch axis, as for `jax.vmap`: a scalar, or with `has_aux` a pair of a
@@ -48,7 +49,8 @@ def clipped_value_and_grad(
       has_aux: whether `fun` returns a pair.
       microbatch_size: how many examples to take at a time, to save memory; None for all. The last microbatch may be
         smaller. On several devices each must have its share of a microbatch to be busy.
-      reduce: "mean" or "sum". The mean divides by the number of all examples, also of those that do not count.
+      reduce: "mean" or "sum". The mean divides by the number of all examples, also of those that do not count; with
+        weights by the sum of the weights, so that padding of weight 0 changes nothing.
       return_norms: whether to return the norms of the gradients of the examples as well.
       form: "auto" (the default), "one_pass" or "two_pass"; see below. `form_of` tells which one "auto" takes.
 
@@ -58,11 +60,14 @@ def clipped_value_and_grad(
       examples; `aux` has a batch axis, with what `fun` returned for each example. With `return_norms` a third result
       follows, the 2-norm of each example's gradient before `tx`, in an array of the length of the batch: right over
       the whole float range, and not finite where the gradient is not. (Norms are not a part of `aux`, so that the first
-      two results do not depend on whether anyone wants them.)
+      two results do not depend on whether anyone wants them.) It also takes a
+      keyword argument, weights: an array of one real number or boolean per example, 0 for padding, or how much the
+      example is worth. `aux` and norms are not weighted.
 
     Raises:
       ValueError: if an argument is none of the above, or `argnums` and `batch_argnums` overlap; when called, if `tx`
-        has a state, if the numbers of examples differ, or with the reason if "two_pass" is not possible.
+        has a state, if the numbers of examples differ, if weights are no such array or `fun` has an argument of that
+        name, or with the reason if "two_pass" is not possible.
 
     Example:
       >>> import jax.numpy as jnp
@@ -76,11 +81,23 @@ def clipped_value_and_grad(
       >>> print(value, grads, norms)  # (7 + 0.7) / 4, ([0.6, 0.8] + [0.3, 0.4]) / 4
       1.925 [0.225 0.3  ] [5.  0.5 nan 0. ]
 
+      The last two examples are padding, and the first one is worth three of the second:
+
+      >>> value, grads, _ = step(jnp.ones(2), examples, weights=jnp.array([3.0, 1.0, 0.0, 0.0]))
+      >>> print(value, grads)  # (3 * 7 + 0.7) / 4, (3 * [0.6, 0.8] + [0.3, 0.4]) / 4
+      5.425 [0.525 0.7  ]
+
     Notes:
       **Guarantees.** Gradients are added up in float32 or wider, and have the dtype of the parameters. An example
       whose gradient is not finite after `tx` counts nothing, in the gradient and in the value: all other examples
       count as without it. A finite gradient is clipped however large it is; its bound holds up to norms of the
       largest float. Microbatches give the same result as none, up to rounding.
+
+      **Weights.** A gradient is clipped first and weighted afterwards: an example adds at most its weight times the
+      bound. Bound the weights as well, where you must know by how much one example can move the sum. An example of
+      weight 0 may hold anything, NaN too. A weight that is NaN, infinite or subnormal is 0. An example that is not
+      finite counts nothing, and its weight counts in the mean. Negative weights are allowed; use "sum" for weights of
+      both signs. If the weights add up to 0, so do value and gradients of "mean".
 
       There are two forms, and their results agree up to rounding. "one_pass" calculates every gradient, and works for
       every `tx`. "two_pass" calculates the norms, then the gradient of the sum of the losses, each times its factor.
@@ -111,9 +128,10 @@ def clipped_value_and_grad(
 
       **Placement.** In the place of `jax.value_and_grad` of the mean loss. The optimizer follows as usual.
 
-      Inside `shard_map`, with the batch split over a mesh axis, the result is that of the whole batch, the same on
-      every device: gradients and value are reduced over the axes along which devices have different examples (those
-      that the value of `fun` varies over), and must not be reduced again; `aux` and norms stay with their examples.
+      Inside `shard_map`, with the batch and its weights split over a mesh axis, the result is that of the whole batch,
+      the same on every device: gradients and value are reduced over the axes along which devices have different
+      examples (those that the value of `fun` varies over), and must not be reduced again; `aux` and norms stay with
+      their examples.
       Written by hand this goes wrong: `jax.vmap(jax.grad(fun), (None, 0))(w, rows)` of a replicated `w` does not give
       gradients of single examples there. jax adds up what all devices find for a replicated argument, so row i is the
       sum over the i-th examples of all devices, and a clip bounds groups of examples instead of examples. Here the
@@ -127,7 +145,8 @@ def clipped_value_and_grad(
       so it does with microbatches of a batch that is spread over one, and jax 0.8 with such a batch in one pass.
 
       With `check_vma=False`, and in `pmap`, jax does not tell which axes these are. Nothing is reduced, and the user
-      must: `jax.lax.psum`, or `pmean` for equal shares. Pass a clip `axes=None` there.
+      must: `jax.lax.psum`, or `pmean` for equal shares. With weights, add up the sums and the weights, and divide. Pass
+      a clip `axes=None` there.
 
       **Differs from jax-privacy.** `jax_privacy.clipped_grad` replaces each NaN or infinity in a gradient by 0
       and keeps the rest; here all of that example is left out. Its norms overflow in float32 (past 2e19) and in
@@ -182,25 +201,30 @@ class Step:
     return_norms: bool
     form: str
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, weights: Any = None, **kwargs: Any) -> Any:
         """The value and the gradients."""
-        problem, params, batch = self._problem(args, kwargs)
+        problem, params, batch, shares = self._problem(args, weights, kwargs)
         form = forms.SUMMED[forms.choose(self.form, problem, batch)]
-        total, seen = batches.in_microbatches(form, problem, batch, self.microbatch_size)
-        whole = problems.size(batch) * math.prod(jax.lax.axis_size(name) for name in problem.apart)
-        count = whole if self.reduce == "mean" else 1
-        grads = _reduced(problem, total, params, count)
-        value = _value(problem, seen, count)
+        total, seen = batches.in_microbatches(form, problem, batch, shares.relative, self.microbatch_size)
+        finish = shares.mean if self.reduce == "mean" else shares.sum
+        grads = _reduced(problem, total, params, finish)
+        value = _value(problem, seen, shares.relative, finish)
         found = ((value, seen.aux) if self.has_aux else value, grads)
         return (*found, seen.norm) if self.return_norms else found
 
-    def form_of(self, *args: Any, **kwargs: Any) -> str:
+    def form_of(self, *args: Any, weights: Any = None, **kwargs: Any) -> str:
         """The form that a call with these arguments takes."""
-        problem, _, batch = self._problem(args, kwargs)
+        problem, _, batch, _ = self._problem(args, weights, kwargs)
         return forms.choose(self.form, problem, batch)
 
-    def _problem(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Problem, Any, problems.Batch]:
-        return problems.of_call(self.fun, self.tx, self.where, self.has_aux, self.return_norms, args, kwargs)
+    def _problem(
+        self, args: Sequence[Any], given: Any, kwargs: dict[str, Any]
+    ) -> tuple[Problem, Any, problems.Batch, Shares]:
+        if given is not None:
+            weights.require_free(self.fun, args)
+        called = problems.of_call(self.fun, self.tx, self.where, self.has_aux, self.return_norms, args, kwargs)
+        problem, params, batch = called
+        return problem, params, batch, weights.of_call(problem, problems.size(batch), given)
 
 
 def form_of(step: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
@@ -253,19 +277,22 @@ def form_of(step: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     return found
 
 
-def _reduced(problem: Problem, total: Grads, params: Tree, count: int) -> Grads:
-    """The gradients of all examples, on all devices that have some, divided by `count`."""
+def _reduced(problem: Problem, total: Grads, params: Tree, finish: Callable[[jax.Array], jax.Array]) -> Grads:
+    """The gradients of all examples, on all devices that have some; `finish` makes a sum or a mean of it."""
 
-    def finish(leaf: jax.Array, own: jax.Array, given: Any) -> jax.Array:
+    def reduced(leaf: jax.Array, own: jax.Array, given: Any) -> jax.Array:
         axes = tuple(sorted(set(problem.apart) - layouts.varying(given)))
-        reduced = (jax.lax.psum(leaf, axes) if axes else leaf) / count
-        return arithmetic.saturated(reduced, float(jnp.finfo(own.dtype).max)).astype(own.dtype)
+        whole = finish(jax.lax.psum(leaf, axes) if axes else leaf)
+        return arithmetic.saturated(whole, float(jnp.finfo(own.dtype).max)).astype(own.dtype)
 
-    return jax.tree.map(finish, total, problem.params, params)
+    return jax.tree.map(reduced, total, problem.params, params)
 
 
-def _value(problem: Problem, seen: Seen, count: int) -> jax.Array:
+def _value(
+    problem: Problem, seen: Seen, relative: problems.Weights, finish: Callable[[jax.Array], jax.Array]
+) -> jax.Array:
     wide = seen.value.astype(dtypes.accumulator(seen.value.dtype))
-    value = jnp.sum(jnp.where(seen.counted & jnp.isfinite(wide), wide, jnp.zeros_like(wide)))
+    weighted = wide if relative is None else wide * relative.astype(wide.dtype)
+    value = jnp.sum(jnp.where(seen.counted & jnp.isfinite(wide), weighted, jnp.zeros_like(wide)))
     value = jax.lax.psum(value, problem.apart) if problem.apart else value
-    return arithmetic.narrowed(value / count, seen.value.dtype)
+    return arithmetic.narrowed(finish(value), seen.value.dtype)

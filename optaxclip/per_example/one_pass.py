@@ -12,10 +12,10 @@ from optaxclip._arrays import dtypes, layouts, mesh
 from optaxclip._arrays.trees import Tree
 from optaxclip._numerics import arithmetic, rows
 from optaxclip.functions import global_norm
-from optaxclip.per_example.problems import Batch, Grads, Problem, Seen
+from optaxclip.per_example.problems import Batch, Grads, Problem, Seen, Weights
 
 
-def summed(problem: Problem, batch: Batch) -> tuple[Grads, Seen]:
+def summed(problem: Problem, batch: Batch, weights: Weights) -> tuple[Grads, Seen]:
     """Every gradient by itself."""
     (value, aux), grads = jax.vmap(problem.grad)(batch)
     with mesh.apart(problem.apart):
@@ -23,7 +23,8 @@ def summed(problem: Problem, batch: Batch) -> tuple[Grads, Seen]:
         updates = jax.vmap(lambda grad: problem.tx.update(grad, state, problem.params)[0])(grads)
         norm = jax.vmap(global_norm)(grads) if problem.want_norms else None
         counted = _everywhere(problem, jax.vmap(_is_finite)(updates))
-    return jax.tree.map(functools.partial(_sum, counted), updates), Seen(value, aux, norm, counted)
+    counted = counted if weights is None else counted & (weights != 0)
+    return jax.tree.map(functools.partial(_sum, counted, weights), updates), Seen(value, aux, norm, counted)
 
 
 def _is_finite(tree: Tree) -> jax.Array:
@@ -37,11 +38,13 @@ def _everywhere(problem: Problem, counted: jax.Array) -> jax.Array:
     return jax.lax.pmin(counted.astype(jnp.int32), names) > 0 if names else counted
 
 
-def _sum(counted: jax.Array, updates: jax.Array) -> jax.Array:
-    """The sum of the updates that are counted, in float32 or wider."""
+def _sum(counted: jax.Array, weights: Weights, updates: jax.Array) -> jax.Array:
+    """The sum of the updates that are counted, each times its weight, in float32 or wider."""
 
-    def terms(updates: jax.Array, counted: jax.Array) -> jax.Array:
+    def terms(updates: jax.Array, counted: jax.Array, weights: Weights) -> jax.Array:
         wide = updates.astype(dtypes.wide(updates.dtype))
-        return jnp.where(jnp.expand_dims(counted, range(1, updates.ndim)), wide, jnp.zeros_like(wide))
+        counted, weights = jax.tree.map(lambda x: jnp.expand_dims(x, range(1, updates.ndim)), (counted, weights))
+        weighted = wide if weights is None else wide * weights.astype(dtypes.accumulator(wide.dtype))
+        return jnp.where(counted, weighted, jnp.zeros_like(wide))
 
-    return rows.sum_of(terms, updates, counted)
+    return rows.sum_of(terms, updates, counted, weights)

@@ -64,7 +64,7 @@ class Seen(NamedTuple):
       value: its value.
       aux: its auxiliary output.
       norm: the 2-norm of its gradient, or None.
-      counted: whether its gradient counts.
+      counted: whether its gradient counts: it is finite, and its weight is not 0.
     """
 
     value: jax.Array
@@ -73,8 +73,10 @@ class Seen(NamedTuple):
     counted: jax.Array
 
 
-# Gives the sum, in float32 or wider, and what was seen.
-Form: TypeAlias = Callable[[Problem, Batch], tuple[Grads, Seen]]
+Weights: TypeAlias = jax.Array | None  # one finite number per example; None for 1 each
+
+# Gives the weighted sum, in float32 or wider, and what was seen.
+Form: TypeAlias = Callable[[Problem, Batch, Weights], tuple[Grads, Seen]]
 
 
 class Places(NamedTuple):

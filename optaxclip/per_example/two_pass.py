@@ -18,29 +18,36 @@ from optaxclip._arrays.trees import Tree
 from optaxclip._jaxprs import outer
 from optaxclip._numerics import scaling, tree_norms
 from optaxclip.per_example import batches, one_pass
-from optaxclip.per_example.problems import Batch, Grads, Problem, Seen
+from optaxclip.per_example.problems import Batch, Grads, Problem, Seen, Weights
 
 
-def summed(problem: Problem, batch: Batch) -> tuple[Grads, Seen]:
+def summed(problem: Problem, batch: Batch, weights: Weights) -> tuple[Grads, Seen]:
     """Norms first, then one gradient of the weighted loss; for what `reasons` has nothing against."""
     value, aux, norm = jax.vmap(functools.partial(_norm_of_one, problem))(batch)
-    counted = jnp.isfinite(norm)
+    finite = jnp.isfinite(norm)
     factor = jax.vmap(functools.partial(_factor_of, problem))(norm)
     one = jnp.ones_like(norm)
-    weight = jnp.where(counted, scaling.rescale(one, factor), jnp.zeros_like(norm))
+    given = one if weights is None else one * weights.astype(norm.dtype)
+    weight = jnp.where(finite, scaling.rescale(given, factor), jnp.zeros_like(norm))
+    counted = finite & (given != 0)
     # A factor outside the normal range is applied in two steps, which a weight can't be, and weights that lie too far
     # apart do not fit into one sum. The weighted gradient stays outside the branch: XLA for CPUs (jax 0.10) runs
     # convolutions in a branch many times slower.
-    together = jnp.min(jnp.where(weight > 0, weight, jnp.inf)) > jnp.max(weight) * 2.0**-100
-    in_one_step = jnp.all((factor.first == one) | ~counted) & (together | ~jnp.any(weight > 0))
+    size, moves = jnp.abs(weight), counted & (factor.second != 0)  # where the weight is 0 all the same, it underflowed
+    together = jnp.min(jnp.where(moves, size, jnp.inf)) > jnp.max(size) * 2.0**-100
+    in_one_step = jnp.all((factor.first == one) | ~counted) & (together | ~jnp.any(moves))
     total = jax.lax.cond(
         in_one_step,
         lambda total, rows: total,
-        lambda _, rows: batches.in_microbatches(one_pass.summed, problem, jax.tree.map(layouts.whole, rows), 1)[0],
-        _weighted(problem, batch, weight, counted),
-        batch,
+        lambda _, rows: _one_by_one(problem, *jax.tree.map(layouts.whole, rows)),
+        _weighted(problem, batch, weight, finite),
+        (batch, weights),
     )
     return total, Seen(value, aux, norm, counted)
+
+
+def _one_by_one(problem: Problem, batch: Batch, weights: Weights) -> Grads:
+    return batches.in_microbatches(one_pass.summed, problem, batch, weights, 1)[0]
 
 
 def _factor_of(problem: Problem, norm: jax.Array) -> scaling.Factor:
@@ -63,37 +70,37 @@ def _norm_of_one(problem: Problem, example: Any) -> tuple[jax.Array, Any, jax.Ar
     return outer.as_array(value), jax.tree.map(outer.as_array, aux), tree_norms.norm_of_parts(parts, 2)
 
 
-def _weighted(problem: Problem, batch: Batch, weight: jax.Array, counted: jax.Array) -> Grads:
+def _weighted(problem: Problem, batch: Batch, weight: jax.Array, finite: jax.Array) -> Grads:
     """The gradient of the sum of the values, each times its weight."""
     # In a branch, since it gathers a batch that is spread over devices.
-    rows = jax.lax.cond(jnp.all(counted), lambda rows: rows, functools.partial(_replace, counted), batch)
+    rows = jax.lax.cond(jnp.all(finite), lambda rows: rows, functools.partial(_replace, finite), batch)
 
     def values(params: Tree) -> jax.Array:
         return jax.vmap(problem.loss, (None, 0))(params, rows)[0]
 
     value, pull = jax.vjp(values, problem.params)
     # The largest weight is near 1, so that gradients that fit the range in one pass do so here.
-    scale = _power_of_two_near(jnp.max(weight))
+    scale = _power_of_two_near(jnp.max(jnp.abs(weight)))
     (grads,) = pull((weight / scale).astype(value.dtype))
 
     def finish(leaf: jax.Array) -> jax.Array:
         wide = leaf.astype(dtypes.wide(leaf.dtype))
-        return jnp.where(jnp.any(counted), wide * scale.astype(wide.dtype), jnp.zeros_like(wide))
+        return jnp.where(jnp.any(finite), wide * scale.astype(wide.dtype), jnp.zeros_like(wide))
 
     return jax.tree.map(finish, grads)
 
 
-def _replace(counted: jax.Array, batch: Batch) -> Batch:
-    """The batch, with a copy of the first example that counts in the place of each that does not.
+def _replace(finite: jax.Array, batch: Batch) -> Batch:
+    """The batch, with a copy of the first example whose gradient is finite in the place of each where it is not.
 
     A weight of 0 is not enough to leave an example out: 0 times NaN is NaN. Neither are zeros for its inputs, where a
     function need not have a derivative.
     """
-    first = jnp.argmax(layouts.whole(counted))
+    first = jnp.argmax(layouts.whole(finite))
 
     def replace(leaf: jax.Array) -> jax.Array:
         good = jax.lax.dynamic_index_in_dim(layouts.whole(leaf), first)
-        return jnp.where(jnp.expand_dims(counted, range(1, leaf.ndim)), leaf, good)
+        return jnp.where(jnp.expand_dims(finite, range(1, leaf.ndim)), leaf, good)
 
     return jax.tree.map(replace, batch)
 

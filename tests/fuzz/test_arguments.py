@@ -256,6 +256,7 @@ KINDS: dict[str, Kind] = {
     "max_consecutive": lambda v: None if v is None else whole(0)(v),
     "max_delta": BOUND,
     "max_down": or_none(SHARE),
+    "max_logit": POSITIVE,
     "max_norm": BOUND,
     "max_up": or_none(number(1)),
     "max_value": bound(signed=True),
@@ -274,7 +275,9 @@ KINDS: dict[str, Kind] = {
     "per_group": flag,
     "percentile": percentile,
     "period": whole(1, none=True),
+    "projections": tree_of(is_a(oc.contrib.Projection), none=False),
     "quantile": SHARE,
+    "queries_per_key": whole(1),
     "ratio": number(),
     "record": record,
     "reduce": one_of("mean", "sum"),
@@ -324,6 +327,7 @@ SPECIAL: dict[str, Kind] = {
     "thresholds.zscore.warmup_steps": whole(1),
     "autoclip.window": whole(1, none=True),
     "thresholds.quantile.window": whole(1, none=True),
+    "contrib.qk_clip.alpha": SHARE,
     "contrib.reset_state_every.period": whole(1),
     "clip_by_spectral_norm.units": one_of("io", "oi"),
     "clip_singular_values.units": one_of("io", "oi"),
@@ -333,6 +337,7 @@ SPECIAL: dict[str, Kind] = {
 GIVEN: dict[str, dict[str, Any]] = {
     "": {
         "max_delta": 1.0, "max_norm": 1.0, "max_value": 1.0, "clipping": 0.1, "min_norm": 0.0, "labels": "a",
+        "projections": oc.contrib.Projection("query", 0),
         "inner": optax.identity(), "tx": oc.clip(1.0), "target_norm": 1.0, "quantile": 0.5, "ratio": 1.0,
         "norm": norms.leaf_norm(), "relative": 0.1, "absolute": 0.1, "l2_norm_clip": 1.0,
         "global_l2_norm_clip": 1.0, "grads": jnp.ones((2, 3)), "fun": jnp.vdot, "x": jnp.ones(2), "tree": jnp.ones(2),
@@ -353,7 +358,9 @@ GIVEN: dict[str, dict[str, Any]] = {
     "per_example.clipped_value_and_grad.batch_argnums": {"argnums": 7},
 }  # fmt: skip
 # What a value is may show only beside the updates.
-LATE = {"axes", "axis", "include", "labels", "stacked"}
+LATE = {"axes", "axis", "include", "labels", "projections", "stacked"}
+# What their callers hand to `update`.
+TOLD = {"skip_spikes": {"value": 1.0}, "contrib.qk_clip": {"max_logits": jnp.ones(1)}}
 
 
 class Case(NamedTuple):
@@ -416,7 +423,7 @@ def use(case: Case, made: Any) -> None:
     if isinstance(made, optax.GradientTransformation):
 
         def step(updates: Any) -> Any:
-            extra = {"value": 1.0} if case.name == "skip_spikes" else {}
+            extra = TOLD.get(case.name, {})
             return optax.with_extra_args_support(made).update(updates, made.init(updates), updates, **extra)
 
         jax.eval_shape(step, UPDATES)

@@ -1,0 +1,245 @@
+"""Bounds on the logits of attention, by the weights that they are made of."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optaxclip._arguments import checks
+from optaxclip._arguments.bounds import Number
+from optaxclip._arrays import dtypes, layouts, trees
+from optaxclip._arrays.leaves import Leaf, Leaves
+from optaxclip._arrays.parameters import beside, drop_missing
+from optaxclip._arrays.trees import Tree
+from optaxclip._numerics import arithmetic
+from optaxclip.core import Updates
+
+_KINDS = ("query", "key")
+_NO_LOGITS = object()  # None, in a tree in which that is a leaf
+
+
+@dataclasses.dataclass(frozen=True)
+class Projection:
+    """How the heads lie in a leaf that makes queries or keys, for `qk_clip`.
+
+    Attributes:
+      kind: "query" or "key".
+      axis: the axis of the heads. Either each index is a head, or the heads follow each other along it in blocks. The
+        default -2 fits kernels of shape (model, heads, entries) and their biases; -1 is for kernels of shape
+        (model, heads * entries), 0 for PyTorch's.
+      tail: how many of the last entries of each head are something else. In a query they meet a key that all heads
+        share (the rotary part of multi-head latent attention). In a key they are the values.
+
+    Example:
+      The up-projections of latent attention, with 64 rotary entries and 128 values per head:
+
+      >>> from optaxclip.contrib import Projection, qk_clip
+      >>> specs = {"q_up": Projection("query", tail=64), "kv_up": Projection("key", tail=128)}
+      >>> tx = qk_clip(projections=specs.get)  # a function of the path
+
+    See also:
+      `qk_clip`, which takes it.
+    """
+
+    kind: str
+    axis: int = -2
+    tail: int = 0
+
+    def __post_init__(self) -> None:
+        checks.one_of("kind", self.kind, _KINDS)
+        if not checks.is_whole(self.axis):
+            raise ValueError(f"axis must be a whole number, got {self.axis!r}")
+        checks.whole("tail", self.tail, at_least=0)
+
+
+Projections: TypeAlias = Any  # a prefix pytree of Projection or None, or a function of a path
+
+
+def qk_clip(
+    max_logit: Number = 100.0, *, projections: Projections, alpha: Number = 0.5, queries_per_key: int = 1
+) -> optax.GradientTransformationExtraArgs:
+    r"""Scales the query and key weights of each head whose largest attention logit is beyond `max_logit`.
+
+    .. math:: w_q + u_q \leftarrow \eta_h^\alpha (w_q + u_q),
+        \quad w_k + u_k \leftarrow \eta_h^{1 - \alpha} (w_k + u_k), \qquad \eta_h = \min(1, \tau / S_h)
+
+    Args:
+      max_logit: the bound :math:`\tau` on the logits before the softmax, more than 0: a number or a scalar array. The
+        report of Kimi K2 has 100.
+      projections: which leaves make queries and keys: a prefix pytree of `Projection` and None (for all other leaves),
+        or a function of a leaf's path that returns one of them.
+      alpha: the share of the query in the factor, from 0 to 1: a number or a scalar array.
+      queries_per_key: how many query heads share a key head: 1, or more in grouped-query attention. Query heads that
+        share a key head follow each other.
+
+    Returns:
+      A transformation without state (`optax.EmptyState`). Its `update` needs `params`, and the logits as a keyword
+      argument, max_logits: the largest logit of each query head in this batch, :math:`S_h`, with the scale of the
+      attention in it. One array of the heads serves all layers; a dict by the paths of the layers has one for each.
+      Where layers are stacked, the array has their axes in front, as the leaves do. None says that there are no logits
+      at this step, and changes nothing.
+
+    Raises:
+      ValueError: if an argument is none of the above; at update, without `params` or logits, where the logits do not
+        fit the leaves, or where they differ between devices that share a leaf.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from optaxclip.contrib import Projection, qk_clip
+      >>> params = {"query": jnp.full((1, 2, 1), 8.0), "key": jnp.full((1, 2, 1), 2.0), "out": jnp.ones(2)}
+      >>> tx = qk_clip(projections={"query": Projection("query"), "key": Projection("key"), "out": None})
+      >>> updates = {"query": jnp.full((1, 2, 1), 1.0), "key": jnp.zeros((1, 2, 1)), "out": jnp.ones(2)}
+      >>> updates, _ = tx.update(updates, tx.init(params), params, max_logits=jnp.array([400.0, 50.0]))
+      >>> print((params["query"] + updates["query"]).ravel())  # 9 * (100 / 400) ** 0.5 in the first head
+      [4.5 9. ]
+      >>> print((params["key"] + updates["key"]).ravel())
+      [1. 2.]
+
+    Notes:
+      - Guarantees: a head within the bound is returned bit for bit. Factors are applied in float32 or wider.
+      - Edge cases: a logit that is NaN or infinite changes nothing: the factor would be 0, and a head of zeros never
+        learns again. Skip such a step with `skip_nonfinite`. A leaf whose update is None is left.
+      - Placement: the last in the chain, after the learning rate. Nothing behind it may scale the updates.
+      - Meshes: inside `shard_map`, take the largest logits of all devices (`jax.lax.pmax`) over each axis that the
+        leaves are not split over. Where heads are split, pass the logits of the heads of this device.
+      - Grouped queries: a key head and all of its query heads get the factor of the largest of their logits, as in
+        Megatron-LM.
+      - Latent attention: name the up-projections. Rotary entries of a query get the whole :math:`\eta_h`, since their
+        key is shared and stays. Leave the shared rotary key and the down-projections out.
+      - With a normalisation of queries and keys behind the projections, scaling the weights changes no logit.
+
+    References:
+      Kimi Team, Kimi K2: open agentic intelligence, arXiv:2507.20534, algorithm 1.
+
+    See also:
+      `skip_nonfinite`; `clip_cotangents`, for what flows back through attention.
+
+      Notebook: `notebooks/recipes.ipynb`, logits of attention.
+    """
+    checks.static_together(queries_per_key=queries_per_key)
+    max_logit = checks.number("max_logit", max_logit, positive=True)
+    alpha = checks.number("alpha", alpha, at_most=1.0)
+    queries_per_key = checks.whole("queries_per_key", queries_per_key)
+    example = "Projections and None, such as {'query': Projection('query'), 'out': None}"
+    checks.per_leaf("projections", projections, _is_projection, example, "names no leaf")
+
+    def update(updates: Updates, state: Any, params: Tree = None, **extra_args: Any) -> tuple[Updates, Any]:
+        if "max_logits" not in extra_args:
+            raise ValueError("qk_clip needs update(..., max_logits=...): the largest logit of each head, or None")
+        filled, params = beside(updates, params)
+        leaves = Leaves(filled, params)
+        named = leaves.lookup("projections", projections)
+        if others := [spec for spec in named if spec is not None and not _is_projection(spec)]:
+            raise ValueError(f"projections must say Projection or None of each leaf, got {others[0]!r}")
+        paths = [path if spec else None for path, spec in zip(leaves.paths, named, strict=True)]
+        by_leaf = _logits_of(paths, extra_args["max_logits"])
+
+        def scaled(leaf: Leaf, param: Leaf, spec: Projection | None, logits: jax.Array | None) -> jax.Array:
+            if spec is None or logits is None:
+                return leaf.value
+            if more := layouts.varying(logits) - layouts.varying(param.value):
+                raise ValueError(
+                    f"max_logits differ between the devices along mesh axes {tuple(sorted(more))}, which share the "
+                    f"leaf {leaf.path!r}: pass the largest of all, jax.lax.pmax(max_logits, {tuple(sorted(more))})"
+                )
+            logs = _logs(logits, max_logit, queries_per_key)
+            heads = jnp.repeat(logs, queries_per_key, axis=-1) if spec.kind == "query" else logs
+            return _rescaled(leaf.value, param.value, jnp.expm1(_exponents(leaf, spec, heads, alpha)))
+
+        clipped = leaves.updated(list(map(scaled, leaves, leaves.params(), named, by_leaf)))
+        return clipped if filled is updates else drop_missing(updates, clipped), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def _is_projection(value: Any) -> bool:
+    return isinstance(value, Projection)
+
+
+def _logits_of(paths: Sequence[str | None], max_logits: Tree) -> list[jax.Array | None]:
+    """The logits for each path that is not None: of the entry at the path of the leaf, or at the beginning of it.
+
+    Raises:
+      ValueError: if a leaf has no entry, an entry no leaf, or an entry is no array of real numbers.
+    """
+    marked = jax.tree.map(lambda entry: _NO_LOGITS if entry is None else entry, max_logits, is_leaf=trees.is_none)
+    entries = dict(zip(trees.paths(marked), jax.tree.leaves(marked), strict=True))
+    places = [None if path is None else _place(path, entries) for path in paths]
+    if unused := sorted(entries.keys() - set(places) - {""}):
+        raise ValueError(f"max_logits has an entry for {unused[0]!r}, where projections names no leaf")
+    return [None if place is None else _as_logits(place, entries[place]) for place in places]
+
+
+def _place(path: str, entries: Mapping[str, Any]) -> str:
+    """The path of the entry for a leaf."""
+    found = [start for start in entries if start in ("", path) or path.startswith(start + "/")]
+    if not found:
+        raise ValueError(f"max_logits has no entry for the leaf {path!r}; it has {trees.listed(list(entries))}")
+    return max(found, key=len)
+
+
+def _as_logits(path: str, entry: Any) -> jax.Array | None:
+    if entry is _NO_LOGITS:
+        return None
+    is_real = isinstance(entry, jax.Array | np.ndarray) and checks.is_real(entry)
+    if not is_real or entry.ndim == 0:
+        got = f"{entry.dtype} of shape {entry.shape}" if hasattr(entry, "dtype") else repr(entry)
+        where = f" at {path!r}" if path else ""
+        raise ValueError(f"max_logits must hold arrays of real numbers, one per head, got {got}{where}")
+    array = jnp.asarray(entry)
+    return array.astype(dtypes.accumulator(array.dtype))
+
+
+def _logs(logits: jax.Array, max_logit: Any, queries_per_key: int) -> jax.Array:
+    """The logarithm of the factor of each key head."""
+    logits = layouts.whole(logits)  # there are few, and heads are grouped and repeated
+    number = logits.shape[-1]
+    if number % queries_per_key:
+        raise ValueError(f"max_logits has {number} heads, which queries_per_key={queries_per_key} does not divide")
+    known = jnp.where(jnp.isfinite(logits), logits, jnp.zeros_like(logits))
+    largest = jnp.max(known.reshape(*logits.shape[:-1], number // queries_per_key, queries_per_key), axis=-1)
+    bound = jnp.asarray(max_logit, largest.dtype)
+    beyond = largest > bound
+    eta = jnp.where(beyond, bound / jnp.where(beyond, largest, jnp.ones_like(largest)), jnp.ones_like(largest))
+    return jnp.log(jnp.maximum(eta, jnp.finfo(eta.dtype).tiny))
+
+
+def _exponents(leaf: Leaf, spec: Projection, heads: jax.Array, alpha: Any) -> jax.Array:
+    """The logarithm of the factor of each entry, in a shape that broadcasts to the leaf.
+
+    Raises:
+      ValueError: if the heads, or their tails, do not fit the leaf.
+    """
+    shape, (*front, number) = jnp.shape(leaf.value), heads.shape
+    axis = spec.axis + len(shape) if spec.axis < 0 else spec.axis
+    fits = len(front) <= axis < len(shape) and list(shape[: len(front)]) == front and shape[axis] % number == 0
+    if not fits:
+        raise ValueError(
+            f"leaf {leaf.path!r} of shape {shape} has no heads of shape {heads.shape} at {spec}: its axes in front "
+            "must be those of max_logits, and its axis of heads a multiple of their number"
+        )
+    block = shape[axis] // number
+    logs = jnp.expand_dims(jnp.repeat(heads, block, axis=-1), range(len(front), axis))
+    logs = jnp.expand_dims(logs, range(axis + 1, len(shape)))
+    along, size = (axis, block) if block > 1 else (axis + 1, shape[axis + 1] if axis + 1 < len(shape) else 0)
+    if spec.tail > size:
+        raise ValueError(f"heads of the leaf {leaf.path!r} of shape {shape} have {size} entries, fewer than in {spec}")
+    own, rest = (alpha, 1.0) if spec.kind == "query" else (1 - alpha, 0.0)
+    if not spec.tail:
+        return logs * own
+    is_tail = np.arange(shape[along]) % size >= size - spec.tail
+    power = jnp.where(is_tail, rest, jnp.asarray(own, logs.dtype))
+    return logs * jnp.expand_dims(power, (*range(along), *range(along + 1, len(shape)))).astype(logs.dtype)
+
+
+def _rescaled(update: jax.Array, param: jax.Array, minus: jax.Array) -> jax.Array:
+    """The update after which the parameter is 1 + `minus` times what it would be."""
+    dtype = np.promote_types(dtypes.wide(update.dtype), dtypes.wide(param.dtype))
+    wide = update.astype(dtype)
+    minus = minus.astype(dtype) + jnp.zeros_like(wide)  # laid out as the leaf is
+    moved = wide + (param.astype(dtype) + wide) * minus
+    return jnp.where((minus == 0) | ~jnp.isfinite(update), update, arithmetic.narrowed(moved, update.dtype))

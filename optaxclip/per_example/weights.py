@@ -1,0 +1,104 @@
+"""The weights of the examples of a batch: 0 for padding, or how much each is worth.
+
+A gradient is clipped first and weighted afterwards, so an example adds at most its weight times the bound.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optaxclip._arguments import checks
+from optaxclip._arrays import dtypes, layouts
+from optaxclip.per_example.problems import Problem, Weights
+
+_LARGEST_EXPONENT = 126  # the reciprocal of 2^127 is subnormal
+
+
+class Shares(NamedTuple):
+    """What a sum over examples needs to know of their weights.
+
+    Attributes:
+      relative: the weight of each, as a multiple of `unit`; None where all are 1.
+      unit: a power of two near the largest weight, so that no sum of weighted gradients vanishes.
+      total: the sum of `relative` over all examples on all devices.
+    """
+
+    relative: Weights
+    unit: jax.Array | int
+    total: jax.Array | int
+
+    def sum(self, weighted: jax.Array) -> jax.Array:
+        """The weighted sum, of a sum by relative weights."""
+        return weighted if self.relative is None else weighted * jnp.asarray(self.unit, _real(weighted))
+
+    def mean(self, weighted: jax.Array) -> jax.Array:
+        """The weighted mean, of a sum by relative weights; 0 where the weights add up to 0."""
+        if self.relative is None:
+            return weighted / self.total
+        total = jnp.asarray(self.total, _real(weighted))
+        mean = weighted / jnp.where(total == 0, jnp.ones_like(total), total)
+        return jnp.where(total == 0, jnp.zeros_like(mean), mean)
+
+
+def of_call(problem: Problem, number: int, weights: Any) -> Shares:
+    """The shares of the examples, of which there are `number` on this device.
+
+    Raises:
+      ValueError: if `weights` is no vector of that many real numbers, or varies over more mesh axes than the examples.
+    """
+    if weights is None:
+        return Shares(None, 1, number * math.prod(jax.lax.axis_size(name) for name in problem.apart))
+    _require_vector(number, weights)
+    given = jnp.asarray(weights)
+    if more := layouts.varying(given) - set(problem.apart):
+        raise ValueError(
+            f"weights differ between devices along mesh axes {tuple(sorted(more))}, and examples do not: shard weights "
+            "as the first axis of the batch"
+        )
+    wide = layouts.varying_over(given.astype(dtypes.accumulator(given.dtype)), problem.apart)
+    # Subnormals are 0 on most devices, in comparisons and sums, and may differ from 0 elsewhere.
+    used = jnp.isfinite(wide) & (jnp.abs(wide) >= jnp.finfo(wide.dtype).tiny)
+    finite = jnp.where(used, wide, jnp.zeros_like(wide))
+    largest = jnp.max(jax.lax.stop_gradient(jnp.abs(finite)))
+    unit = _power_of_two_at_least(jax.lax.pmax(largest, problem.apart) if problem.apart else largest)
+    relative = finite / unit
+    total = jnp.sum(relative)
+    total = jax.lax.psum(total, problem.apart) if problem.apart else total
+    return Shares(relative, unit, total)
+
+
+def require_free(fun: Callable[..., Any], args: Sequence[Any]) -> None:
+    """Raises ValueError if `fun` has an argument `weights` that these positional arguments do not fill."""
+    try:
+        names = list(inspect.signature(fun).parameters)
+    except (TypeError, ValueError):  # a function of C
+        return
+    if "weights" in names[len(args) :]:
+        raise ValueError(
+            "weights= are those of the examples, and the function has an argument of that name: pass it by position, "
+            "or rename it"
+        )
+
+
+def _require_vector(number: int, weights: Any) -> None:
+    is_array = isinstance(weights, jax.Array | np.ndarray) and (weights.dtype == bool or checks.is_real(weights))
+    if not is_array or weights.shape != (number,):
+        got = f"{weights.dtype} of shape {weights.shape}" if hasattr(weights, "dtype") else repr(weights)
+        raise ValueError(f"weights must be an array of {number} real numbers, one per example, got {got}")
+
+
+def _real(array: jax.Array) -> Any:
+    return dtypes.accumulator(array.dtype)
+
+
+def _power_of_two_at_least(x: jax.Array) -> jax.Array:
+    """The smallest power of two that is at least x, so 1 for 1, and 1 for 0."""
+    mantissa, exponent = jnp.frexp(x)
+    exponent = jnp.where(mantissa == 0.5, exponent - 1, exponent)
+    exponent = jnp.minimum(exponent, jnp.full_like(exponent, _LARGEST_EXPONENT))
+    return jnp.ldexp(jnp.ones_like(x), jnp.where(x > 0, exponent, jnp.zeros_like(exponent)))
