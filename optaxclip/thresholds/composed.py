@@ -3,6 +3,7 @@
 The thresholds inside see the measured norms. What they take in is what they permit themselves.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -124,8 +125,8 @@ def times(k: bounds.Bound, threshold: Threshold) -> Threshold:
     def scaled(norms: Norms, band: Band, factor: Any) -> Band:
         lower, upper = band
         if not (isinstance(lower, float) and lower == 0.0):
-            lower = groups.over_groups(_multiple_of_lower, norms, lower, factor)
-        return lower, groups.over_groups(_multiple_of_upper, norms, upper, factor)
+            lower = groups.over_groups(functools.partial(_multiple, is_upper=False), norms, lower, factor)
+        return lower, groups.over_groups(functools.partial(_multiple, is_upper=True), norms, upper, factor)
 
     return _altered("thresholds.times", k, threshold, scaled)
 
@@ -197,18 +198,15 @@ def _altered(
     return Threshold(init, limit)
 
 
-def _multiple_of_lower(norm: jax.Array, lower: Any, factor: Any) -> jax.Array:
-    lower, factor = (bounds.as_array(value, norm.dtype, none=0) for value in (lower, factor))
-    return jnp.minimum(jnp.asarray(lower * factor), bounds.highest(norm.dtype))
-
-
-def _multiple_of_upper(norm: jax.Array, upper: Any, factor: Any) -> jax.Array:
+def _multiple(norm: jax.Array, end: Any, factor: Any, *, is_upper: bool) -> jax.Array:
+    """An end of a band times a factor. Where it bounds nothing, so does the product: a half of it would bound."""
     highest = bounds.highest(norm.dtype)
-    upper, factor = (bounds.as_array(value, norm.dtype, none=np.nan) for value in (upper, factor))
-    # What bounds nothing is no number, of which a half would bound; NaN is neither above nor below.
-    bounds_norms = (upper < highest) & (factor < np.inf)
-    product = jnp.where(bounds_norms, upper, jnp.ones_like(norm)) * jnp.where(bounds_norms, factor, jnp.ones_like(norm))
-    return jnp.where(bounds_norms, jnp.minimum(product, highest), highest)
+    nothing = highest if is_upper else 0
+    end, factor = (bounds.as_array(value, norm.dtype, none=np.nan) for value in (end, factor))
+    is_bound = (end < highest) & (factor < np.inf)  # false for NaN
+    fits = is_bound & (end < (1 - 2.0**-20) * highest / jnp.maximum(factor, 1))  # or the product overflows
+    product = jnp.where(fits, end, jnp.ones_like(norm)) * jnp.where(fits, factor, jnp.ones_like(norm))
+    return jnp.where(fits, product, jnp.where(is_bound, highest, nothing))
 
 
 def _not_below(norm: jax.Array, upper: Any, floor: Any) -> jax.Array:
