@@ -1,4 +1,4 @@
-"""`warmup_max_norm`: what it lets through, what statistics take in, and that a run survives an explosion at its start."""
+"""`warmup_max_norm`: what it lets through, what statistics take in, and that a run survives an early explosion."""
 
 import contextlib
 import functools
