@@ -260,6 +260,8 @@ ENDS = [
     (lambda: thresholds.times(1e-30, thresholds.constant(1e30)), 3e38, 1.0),
     (lambda: thresholds.times(1e30, thresholds.between(1e30, INF)), 1.0, LARGEST),
     (lambda: thresholds.times(3.0, thresholds.exactly(2.0)), 1e-30, 6.0),
+    (lambda: thresholds.times(jnp.float32(jnp.nan), thresholds.exactly(2.0)), 1e-30, 1e-30),  # neither end
+    (lambda: thresholds.times(2.0, thresholds.between(jnp.float32(jnp.nan), 3.0)), 1e-30, 1e-30),
     (lambda: thresholds.times(2.0, thresholds.constant(0.0)), 5.0, 0.0),
     (lambda: thresholds.at_least(0.0, thresholds.constant(0.0)), 5.0, 0.0),
     (lambda: thresholds.at_least(2.0, thresholds.constant(0.0)), 5.0, 2.0),

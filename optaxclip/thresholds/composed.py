@@ -201,12 +201,12 @@ def _altered(
 def _multiple(norm: jax.Array, end: Any, factor: Any, *, is_upper: bool) -> jax.Array:
     """An end of a band times a factor. Where it bounds nothing, so does the product: a half of it would bound."""
     highest = bounds.highest(norm.dtype)
-    nothing = highest if is_upper else 0
     end, factor = (bounds.as_array(value, norm.dtype, none=np.nan) for value in (end, factor))
-    is_bound = (end < highest) & (factor < np.inf)  # false for NaN
-    fits = is_bound & (end < (1 - 2.0**-20) * highest / jnp.maximum(factor, 1))  # or the product overflows
+    # What bounds nothing does not fit, nor does what overflows, nor NaN.
+    fits = end < (1 - 2.0**-20) * highest / jnp.maximum(factor, 1)
     product = jnp.where(fits, end, jnp.ones_like(norm)) * jnp.where(fits, factor, jnp.ones_like(norm))
-    return jnp.where(fits, product, jnp.where(is_bound, highest, nothing))
+    beyond = highest if is_upper else jnp.where(jnp.isnan(end) | jnp.isnan(factor), 0, highest)
+    return jnp.where(fits, product, beyond)
 
 
 def _not_below(norm: jax.Array, upper: Any, floor: Any) -> jax.Array:

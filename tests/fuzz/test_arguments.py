@@ -276,6 +276,7 @@ KINDS: dict[str, Kind] = {
     "form": one_of("auto", "one_pass", "two_pass"),
     "relative": number(),
     "return_norms": flag,
+    "scale": one_of("linear", "log"),
     "smooth": flag,
     "stacked": tree_of(lambda v: None if v is False else whole(0)(v), none=True),
     "state_dtype": floats,
