@@ -14,8 +14,8 @@ Nearly every gradient clipper answers these two questions, and differs from the 
     clip_by_spectral_norm(c)    clip_by(norms.spectral_norm(), thresholds.constant(c))
     clip_by_norm_range(lo, hi)  clip_by(norms.global_norm(), thresholds.between(lo, hi))
     adaptive_grad_clip(r, eps)  clip_by(norms.unit_norm(), thresholds.relative_to_params(r, floor=eps))
-    autoclip(10)                clip_by(norms.global_norm(), thresholds.quantile(0.10))
-    zclip(2.5)                  clip_by(norms.global_norm(), chain(thresholds.zscore(2.5), thresholds.constant(1.0)))
+    autoclip(10)                clip_by(norms.global_norm(), thresholds.quantile(0.10, warmup_max_norm=1.0))
+    zclip(2.5)                  clip_by(norms.global_norm(), thresholds.zscore(2.5, warmup_max_norm=1.0))
     contrib.clippy(rel, abs)    clip_by(norms.relative_change(rel, abs), thresholds.constant(1.0))
     contrib.aggc(labels, 2)     clip_by(norms.group_norm(labels), thresholds.ema_band(2))
 

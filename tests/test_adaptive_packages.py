@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-import optaxclip as oc
+from tests import published
 from tests.driving import drive, fields
 from tests.reference import packages, sequences
 
@@ -22,7 +22,7 @@ def test_zclip(rng, clip_to, drift, max_norm, patience):
     """zclip 1.0.0. It has no patience: where there are no 33 spikes in a row it must not matter."""
     given = sequences.training(rng, drift=drift)
     theirs, stats = packages.zclip(given, max_grad_norm=max_norm, **OPTIONS[clip_to])
-    tx = oc.zclip(clip_to=clip_to, max_norm=max_norm, patience=patience)
+    tx = published.zclip(clip_to=clip_to, max_norm=max_norm, patience=patience)
     after, seen = drive(tx, given, fields("zscore_mean", "zscore_std", "zscore_spikes"))
     np.testing.assert_allclose(after, packages.without_eps(given, theirs), rtol=RTOL)
     np.testing.assert_allclose(seen["zscore_mean"][24:, 0], stats["mu"][24:], rtol=RTOL)
@@ -33,7 +33,7 @@ def test_zclip(rng, clip_to, drift, max_norm, patience):
 def test_zclip_never_follows_and_ours_does(rng):
     given = sequences.with_shift(sequences.lognormal(rng, 1500, spread=0.1, drift=1.0))
     theirs, _ = packages.zclip(given, max_grad_norm=None)
-    after, _ = drive(oc.zclip(max_norm=None), given)
+    after, _ = drive(published.zclip(max_norm=None), given)
     assert np.all(theirs[499:] < 0.2 * given[499:])
     np.testing.assert_allclose(after[:532], packages.without_eps(given, theirs)[:532], rtol=RTOL)
     assert np.mean(after[540:] == given[540:].astype(np.float32)) > 0.9
@@ -45,7 +45,7 @@ def test_adagc(rng, options):
     given = sequences.tensors(rng)
     names = {"ratio": "lambda_rel", "decay": "beta", "warmup_steps": "warmup_steps", "warmup_max_norm": "lambda_abs"}
     theirs, stats = packages.adagc(given, **{names[name]: value for name, value in options.items()})
-    after, seen = drive(oc.adagc(**options), given, fields("norm_average"))
+    after, seen = drive(published.adagc(**options), given, fields("norm_average"))
     np.testing.assert_allclose(after, theirs, rtol=RTOL)
     np.testing.assert_allclose(seen["norm_average"], stats["gamma"], rtol=RTOL)
     assert np.all(np.sum(after < 0.999 * given, axis=0) > 20)
@@ -56,7 +56,7 @@ def test_autoclip(rng, window):
     """autoclip 0.2.1 leaves the current norm out: it clips to our bound of one step before."""
     given = sequences.training(rng)
     theirs, _ = packages.autoclip(given, quantile=0.9, history_length=window)
-    tx = oc.autoclip(90, window=window, record=True)
+    tx = published.autoclip(90, window=window, record=True)
     _, bounds = drive(tx, given, lambda state: state.clip_stats.clip_limit[0])
     before = np.concatenate([[np.inf], bounds[:-1].ravel()])
     np.testing.assert_allclose(packages.without_eps(given, theirs), np.minimum(given, before), rtol=RTOL)

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import optaxclip as oc
 from optaxclip import clip_by, contrib, norms, thresholds
+from tests import published
 from tests.driving import drive, fields
 from tests.reference import adaptive, sequences
 
@@ -36,7 +36,7 @@ def clips(run, given):
 )
 def test_zclip(rng, clip_to, drift, max_norm, patience):
     given = sequences.training(rng, drift=drift)
-    tx = oc.zclip(clip_to=clip_to, max_norm=max_norm, patience=patience)
+    tx = published.zclip(clip_to=clip_to, max_norm=max_norm, patience=patience)
     after, seen = drive(tx, given, fields("zscore_mean", "zscore_std", "zscore_spikes"))
     run = adaptive.zclip(given, clip_to=clip_to, max_norm=max_norm, patience=patience)
     close(after, run.after)
@@ -50,7 +50,9 @@ def test_zclip(rng, clip_to, drift, max_norm, patience):
 @pytest.mark.parametrize("patience", [1, 5, 33])
 def test_zclip_runs_out_of_patience_where_it_should(rng, clip_to, patience):
     given = sequences.with_shift(sequences.lognormal(rng, 700, spread=0.1, drift=1.0))
-    after, seen = drive(oc.zclip(clip_to=clip_to, max_norm=None, patience=patience), given, fields("zscore_mean"))
+    after, seen = drive(
+        published.zclip(clip_to=clip_to, max_norm=None, patience=patience), given, fields("zscore_mean")
+    )
     run = adaptive.zclip(given, clip_to=clip_to, max_norm=None, patience=patience)
     close(after, run.after)
     close(seen["zscore_mean"][24:, 0], run.stats["mu"][24:])
@@ -60,7 +62,7 @@ def test_zclip_runs_out_of_patience_where_it_should(rng, clip_to, patience):
 @pytest.mark.parametrize("warmup_steps", [1, 2, 100])
 def test_the_warm_up_of_zclip(rng, warmup_steps):
     given = sequences.training(rng, 300)
-    tx = oc.zclip(3.0, decay=0.9, warmup_steps=warmup_steps, max_norm=2.0)
+    tx = published.zclip(3.0, decay=0.9, warmup_steps=warmup_steps, max_norm=2.0)
     after, _ = drive(tx, given)
     close(after, adaptive.zclip(given, 3.0, 0.9, warmup_steps, 2.0, patience=33).after)
 
@@ -68,10 +70,10 @@ def test_the_warm_up_of_zclip(rng, warmup_steps):
 def test_zclip_of_several_tensors_is_one_of_each(rng):
     given = sequences.tensors(rng, 1000)
     names = fields("zscore_mean", "zscore_std", "zscore_spikes")
-    after, seen = drive(oc.zclip(max_norm=None, norm=norms.leaf_norm()), given, names)
+    after, seen = drive(published.zclip(max_norm=None, norm=norms.leaf_norm()), given, names)
     for i, column in enumerate(given.T):
         close(after[:, i], adaptive.zclip(column, max_norm=None, patience=33).after)
-        alone, alone_seen = drive(oc.zclip(max_norm=None, norm=norms.leaf_norm()), column, names)
+        alone, alone_seen = drive(published.zclip(max_norm=None, norm=norms.leaf_norm()), column, names)
         np.testing.assert_array_equal(after[:, i], alone)
         for name, value in alone_seen.items():
             np.testing.assert_array_equal(seen[name][:, i], value[:, 0])
@@ -84,7 +86,7 @@ def test_zclip_of_several_tensors_is_one_of_each(rng):
 @pytest.mark.parametrize(("percentile", "window"), [(10, 100), (50, 1000), (90, 7), (0, 20), (100, 20), (33.3, 1)])
 def test_autoclip(rng, percentile, window, drift):
     given = sequences.training(rng, drift=drift)
-    after, _ = drive(oc.autoclip(percentile, window=window), given)
+    after, _ = drive(published.autoclip(percentile, window=window), given)
     close(after, adaptive.autoclip(given, percentile, window=window).after)
 
 
@@ -93,14 +95,14 @@ def test_autoclip(rng, percentile, window, drift):
 def test_autoclip_between_norms_that_lie_decades_apart(rng, percentile, window):
     """Where a rank that is off in its seventh digit is a bound of another order of magnitude."""
     given = sequences.DISTRIBUTIONS["1e-37 to 1e38"](rng, 500)
-    after, _ = drive(oc.autoclip(percentile, window=window), given)
+    after, _ = drive(published.autoclip(percentile, window=window), given)
     close(after, adaptive.autoclip(given, percentile, window=window).after)
 
 
 @pytest.mark.parametrize("percentile", [10, 50, 99])
 def test_autoclip_of_the_whole_history(rng, percentile):
     given = sequences.training(rng)
-    after, _ = drive(oc.autoclip(percentile), given)
+    after, _ = drive(published.autoclip(percentile), given)
     np.testing.assert_allclose(after, adaptive.autoclip(given, percentile).after, rtol=0.009)
 
 
@@ -139,7 +141,7 @@ def test_clip_by_tracked_quantile(rng, options):
 )
 def test_adagc(rng, options):
     given = sequences.tensors(rng)
-    after, seen = drive(oc.adagc(**options), given, fields("norm_average"))
+    after, seen = drive(published.adagc(**options), given, fields("norm_average"))
     run = adaptive.adagc(given, **options)
     close(after, run.after)
     close(seen["norm_average"], run.stats["gamma"])
@@ -209,7 +211,7 @@ def test_clip_norm_growth(rng, ratio):
 def test_clip_by_history(rng, drift, options):
     # No stretch of constants fills a window, where ours has another floor under the deviation.
     given = sequences.with_spikes(rng, sequences.lognormal(rng, scale=0.3, drift=drift))
-    after, _ = drive(oc.clip_by_history(**options), given)
+    after, _ = drive(published.clip_by_history(**options), given)
     run = adaptive.clip_by_history(given, **options)
     close(after, run.after)
     assert clips(run, given) > 15
@@ -217,7 +219,7 @@ def test_clip_by_history(rng, drift, options):
 
 def test_clip_by_history_with_constants(rng):
     given = sequences.training(rng)
-    after, _ = drive(oc.clip_by_history(), given)
+    after, _ = drive(published.clip_by_history(), given)
     close(after, adaptive.clip_by_history(given).after)
 
 
@@ -244,7 +246,7 @@ def test_mean_std_may_count_the_current_norm(rng, ddof):
 def test_units_have_a_history_each(rng):
     """The rows of a matrix and a vector as a whole."""
     given = sequences.tensors(rng, 300)
-    tx = oc.zclip(max_norm=None, warmup_steps=10, norm=norms.unit_norm("oi"))
+    tx = published.zclip(max_norm=None, warmup_steps=10, norm=norms.unit_norm("oi"))
 
     def step(state, row):
         updates = {"w": jnp.stack([row[0] * jnp.array([0.6, 0.8]), row[1] * jnp.array([0.0, 1.0])]), "b": row[2, None]}
@@ -260,6 +262,6 @@ def test_units_have_a_history_each(rng):
 
 def test_a_history_of_infinity_norms(rng):
     given = sequences.tensors(rng, 300)
-    after, _ = drive(oc.autoclip(50, window=20, norm=norms.global_norm(np.inf)), given)
+    after, _ = drive(published.autoclip(50, window=20, norm=norms.global_norm(np.inf)), given)
     largest = given.max(axis=1)
     close(after, given * (adaptive.autoclip(largest, 50, window=20).after / largest)[:, None])

@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import optaxclip as oc
 from optaxclip import clip_by, contrib, norms, thresholds
+from tests import published
 from tests.driving import drive, fields
 
 
@@ -26,19 +26,19 @@ ZCLIP = [1, 1.2, 0.8, 1, 3, 1, 10, 0.1]
     ],
 )
 def test_zclip(clip_to, after):
-    ours, _ = drive(oc.zclip(warmup_steps=4, max_norm=None, clip_to=clip_to), ZCLIP)
+    ours, _ = drive(published.zclip(warmup_steps=4, max_norm=None, clip_to=clip_to), ZCLIP)
     # Half a unit of the last digit: 1.01496 has one less than the others.
     assert np.all(np.abs(ours - after) <= [1e-6] * 6 + [5e-6, 1e-6])
 
 
 def test_zclip_statistics():
-    _, seen = drive(oc.zclip(warmup_steps=4, max_norm=None), ZCLIP, fields("zscore_mean", "zscore_std"))
+    _, seen = drive(published.zclip(warmup_steps=4, max_norm=None), ZCLIP, fields("zscore_mean", "zscore_std"))
     close(seen["zscore_mean"][3:, 0], [1, 1.001875, 1.001819, 1.002213, 0.975147])
     close(seen["zscore_std"][3:, 0] ** 2, [0.02, 0.019510, 0.018925, 0.018362, 0.040788])
 
 
 def test_zclip_with_a_cap():
-    tx = oc.zclip(warmup_steps=4, max_norm=1.0)
+    tx = published.zclip(warmup_steps=4, max_norm=1.0)
     after, seen = drive(tx, [2, 2.4, 1.6, 2, 3, 0.5, 10, 2], fields("zscore_mean", "zscore_std"))
     close(after, [1, 1, 1, 1, 1, 0.5, 1, 1])
     close(seen["zscore_mean"][-1, 0], 1.973791)
@@ -56,16 +56,16 @@ AUTOCLIP = [1, 2, 0.5, 4, 1, 8, 0.25, 1]
     ],
 )
 def test_autoclip(percentile, window, bounds):
-    after, _ = drive(oc.autoclip(percentile, window=window), AUTOCLIP)
+    after, _ = drive(published.autoclip(percentile, window=window), AUTOCLIP)
     close(after, np.minimum(AUTOCLIP, bounds))
 
 
 def test_autoclip_of_the_whole_history():
     """The same to 0.9 %."""
-    after, _ = drive(oc.autoclip(10), AUTOCLIP)
+    after, _ = drive(published.autoclip(10), AUTOCLIP)
     bounds = [1, 1.1, 0.6, 0.65, 0.7, 0.75, 0.4, 0.425]
     np.testing.assert_allclose(after, np.minimum(AUTOCLIP, bounds), rtol=0.009)
-    after, _ = drive(oc.autoclip(10), [1, 100])
+    after, _ = drive(published.autoclip(10), [1, 100])
     np.testing.assert_allclose(after, [1, 10.9], rtol=0.009)
 
 
@@ -82,7 +82,7 @@ def test_percentile_clip(percentile, window, bounds):
 
 
 def test_adagc():
-    tx = oc.adagc(warmup_steps=4)
+    tx = published.adagc(warmup_steps=4)
     after, seen = drive(tx, np.array([[2, 0.5, 3, 1, 2, 0.4, 10, 1]]).T, fields("norm_average"))
     close(after[:, 0], [1, 0.5, 1, 0.525, 0.525525, 0.4, 0.523930, 0.524453])
     close(seen["norm_average"][:, 0], [1, 0.5, 0.5, 0.5005, 0.501001, 0.498980, 0.499479, 0.499979])
@@ -90,7 +90,7 @@ def test_adagc():
 
 def test_adagc_of_two_tensors():
     tensors = [(3, 4), (0.3, 0.4), (1, 0.2), (0.5, 0.1), (9, 0.1), (0.3, 3)]
-    after, seen = drive(oc.adagc(warmup_steps=3), np.array(tensors), fields("norm_average"))
+    after, seen = drive(published.adagc(warmup_steps=3), np.array(tensors), fields("norm_average"))
     close(after, [(0.6, 0.8), (0.3, 0.4), (0.315, 0.2), (0.315315, 0.1), (0.315630, 0.1), (0.3, 0.403492)])
     close(seen["norm_average"][-1], [0.300883, 0.384663])
 
@@ -113,9 +113,9 @@ HISTORY = [1, 1.2, 0.8, 1, 3, 10, 1, 1, 10]
 
 
 def test_clip_by_history():
-    raw, _ = drive(oc.clip_by_history(3.0, window=8, warmup_steps=4, take_in="raw"), HISTORY)
+    raw, _ = drive(published.clip_by_history(3.0, window=8, warmup_steps=4, take_in="raw"), HISTORY)
     close(raw, [1, 1.2, 0.8, 1, 1.424264, 3.829815, 1, 1, 10])
-    clipped, _ = drive(oc.clip_by_history(3.0, window=8, warmup_steps=4), HISTORY)
+    clipped, _ = drive(published.clip_by_history(3.0, window=8, warmup_steps=4), HISTORY)
     close(clipped, [1, 1.2, 0.8, 1, 1.424264, 1.719833, 1, 1, 1.974491])
 
 

@@ -89,6 +89,7 @@ PUBLIC = {
     "norms.relative_change": (norms.relative_change, {"relative": 0.1, "absolute": 0.1}),
     "norms.spectral_norm": (norms.spectral_norm, {}),
     "norms.unit_norm": (norms.unit_norm, {}),
+    "thresholds.at_least": (thresholds.at_least, {"min_limit": 0.1, "threshold": thresholds.growth()}),
     "thresholds.average": (thresholds.average, {}),
     "thresholds.between": (thresholds.between, {"min_norm": 0.1, "max_norm": 1.0}),
     "thresholds.constant": (thresholds.constant, {"max_norm": 1.0}),
@@ -102,6 +103,7 @@ PUBLIC = {
     "thresholds.quantile": (thresholds.quantile, {"quantile": 0.5}),
     "thresholds.relative_to_params": (thresholds.relative_to_params, {"ratio": 0.1}),
     "thresholds.smooth": (thresholds.smooth, {"max_norm": 1.0}),
+    "thresholds.times": (thresholds.times, {"k": 2.0, "threshold": thresholds.growth()}),
     "thresholds.tracked_quantile": (thresholds.tracked_quantile, {}),
     "thresholds.zscore": (thresholds.zscore, {}),
     "per_example.clipped_value_and_grad": (per_example.clipped_value_and_grad, {"fun": jnp.dot, "tx": IDENTITY}),
@@ -166,7 +168,7 @@ def test_junk_is_refused_by_name(name, parameter):
 
 
 FLAGS = {"has_aux", "include", "include_current", "record", "return_norms", "smooth", "uniform"}
-NONE_IS_MEANT = {"axes", "patience", ("zclip", "max_norm"), ("adagc", "warmup_max_norm"), "max_consecutive"}
+NONE_IS_MEANT = {"axes", "patience", ("zclip", "max_norm"), "warmup_max_norm", "max_consecutive"}
 
 
 @pytest.mark.parametrize(("name", "parameter"), PARAMETERS)

@@ -129,6 +129,12 @@ BAD = [
     (contrib.reset_state_every, {"inner": optax.identity(), "period": 0}, "period"),
     (contrib.reset_state_every, {"inner": optax.identity(), "warmup_steps": -1}, "warmup_steps"),
     (thresholds.quantile, {"quantile": 1.5}, "quantile"),
+    (thresholds.quantile, {"quantile": 0.5, "warmup_max_norm": 0.0}, "warmup_max_norm"),
+    (thresholds.zscore, {"warmup_max_norm": NAN}, "warmup_max_norm"),
+    (thresholds.times, {"k": 0.0, "threshold": thresholds.growth()}, "k"),
+    (thresholds.times, {"k": -1.0, "threshold": thresholds.growth()}, "k"),
+    (thresholds.times, {"k": math.inf, "threshold": thresholds.growth()}, "k"),
+    (thresholds.at_least, {"min_limit": -0.1, "threshold": thresholds.growth()}, "min_limit"),
     (thresholds.mean_std, {"ddof": 2}, "ddof"),
     (thresholds.constant, {"max_norm": -1.5}, "max_norm"),
     (thresholds.constant, {"max_norm": NAN}, "max_norm"),
@@ -200,6 +206,8 @@ WRONG = {
         "threshold 1 of the chain must be a Thr",
     ),
     "a clipper in a chain": (lambda: thresholds.chain(oc.zclip()), "threshold 0 of the chain must be a Threshold"),
+    "a clipper for a threshold": (lambda: thresholds.times(2.0, oc.zclip()), "threshold must be a Threshold, such as"),
+    "a threshold for a factor": (lambda: thresholds.times(thresholds.growth(), 2.0), "k must be a number"),
     "a schedule for a decay": (lambda: oc.zclip(decay=lambda count: 0.9), "decay must be a number.*inject_hyperparams"),
     "swapped": (lambda: oc.clip_by(thresholds.constant(1.0), norms.leaf_norm()), "norm must be a Norm"),
 }
@@ -373,7 +381,10 @@ SIGNATURES = {
     "smooth_clip_by_global_norm": "(max_norm, *, axes='auto', record=False)",
     "adaptive_grad_clip": "(clipping, eps=0.001, axis=None, *, units='io', stacked=None, axes='auto', record=False)",
     "clippy": "(relative=0.1, absolute=1e-07, *, axes='auto', record=False)",
-    "adagc": "(ratio=1.05, *, decay=0.98, warmup_steps=100, warmup_max_norm=1.0, axes='auto', record=False)",
+    "adagc": (
+        "(ratio=1.05, *, decay=0.98, warmup_steps=100, warmup_max_norm=1.0, warmup_take_in='raw', axes='auto', "
+        "record=False)"
+    ),
     "aggc": (
         "(labels, ratio, *, min_ratio=None, decay=0.98, min_norm=0.0, max_down=None, max_up=None, initial=None, "
         "axes='auto', record=False)"
@@ -401,6 +412,8 @@ SIGNATURES = {
     "thresholds.smooth": "(max_norm)",
     "thresholds.relative_to_params": "(ratio, *, floor=0.0, offset=0.0)",
     "thresholds.chain": "(*thresholds)",
+    "thresholds.times": "(k, threshold)",
+    "thresholds.at_least": "(min_limit, threshold)",
     "clip_stats": "(opt_state, *, per_group=False, history=False, since=0, numeric=False)",
 }
 
@@ -421,11 +434,12 @@ def test_signatures_are_the_published_ones(name):
 # Those with a norm among their arguments, which has no literal: their names, with the defaults of the numbers.
 WITH_A_NORM = {
     "clip_by_norm_range": "min_norm max_norm * norm",
-    "autoclip": "percentile=10.0 * window=None norm",
+    "autoclip": "percentile=10.0 * window=None warmup_steps=25 warmup_max_norm=1.0 norm",
     "percentile_clip": "percentile=5.0 * window=100 norm",
-    "zclip": "num_std=2.5 * decay=0.97 warmup_steps=25 max_norm=1.0 patience=33 clip_to='reciprocal' "
+    "zclip": "num_std=2.5 * decay=0.97 warmup_steps=25 warmup_max_norm=1.0 max_norm=None patience=33 "
+    "clip_to='reciprocal' scale='linear' norm",
+    "clip_by_history": "num_std=3.0 * window=128 warmup_steps=64 warmup_max_norm=1.0 take_in='clipped' patience=None "
     "scale='linear' norm",
-    "clip_by_history": "num_std=3.0 * window=128 warmup_steps=64 take_in='clipped' patience=None scale='linear' norm",
     "clip_by_tracked_quantile": "quantile=0.5 * learning_rate=0.2 initial=1.0 norm",
     "clip_norm_growth": "ratio=1.01 * norm",
 }

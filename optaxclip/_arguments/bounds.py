@@ -33,7 +33,7 @@ class ScheduleState(NamedTuple):
 
 def init(*given: Bound) -> ScheduleState | optax.EmptyState:
     """The state that bounds need."""
-    return ScheduleState(jnp.zeros((), jnp.int32)) if _is_scheduled(given) else optax.EmptyState()
+    return ScheduleState(jnp.zeros((), jnp.int32)) if is_scheduled(*given) else optax.EmptyState()
 
 
 def resolve(given: Sequence[Bound], state: Tree, tree: Tree) -> tuple[list[Any], Any]:
@@ -43,14 +43,15 @@ def resolve(given: Sequence[Bound], state: Tree, tree: Tree) -> tuple[list[Any],
       For each bound, one number for all of `tree` or a pytree of its structure, in which None is no bound; and the
       state.
     """
-    if not _is_scheduled(given):
+    if not is_scheduled(*given):
         return [_spread(bound, tree) for bound in given], state
     step = states.of_kind(ScheduleState, state, "a bound that follows a schedule").schedule_step
     now = [jax.tree.map(functools.partial(_at, step), bound, is_leaf=trees.is_function) for bound in given]
     return [_spread(bound, tree) for bound in now], ScheduleState(jnp.asarray(optax.safe_increment(step)))
 
 
-def _is_scheduled(given: Sequence[Bound]) -> bool:
+def is_scheduled(*given: Bound) -> bool:
+    """Whether there is a schedule among bounds, so that they need a count of steps."""
     others = [bound for bound in given if not jnp.isscalar(bound)]
     return any(callable(leaf) for leaf in jax.tree.leaves(others, is_leaf=trees.is_function)) if others else False
 

@@ -42,13 +42,22 @@ def _require_64_bits(name: str, value: Any) -> None:
         raise ValueError(f"{name} must fit into 64 bits, or be a float, got {value!r}")
 
 
-def bound(name: str, value: Any, *, signed: bool = False, finite: bool = False, single: bool = False) -> None:
+def bound(
+    name: str,
+    value: Any,
+    *,
+    signed: bool = False,
+    positive: bool = False,
+    finite: bool = False,
+    single: bool = False,
+) -> None:
     """A bound: a number, an array, a schedule, or a prefix pytree of these, in which None bounds nothing.
 
     Args:
       name: the argument's name, for the message.
       value: what the user passed.
       signed: whether negative numbers are allowed.
+      positive: whether 0 is refused.
       finite: whether inf is refused.
       single: whether there is one group only, so that the bound must be one number.
 
@@ -68,7 +77,7 @@ def bound(name: str, value: Any, *, signed: bool = False, finite: bool = False, 
         if not is_real(entry):
             raise ValueError(f"{name} must be {kinds}, got {entry!r}")
         if _is_concrete(entry):
-            _require_in_range(name, entry, signed=signed, finite=finite)
+            _require_in_range(name, entry, signed=signed, positive=positive, finite=finite)
 
 
 def _is_built(value: Any) -> bool:
@@ -76,11 +85,13 @@ def _is_built(value: Any) -> bool:
     return isinstance(value, tuple) and {"init", "measure"} & {*getattr(value, "_fields", ())} != set()
 
 
-def _require_in_range(name: str, entry: Any, *, signed: bool, finite: bool) -> None:
+def _require_in_range(name: str, entry: Any, *, signed: bool, positive: bool, finite: bool) -> None:
     _require_64_bits(name, entry)
     numbers = np.asarray(entry, np.float64)
     if np.any(np.isnan(numbers)) or (not signed and np.any(numbers < 0)):
         raise ValueError(f"{name} must be {'a number' if signed else 'at least 0'}, got {entry!r}")
+    if positive and np.any(numbers == 0):
+        raise ValueError(f"{name} must be more than 0, got {entry!r}")
     if finite and np.any(np.isinf(numbers)):
         raise ValueError(f"{name} must be finite, got {entry!r}")
 

@@ -14,7 +14,8 @@ def adagc(
     *,
     decay: Number = 0.98,
     warmup_steps: int = 100,
-    warmup_max_norm: Number = 1.0,
+    warmup_max_norm: Number | None = 1.0,
+    warmup_take_in: str = "raw",
     axes: Axes = "auto",
     record: int = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -24,15 +25,16 @@ def adagc(
         \gamma_l \leftarrow \beta \gamma_l + (1 - \beta) \min(n_l, r \gamma_l)
 
     In the warm-up all leaves are clipped together to a global norm of `warmup_max_norm`, by default 1. With
-    `warmup_max_norm=None` the first norms pass: put a fixed clip in front, `chain(clip_by_leaf_norm(1.0),
-    adagc(warmup_max_norm=None))`.
+    `warmup_max_norm=None` they pass.
 
     Args:
       ratio: r, the permitted multiple of the average, at least 0; 1.05 in the paper.
       decay: decay of the average, in [0, 1); 0.98 in the paper.
-      warmup_steps: before this step all leaves are clipped together, and gamma is the smallest norm after that clip;
-        100 in the paper. The first step always belongs to the warm-up.
-      warmup_max_norm: bound on the global norm in the warm-up, at least 0; 1 in the paper. None clips nothing there.
+      warmup_steps: before this step all leaves are clipped together, and gamma is the smallest norm so far; 100 in the
+        paper. The first step always belongs to the warm-up.
+      warmup_max_norm: bound on the global norm in the warm-up, positive; 1 in the paper. None bounds nothing there.
+      warmup_take_in: in the warm-up `"raw"` takes norms in as measured. `"clipped"`, as in the paper, takes them in
+        after clipping.
       axes: which mesh axes split the leaves; see `clip_by`.
       record: how many of the last steps to record for `clip_stats`; see `clip_by`.
 
@@ -51,7 +53,7 @@ def adagc(
       ...     updates, state = tx.update(jnp.array([norm]), state)
       ...     print(updates)
       [1.]
-      [1.05]
+      [2.1]
 
     Notes:
       - Guarantees: those of `clip_by`. The direction of each leaf is kept.
@@ -59,11 +61,12 @@ def adagc(
         stays 0 and does not enter its average.
       - Level shifts: gamma rises by at most 0.1 % per step. A lasting tenfold rise is followed after 2,200 steps, at a
         ratio of 1.5 after 180.
-      - Warm-up: a spike of one leaf shrinks all leaves, and so every gamma. `warmup_max_norm=None` with a clip in front
-        avoids that.
+      - Warm-up: with fewer than two steps of it, a first norm of any size is gamma.
       - Placement: before the optimizer.
-      - Differs from the paper: zero gradients do not enter gamma. They would hold it near 1e-10 for 18,500 steps. The
-        floors of gamma and norm at 1e-8 are those of the published code.
+      - Differs from the paper: gamma starts from the smallest norm as measured. In the paper it is the smallest after
+        the clip of all leaves together: one leaf of norm 1e8 brings every gamma to 1e-8, from where it rises by 0.1 %
+        per step. Pass `warmup_take_in="clipped"` for that. Zero gradients do not enter gamma. They would hold it near
+        1e-10 for 18,500 steps. The floors of gamma and norm at 1e-8 are those of the published code.
 
     References:
       Wang et al., AdaGC: improving training stability for large language model pretraining, 2025, arXiv:2502.11034;
@@ -75,5 +78,11 @@ def adagc(
       Notebook: `notebooks/which_clipper.ipynb`, all methods compared.
     """
     checks.static_together(warmup_steps=warmup_steps, record=record)
-    threshold = thresholds.ema_ratio(ratio, decay=decay, warmup_steps=warmup_steps, warmup_max_norm=warmup_max_norm)
+    threshold = thresholds.ema_ratio(
+        ratio,
+        decay=decay,
+        warmup_steps=warmup_steps,
+        warmup_max_norm=warmup_max_norm,
+        warmup_take_in=warmup_take_in,
+    )
     return clip_by(norms.leaf_norm(), threshold, axes=axes, record=record)

@@ -14,7 +14,8 @@ def zclip(
     *,
     decay: Number = 0.97,
     warmup_steps: int = 25,
-    max_norm: Bound | None = 1.0,
+    warmup_max_norm: Number | None = 1.0,
+    max_norm: Bound | None = None,
     patience: int | None = 33,
     clip_to: str = "reciprocal",
     scale: str = "linear",
@@ -25,19 +26,19 @@ def zclip(
     r"""Clips spikes, norms many standard deviations above a moving average, to near the average.
 
     .. math:: u \leftarrow u \cdot \min(1, c / n), \qquad
-        c = \min\Bigl(\mu + \frac{k^2 \sigma}{z}, c_{max}\Bigr) \quad\text{where}\quad
-        z = \frac{n - \mu}{\sigma + 10^{-6}} > k
+        c = \mu + \frac{k^2 \sigma}{z} \quad\text{where}\quad z = \frac{n - \mu}{\sigma + 10^{-6}} > k
 
-    In the warm-up only `max_norm` bounds, by default 1. With `max_norm=None` the first norms pass: put a fixed clip in
-    front, `chain(clip_by_global_norm(10.0), zclip(max_norm=None))`.
+    In the warm-up norms are clipped to `warmup_max_norm`, by default 1. With `warmup_max_norm=None` they pass.
 
     Args:
       num_std: k, how many standard deviations make a spike, positive; 2.5 in the paper.
       decay: decay of mean and variance, in [0, 1); 0.97 in the paper.
-      warmup_steps: how many norms are averaged, as measured, before the first can be a spike; at least 1; 25 in the
-        paper.
+      warmup_steps: how many norms are averaged before the first can be a spike; at least 1; 25 in the paper.
+      warmup_max_norm: bound on the norm in the warm-up, positive. A norm of the warm-up counts for at most this, or ten
+        times the mean so far where that is more, so one huge norm does not spoil the statistics. None, as in the paper,
+        bounds nothing there and averages norms as measured.
       max_norm: a bound for every step, the warm-up included: a number, an array, a schedule, or a prefix pytree of
-        these. 1 in the paper; None is no bound.
+        these. None is no bound; 1 in the published package.
       patience: after this many spikes in a row the statistics take norms in as measured. None never does, as in the
         paper.
       clip_to: what a spike is clipped to, `"reciprocal"`, `"mean"` or `"edge"`; see `thresholds.zscore`.
@@ -55,7 +56,7 @@ def zclip(
     Example:
       >>> import jax.numpy as jnp
       >>> import optaxclip
-      >>> tx = optaxclip.zclip(warmup_steps=4, max_norm=None)
+      >>> tx = optaxclip.zclip(warmup_steps=4)
       >>> state = tx.init(jnp.zeros(1))
       >>> for norm in (1.0, 1.2, 0.8, 1.0, 3.0):
       ...     updates, state = tx.update(jnp.array([norm]), state)
@@ -68,10 +69,15 @@ def zclip(
       - Level shifts: a lasting tenfold rise is followed within about 40 steps, with `patience=5` within 10.
       - Constant norms: after a warm-up of equal norms, every larger norm is a spike until `patience` runs out.
       - Small norms: the 1e-6 is absolute, so with `scale="linear"` norms far below it are never spikes.
+      - Large norms: from a level of 1 the mean reaches any level up to 1e6 within the default warm-up. Far above that
+        it is reached when `patience` runs out.
       - Placement: before the optimizer.
-      - Differs from the paper: `patience`, and NaN stays out of the statistics. The published method takes a spike in
-        as what it was clipped to. After a lasting rise by three times or more its variance is gone, and it clips every
-        step. After one NaN it never clips again. The package multiplies by `c / (n + 1e-6)`.
+      - Differs from the paper: the published package caps every norm at 1, so it is a fixed clip wherever norms are
+        larger. Here the cap ends with the warm-up, and one exploding step does not spoil the statistics;
+        `zclip(max_norm=1.0, warmup_max_norm=None, patience=None)` is the published setting. `patience`, and NaN stays
+        out of the statistics: the published method takes a spike in as what it was clipped to. After a lasting rise by
+        three times or more its variance is gone, and it clips every step. After one NaN it never clips again. The
+        package multiplies by `c / (n + 1e-6)`.
 
     References:
       Kumar, Owen, Chowdhury, Güra, ZClip: adaptive spike mitigation for LLM pre-training, 2025, arXiv:2504.02507; the
@@ -86,7 +92,13 @@ def zclip(
     if max_norm is not None:
         checks.bound("max_norm", max_norm)
     spikes = thresholds.zscore(
-        num_std, decay=decay, warmup_steps=warmup_steps, patience=patience, clip_to=clip_to, scale=scale
+        num_std,
+        decay=decay,
+        warmup_steps=warmup_steps,
+        warmup_max_norm=warmup_max_norm,
+        patience=patience,
+        clip_to=clip_to,
+        scale=scale,
     )
     threshold = spikes if max_norm is None else thresholds.chain(spikes, thresholds.constant(max_norm))
     return clip_by(norm, threshold, axes=axes, record=record)
@@ -97,6 +109,7 @@ def clip_by_history(
     *,
     window: int = 128,
     warmup_steps: int = 64,
+    warmup_max_norm: Number | None = 1.0,
     take_in: str = "clipped",
     patience: int | None = None,
     scale: str = "linear",
@@ -108,13 +121,16 @@ def clip_by_history(
 
     .. math:: u \leftarrow u \cdot \min(1, c / n), \qquad c = \mu + k \max(\sigma, 10^{-6} \max(\mu, 1))
 
-    The first `warmup_steps` norms pass, however large. If your run can explode at once, put a fixed clip in front:
-    `chain(clip_by_global_norm(10.0), clip_by_history())`.
+    In the warm-up norms are clipped to `warmup_max_norm`, by default 1. With `warmup_max_norm=None` they pass.
 
     Args:
       num_std: k, the number of standard deviations, at least 0.
       window: how many of the last norms count, without the current one; at least 1; 128 in levanter.
-      warmup_steps: how many norms must be there before the first is clipped; from 1 to `window`; 64 in levanter.
+      warmup_steps: how many norms must be there before the first is bounded by them; from 1 to `window`; 64 in
+        levanter.
+      warmup_max_norm: bound on the norm in the warm-up, positive. A norm of the warm-up counts for at most this, or ten
+        times the mean so far where that is more, so one huge norm does not spoil the statistics. None, as in levanter,
+        bounds nothing there and takes norms in as measured.
       take_in: `"clipped"` takes norms in after clipping, so one spike does not make room for the next. `"raw"` takes
         them in as measured, as levanter does.
       patience: after this many clipped norms in a row, norms are taken in as measured. None never does.
@@ -145,8 +161,9 @@ def clip_by_history(
       - Level shifts: a lasting tenfold rise is followed within about 100 steps, or 500 where all norms before were
         equal. `patience=33` brings both to about 45, `take_in="raw"` to 5 to 15.
       - Placement: before the optimizer.
-      - Differs from levanter: levanter takes in raw norms. One spike then lets the next pass, and one NaN lasts for the
-        whole window. Its floor of the deviation is 1e-6 alone, which float32 loses beside a mean of 100.
+      - Differs from levanter: levanter bounds nothing in the warm-up and takes in raw norms. One spike then lets the
+        next pass, and one NaN lasts for the whole window. Its floor of the deviation is 1e-6 alone, which float32 loses
+        beside a mean of 100.
 
     References:
       `clip_update_by_historical_norm` of levanter.
@@ -158,6 +175,12 @@ def clip_by_history(
     """
     checks.static_together(window=window, warmup_steps=warmup_steps, patience=patience, record=record)
     threshold = thresholds.mean_std(
-        num_std, window=window, warmup_steps=warmup_steps, take_in=take_in, patience=patience, scale=scale
+        num_std,
+        window=window,
+        warmup_steps=warmup_steps,
+        warmup_max_norm=warmup_max_norm,
+        take_in=take_in,
+        patience=patience,
+        scale=scale,
     )
     return clip_by(norm, threshold, axes=axes, record=record)

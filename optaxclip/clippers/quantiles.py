@@ -13,6 +13,8 @@ def autoclip(
     percentile: Number = 10.0,
     *,
     window: int | None = None,
+    warmup_steps: int = 25,
+    warmup_max_norm: Number | None = 1.0,
     norm: Norm = norms.global_norm(),
     axes: Axes = "auto",
     record: int = False,
@@ -21,14 +23,17 @@ def autoclip(
 
     .. math:: u \leftarrow u \cdot \min(1, c_t / n_t), \qquad c_t = \mathrm{percentile}(\{n_1, \dots, n_t\}, p)
 
-    The first norm is its own percentile and passes, however large. If your run can explode at once, put a fixed clip in
-    front: `chain(clip_by_global_norm(10.0), autoclip(10.0))`.
+    In the warm-up norms are clipped to `warmup_max_norm`, too, by default 1. With `warmup_max_norm=None` the first norm
+    is its own percentile and passes.
 
     Args:
       percentile: p in [0, 100], interpolated linearly as in `numpy.percentile`. 10 in the paper, which clips nine of
         ten gradients. A number between 0 and 1 warns, because it may be meant as a fraction.
       window: how many of the last norms count, at least 1; the percentile is then exact. None is the whole history:
         exact for the first 64 norms, then a histogram.
+      warmup_steps: for how many norms `warmup_max_norm` bounds, too; at least 0.
+      warmup_max_norm: bound on the norm in the warm-up, positive. The history takes norms in as measured, so a high
+        percentile needs a longer warm-up. None, as in the paper, bounds by the percentile alone.
       norm: what to measure, from `optaxclip.norms`. Each group has its own history.
       axes: which mesh axes split the leaves; see `clip_by`.
       record: how many of the last steps to record for `clip_stats`; see `clip_by`.
@@ -38,8 +43,7 @@ def autoclip(
       of 40 KiB, for at most 1,024 groups.
 
     Raises:
-      ValueError: if `percentile` or `window` is out of range; at init, without a window and with more than 1,024
-        groups.
+      ValueError: if an argument is out of range; at init, without a window and with more than 1,024 groups.
 
     Example:
       >>> import jax.numpy as jnp
@@ -59,8 +63,9 @@ def autoclip(
         more; with a window of 100, after 90.
       - Placement: before the optimizer. The updates have about the norm of the p-th percentile, so with SGD raise the
         learning rate.
-      - Differs from the paper: the paper keeps all norms; here a histogram replaces them. Norms of 0 stay out: twenty
-        zeros at the start would hold the bound at 0 for 190 steps.
+      - Differs from the paper: the paper has no bound at the start, and a run that explodes in its first steps stays
+        lost. It keeps all norms; here a histogram replaces them. Norms of 0 stay out: twenty zeros at the start would
+        hold the bound at 0 for 190 steps.
 
     References:
       Seetharaman, Wichern, Pardo, Le Roux, AutoClip: adaptive gradient clipping for source separation networks, MLSP
@@ -71,6 +76,9 @@ def autoclip(
 
       Notebook: `notebooks/choosing_a_threshold.ipynb`, how to choose a bound.
     """
-    checks.static_together(window=window, record=record)
+    checks.static_together(window=window, warmup_steps=warmup_steps, record=record)
     percentile = checks.percentile("percentile", percentile)
-    return clip_by(norm, thresholds.quantile(percentile / 100, window=window), axes=axes, record=record)
+    threshold = thresholds.quantile(
+        percentile / 100, window=window, warmup_steps=warmup_steps, warmup_max_norm=warmup_max_norm
+    )
+    return clip_by(norm, threshold, axes=axes, record=record)

@@ -16,6 +16,8 @@ threshold                   a norm may be at most                               
 `average`                   the moving average of the norms                                      8 B
 `normalised`                exactly the share of their mean in their root mean square            12 B
 `chain`                     what all of several permit                                           theirs
+`times`                     a multiple of what another permits                                   that of the other
+`at_least`                  what another permits, and never less than a number                   that of the other
 ==========================  ===================================================================  =====================
 
 The bounds of the fixed thresholds are numbers, arrays (traced, injected by `optax.inject_hyperparams`), optax
@@ -25,16 +27,19 @@ The thresholds that follow the history of norms take numbers or scalar arrays; e
 of 0, or one that is not finite, does not enter the history and counts for no warm-up: the statistics of its group stay
 as they are. Inside `optax.MultiSteps` a history advances once per real step; before it in a chain, once per micro-step.
 
-Most of these let the first norms pass. If your run can explode at once, `chain` one with a `constant`.
+Most of these let the first norms pass. If your run can explode at once, pass `warmup_max_norm=` where there is one, or
+`chain` the threshold with a `constant`.
 """
 
 from optaxclip.thresholds.averages import average, ema_band, ema_ratio, growth
+from optaxclip.thresholds.composed import at_least, chain, times
 from optaxclip.thresholds.deviations import mean_std, normalised, zscore
-from optaxclip.thresholds.fixed import between, chain, constant, exactly, smooth
+from optaxclip.thresholds.fixed import between, constant, exactly, smooth
 from optaxclip.thresholds.quantiles import order_statistic, quantile, tracked_quantile
 from optaxclip.thresholds.relative import relative_to_params
 
 __all__ = [
+    "at_least",
     "average",
     "between",
     "chain",
@@ -49,6 +54,7 @@ __all__ = [
     "quantile",
     "relative_to_params",
     "smooth",
+    "times",
     "tracked_quantile",
     "zscore",
 ]

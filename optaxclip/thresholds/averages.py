@@ -27,21 +27,28 @@ class AverageState(NamedTuple):
 
 
 def ema_ratio(
-    ratio: Number = 1.05, *, decay: Number = 0.98, warmup_steps: int = 100, warmup_max_norm: Number | None = None
+    ratio: Number = 1.05,
+    *,
+    decay: Number = 0.98,
+    warmup_steps: int = 100,
+    warmup_max_norm: Number | None = None,
+    warmup_take_in: str = "raw",
 ) -> Threshold:
     r"""Bounds a norm by `ratio` times the moving average of the norms after clipping, as AdaGC does.
 
     .. math:: bound = ratio \cdot \gamma, \qquad \gamma \leftarrow decay \cdot \gamma + (1 - decay) \min(n, bound)
 
-    By default the norms of the warm-up pass, however large: pass `warmup_max_norm=`, or `chain` it with a `constant`.
+    By default the norms of the warm-up pass, however large: pass `warmup_max_norm=` if your run can explode at once.
 
     Args:
       ratio: the permitted multiple of the average, at least 0.
       decay: decay of the average, in [0, 1).
-      warmup_steps: before this step the average is the smallest norm so far, after clipping by `warmup_max_norm`. The
-        first step always belongs to the warm-up.
-      warmup_max_norm: in the warm-up all groups are scaled together so that the norm of their norms is at most this; at
-        least 0. None bounds nothing there.
+      warmup_steps: before this step the average is the smallest norm so far. The first step always belongs to the
+        warm-up.
+      warmup_max_norm: in the warm-up all groups are scaled together so that the norm of their norms is at most this;
+        positive. None bounds nothing there.
+      warmup_take_in: in the warm-up `"raw"` takes norms in as measured. `"clipped"` takes them in after clipping, as
+        published: a spike of one group then shrinks the averages of all.
 
     Returns:
       A Threshold. Its state is 8 bytes per group.
@@ -73,7 +80,8 @@ def ema_ratio(
     decay = checks.number("decay", decay, below=1.0)
     warmup_steps = checks.whole("warmup_steps", warmup_steps, at_least=0)
     if warmup_max_norm is not None:
-        warmup_max_norm = checks.number("warmup_max_norm", warmup_max_norm)
+        warmup_max_norm = checks.number("warmup_max_norm", warmup_max_norm, positive=True)
+    checks.one_of("warmup_take_in", warmup_take_in, ("clipped", "raw"))
     least = 1e-8  # of average and norm, in the published code
 
     def limit(norm: jax.Array, state: AverageState, total: jax.Array) -> tuple[Any, AverageState]:
@@ -89,7 +97,8 @@ def ema_ratio(
             together = jnp.where(most < total + least, most * share, together)
         upper = jnp.where(warm, together, jnp.asarray(ratio, norm.dtype) * jnp.maximum(average, least))
         after = jnp.minimum(norm, upper)
-        smallest = jnp.where(first, after, jnp.minimum(average, after))
+        early = after if warmup_take_in == "clipped" else norm
+        smallest = jnp.where(first, early, jnp.minimum(average, early))
         new = AverageState(
             jnp.where(warm, smallest, averages.moved(average, after, averages.shares(decay, norm.dtype))),
             jnp.asarray(optax.safe_increment(seen)),

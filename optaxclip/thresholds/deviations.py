@@ -13,10 +13,30 @@ from optaxclip._arguments.bounds import Number
 from optaxclip._numerics import arithmetic, averages
 from optaxclip.core import Threshold
 from optaxclip.records import moments
-from optaxclip.thresholds.rules import Rule, no_steps, of_logarithms, per_group, taken_in
+from optaxclip.thresholds.rules import (
+    Rule,
+    bounded_at_first,
+    exponential,
+    no_steps,
+    of_logarithms,
+    per_group,
+    taken_in,
+)
 
 _CLIP_TO = ("reciprocal", "mean", "edge")
-_SCALES: dict[str, Callable[[Rule], Rule]] = {"linear": lambda rule: rule, "log": of_logarithms}
+
+
+class _Scale(NamedTuple):
+    """On which scale a rule has its statistics: how it is applied to norms, and the norm that a mean stands for."""
+
+    applied: Callable[[Rule], Rule]
+    as_norm: Callable[[jax.Array], jax.Array]
+
+
+_SCALES = {
+    "linear": _Scale(lambda rule: rule, lambda mean: mean),
+    "log": _Scale(of_logarithms, exponential),
+}
 
 
 class ZScoreState(NamedTuple):
@@ -40,6 +60,7 @@ def zscore(
     *,
     decay: Number = 0.97,
     warmup_steps: int = 25,
+    warmup_max_norm: Number | None = None,
     patience: int | None = 33,
     clip_to: str = "reciprocal",
     scale: str = "linear",
@@ -50,12 +71,16 @@ def zscore(
     :math:`z > k` may be at most :math:`\mu + k^2 \sigma / z`. Other norms are not clipped: their limit is the level
     that a spike must pass, :math:`\mu + k (\sigma + 10^{-6})`.
 
-    The first `warmup_steps` norms pass, however large: `chain` this with a `constant` if your run can explode at once.
+    By default the first `warmup_steps` norms pass, however large: pass `warmup_max_norm=` if your run can explode at
+    once.
 
     Args:
       num_std: k, how many standard deviations make a spike, positive.
       decay: decay of mean and variance, in [0, 1). They take in the bound of a spike, and other norms as they are.
-      warmup_steps: how many norms are averaged, as measured, before the first can be a spike; at least 1.
+      warmup_steps: how many norms are averaged before the first can be a spike; at least 1.
+      warmup_max_norm: bound on the norm in the warm-up, positive. A norm of the warm-up then counts for at most this,
+        or ten times the mean so far where that is more, so one huge norm does not spoil the statistics. None bounds
+        nothing there and takes norms in as measured.
       patience: after this many spikes in a row the statistics take norms in as measured, so that they follow a lasting
         rise. None never does, as in the published method.
       clip_to: what a spike is clipped to. `"reciprocal"` is the formula above: the larger the spike, the lower its
@@ -83,8 +108,8 @@ def zscore(
       - Constant norms: after a warm-up of equal norms, every larger norm is a spike until `patience` runs out.
       - Small norms: the 1e-6 is absolute, so with `scale="linear"` norms far below it are never spikes.
       - Edge cases: A norm of 0, or one that is not finite, does not enter the history.
-      - Losses: as `loss_threshold` of `skip_spikes` it judges losses of any sign. With `scale="log"` it judges positive
-        ones only.
+      - Losses: as `loss_threshold` of `skip_spikes` it judges losses of any sign. With `scale="log"` or
+        `warmup_max_norm` it judges positive ones only.
 
     See also:
       `zclip`; `mean_std`, whose window forgets.
@@ -94,6 +119,8 @@ def zscore(
     decay = checks.number("decay", decay, below=1.0)
     warmup_steps = checks.whole("warmup_steps", warmup_steps)
     patience = checks.whole_or_none("patience", patience)
+    if warmup_max_norm is not None:
+        warmup_max_norm = checks.number("warmup_max_norm", warmup_max_norm, positive=True)
     checks.one_of("clip_to", clip_to, _CLIP_TO)
     checks.one_of("scale", scale, tuple(_SCALES))
 
@@ -125,7 +152,12 @@ def zscore(
         upper = jnp.where(is_spike, bound, jnp.maximum(level, norm))  # rounded, the level may lie below
         return (0.0, jnp.where(warm, bounds.highest(norm.dtype), upper)), new
 
-    return per_group(_SCALES[scale](Rule(init, limit, signed=True)))
+    def so_far(state: ZScoreState) -> tuple[jax.Array, jax.Array]:
+        seen, mean = state.zscore_seen, as_norm(state.zscore_mean)
+        return seen < warmup_steps, jnp.where(seen > 0, mean, jnp.zeros_like(mean))
+
+    applied, as_norm = _SCALES[scale]
+    return per_group(bounded_at_first(applied(Rule(init, limit, signed=True)), warmup_max_norm, so_far))
 
 
 @moments.of_kind.register
@@ -222,6 +254,7 @@ def mean_std(
     *,
     window: int = 128,
     warmup_steps: int = 64,
+    warmup_max_norm: Number | None = None,
     ddof: int = 0,
     include_current: bool = False,
     take_in: str = "clipped",
@@ -232,13 +265,17 @@ def mean_std(
 
     .. math:: bound = \mu + k \cdot \max(\sigma, 10^{-6} \max(|\mu|, 1))
 
-    The first `warmup_steps` norms pass, however large: `chain` this with a `constant` if your run can explode at once.
+    By default the first `warmup_steps` norms pass, however large: pass `warmup_max_norm=` if your run can explode at
+    once.
 
     Args:
       num_std: k, the number of standard deviations, at least 0.
       window: how many norms are kept, at least 1.
       warmup_steps: how many norms must be there before the first is bounded, from 1 to `window`. With `include_current`
         the current one counts.
+      warmup_max_norm: bound on the norm in the warm-up, positive. A norm of the warm-up then counts for at most this,
+        or ten times the mean so far where that is more, so one huge norm does not spoil the statistics. None bounds
+        nothing there and takes norms in as measured.
       ddof: the variance divides by the number of norms minus this; 0 or 1.
       include_current: whether the current norm counts in mean and deviation.
       take_in: `"clipped"` takes norms in after clipping, so one spike does not make room for the next. `"raw"` takes
@@ -268,8 +305,8 @@ def mean_std(
       - Constant norms: where all norms in the window are equal, the deviation is a millionth of their mean, or 1e-6 if
         the mean is below 1.
       - Edge cases: A norm of 0, or one that is not finite, does not enter the history.
-      - Losses: as `loss_threshold` of `skip_spikes` it judges losses of any sign. With `scale="log"` it judges positive
-        ones only.
+      - Losses: as `loss_threshold` of `skip_spikes` it judges losses of any sign. With `scale="log"` or
+        `warmup_max_norm` it judges positive ones only.
 
     See also:
       `clip_by_history`; `skip_spikes`, which it fits; `zscore`, without a window.
@@ -284,6 +321,8 @@ def mean_std(
         raise ValueError(f"warmup_steps must be at most window, got warmup_steps={warmup_steps} and window={window}")
     if not (checks.is_whole(ddof) and ddof in (0, 1)):
         raise ValueError(f"ddof must be 0 or 1, got {ddof!r}")
+    if warmup_max_norm is not None:
+        warmup_max_norm = checks.number("warmup_max_norm", warmup_max_norm, positive=True)
     checks.flag("include_current", include_current)
     checks.one_of("take_in", take_in, ("clipped", "raw"))
     patience = checks.whole_or_none("patience", patience)
@@ -306,7 +345,14 @@ def mean_std(
     def init(dtype: Any) -> WindowState:
         return WindowState(jnp.zeros(window, dtype), no_steps(), no_steps())
 
-    return per_group(_SCALES[scale](Rule(init, limit, signed=True)))
+    def so_far(state: WindowState) -> tuple[jax.Array, jax.Array]:
+        ring, seen, _ = state
+        values = ring.at[seen % window].set(1) if include_current else ring
+        mean = as_norm(_mean_and_std(ring, 0)[0])
+        return jnp.sum(values != 0) < warmup_steps, jnp.where(jnp.any(ring != 0), mean, jnp.zeros_like(mean))
+
+    applied, as_norm = _SCALES[scale]
+    return per_group(bounded_at_first(applied(Rule(init, limit, signed=True)), warmup_max_norm, so_far))
 
 
 def _not_zero(value: jax.Array) -> jax.Array:

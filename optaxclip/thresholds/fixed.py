@@ -1,4 +1,4 @@
-"""Thresholds from constants, schedules and parameters, and the chain of several.
+"""Thresholds from constants and schedules.
 
 A threshold with a schedule among its bounds counts its steps in a `bounds.ScheduleState`; the others here have
 `optax.EmptyState`.
@@ -9,10 +9,9 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from optaxclip._arguments import bounds, checks
-from optaxclip._arrays import groups, states
+from optaxclip._arrays import groups
 from optaxclip._numerics import arithmetic
 from optaxclip.core import Norms, State, Threshold
 
@@ -149,66 +148,6 @@ def smooth(max_norm: bounds.Bound) -> Threshold:
     return from_bounds(lambda norms, param_norms, high: (0.0, groups.over_groups(_harmonic, norms, high)), max_norm)
 
 
-def chain(*thresholds: Threshold) -> Threshold:
-    """Bounds each norm by the largest lower and the smallest upper end of several thresholds.
-
-    Args:
-      *thresholds: any number of them.
-
-    Returns:
-      A Threshold. Its state is a tuple of theirs, or `optax.EmptyState` if none has any.
-
-    Raises:
-      ValueError: if one of them is no Threshold.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from optaxclip import clip_by, norms, thresholds
-      >>> both = thresholds.chain(thresholds.relative_to_params(0.1), thresholds.constant(1.0))
-      >>> tx = clip_by(norms.leaf_norm(), both)
-      >>> params = {"a": jnp.array([3.0, 4.0]), "b": jnp.array([30.0, 40.0])}
-      >>> updates, _ = tx.update(params, tx.init(params), params)
-      >>> print(updates["a"], updates["b"])  # a tenth of 5, and 1
-      [0.3 0.4] [0.6 0.8]
-
-    Notes:
-      - Statistics: each threshold sees the measured norms. Its statistics take in what it permits itself, not what the
-        chain permits.
-      - Edge cases: the upper end wins where the two cross. An empty chain bounds nothing.
-
-    See also:
-      `zclip`, which is one of `zscore` and `constant`.
-    """
-    for number, threshold in enumerate(thresholds):
-        checks.instance(f"threshold {number} of the chain", threshold, Threshold, "thresholds.constant(1.0)")
-    return _all_of(thresholds)
-
-
-def _all_of(thresholds: tuple[Threshold, ...]) -> Threshold:
-    def init(norms: Norms) -> State:
-        each = tuple(threshold.init(norms) for threshold in thresholds)
-        return each if jax.tree.leaves(each) else optax.EmptyState()
-
-    def limit(norms: Norms, state: State, param_norms: ParamNorms, **extra_args: Any) -> tuple[Band, State]:
-        stateless = not jax.tree.leaves(state)
-        if not stateless and not (type(state) is tuple and len(state) == len(thresholds)):
-            expected = f"a tuple of {len(thresholds)} states"
-            raise ValueError(states.wrong("thresholds.chain", expected, states.described(state)))
-        lower, upper = 0.0, None
-        after_each: list[State] = []
-        for threshold, before in zip(thresholds, [state] * len(thresholds) if stateless else state, strict=True):
-            (low, high), after = threshold.limit(norms, before, param_norms, **extra_args)
-            lower = _tighter(_larger, norms, lower, low, 0.0)
-            upper = _tighter(_smaller, norms, upper, high, None)
-            after_each.append(after)
-        return (lower, upper), state if stateless else tuple(after_each)
-
-    if all(threshold.signed is None for threshold in thresholds):
-        return Threshold(init, limit)
-    signed = tuple(threshold if threshold.signed is None else threshold.signed for threshold in thresholds)
-    return Threshold(init, limit, _all_of(signed))
-
-
 def from_bounds(band: Callable[..., Band], *given: bounds.Bound) -> Threshold:
     """A threshold whose band is `band(norms, param_norms, *bounds)`."""
 
@@ -229,29 +168,7 @@ def _harmonic(norm: jax.Array, high: Any) -> jax.Array:
     if high is None:
         return jnp.full_like(norm, bounds.highest(norm.dtype))
     bound = bounds.as_array(high, norm.dtype)
-    high = jnp.maximum(_finite(bound), jnp.zeros_like(norm))
+    high = jnp.maximum(jnp.minimum(bound, bounds.highest(norm.dtype)), jnp.zeros_like(norm))
     small, large = jnp.minimum(norm, high), jnp.maximum(norm, high)
     halved = small / (1 + arithmetic.quotient(small, jnp.where(large > 0, large, jnp.ones_like(large))))
     return jnp.where(bound == jnp.inf, norm, halved)
-
-
-def _tighter(fn: Callable[..., jax.Array], norms: Norms, one: Any, other: Any, nothing: float | None) -> Any:
-    """The tighter of two ends, either of which may be the number that bounds `nothing`."""
-    for end, rest in ((one, other), (other, one)):
-        if end is nothing or (isinstance(end, float) and end == nothing):
-            return rest
-    return groups.over_groups(fn, norms, one, other)
-
-
-# In both, None and NaN bound nothing, so the other end holds.
-def _larger(norm: jax.Array, one: Any, other: Any) -> jax.Array:
-    return jnp.fmax(*(bounds.as_array(end, norm.dtype, none=0) for end in (one, other)))
-
-
-def _smaller(norm: jax.Array, one: Any, other: Any) -> jax.Array:
-    return jnp.fmin(*(_finite(bounds.as_array(end, norm.dtype)) for end in (one, other)))
-
-
-def _finite(bound: Any) -> Any:
-    """A bound, with the largest float for inf."""
-    return jnp.minimum(bound, bounds.highest(bound.dtype))

@@ -8,16 +8,15 @@ import jax.numpy as jnp
 import optax
 
 from optaxclip._arguments import bounds
-from optaxclip.core import Threshold
 from optaxclip.thresholds.ordering import interpolated, with_one_more
-from optaxclip.thresholds.rules import Rule, no_steps, per_group
+from optaxclip.thresholds.rules import Rule, no_steps
 
 # Normal floats are the octaves from 2^-126 to 2^127. A bin is 1.7 % wide, its middle within 0.9 % of all that it holds.
 _FIRST_OCTAVE = -126
 _OCTAVES = 254
 _BINS = 40  # per octave
 _EXACT = 64  # norms; with the bins they are just under 40 KiB
-_MAX_GROUPS = 1024
+MAX_GROUPS = 1024  # that a history of this size is kept of
 
 
 class HistogramState(NamedTuple):
@@ -34,7 +33,7 @@ class HistogramState(NamedTuple):
     norms_seen: jax.Array
 
 
-def quantile_of_all(q: Any) -> Threshold:
+def rule_of_all(q: Any) -> Rule:
     """The quantile of all norms so far, the current one among them: exact at first, then to 0.9 %."""
 
     def init(dtype: Any) -> HistogramState:
@@ -57,7 +56,7 @@ def quantile_of_all(q: Any) -> Threshold:
         bound = jnp.where(jnp.asarray(q) >= 1, bounds.highest(norm.dtype), bound)
         return (0.0, bound), HistogramState(first, histogram, seen)
 
-    return per_group(Rule(init, limit), max_groups=_MAX_GROUPS)
+    return Rule(init, limit)
 
 
 @jax.jit

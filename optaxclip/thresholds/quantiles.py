@@ -11,9 +11,9 @@ import optax
 from optaxclip._arguments import bounds, checks
 from optaxclip._arguments.bounds import Number
 from optaxclip.core import Threshold
-from optaxclip.thresholds.histogram import quantile_of_all
+from optaxclip.thresholds.histogram import MAX_GROUPS, rule_of_all
 from optaxclip.thresholds.ordering import in_order, interpolated
-from optaxclip.thresholds.rules import Rule, no_steps, per_group
+from optaxclip.thresholds.rules import Rule, bounded_at_first, no_steps, per_group
 
 
 class RecentNormsState(NamedTuple):
@@ -28,24 +28,29 @@ class RecentNormsState(NamedTuple):
     norms_seen: jax.Array
 
 
-def quantile(quantile: Number, *, window: int | None = None) -> Threshold:
+def quantile(
+    quantile: Number, *, window: int | None = None, warmup_steps: int = 25, warmup_max_norm: Number | None = None
+) -> Threshold:
     r"""Bounds a norm by a quantile of all norms so far, the current one included.
 
     .. math:: bound_t = \mathrm{quantile}(\{n_1, \dots, n_t\}, q)
 
-    The first norm is its own quantile and passes, however large: `chain` this with a `constant` if your run can explode
-    at once.
+    By default the first norm is its own quantile and passes, however large: pass `warmup_max_norm=` if your run can
+    explode at once.
 
     Args:
       quantile: q in [0, 1], interpolated linearly as in `numpy.quantile`.
       window: how many of the last norms count, at least 1; the quantile is then exact. None is the whole history: exact
         for the first 64 norms, then a histogram, for at most 1,024 groups.
+      warmup_steps: for how many norms `warmup_max_norm` bounds, too; at least 0.
+      warmup_max_norm: bound on the norm in the warm-up, positive. The history takes norms in as measured, so a quantile
+        near 1 needs a longer warm-up. None bounds nothing but by the quantile there.
 
     Returns:
       A Threshold. Its state per group is 4 bytes per norm of the window and 4 more, or 40 KiB without a window.
 
     Raises:
-      ValueError: if `quantile` or `window` is out of range; at init, without a window and with more than 1,024 groups.
+      ValueError: if an argument is out of range; at init, without a window and with more than 1,024 groups.
 
     Example:
       >>> import jax.numpy as jnp
@@ -65,10 +70,23 @@ def quantile(quantile: Number, *, window: int | None = None) -> Threshold:
     See also:
       `autoclip`; `order_statistic`, without interpolation; `tracked_quantile`, with hardly any state.
     """
-    checks.static_together(window=window)
+    checks.static_together(window=window, warmup_steps=warmup_steps)
     quantile = checks.number("quantile", quantile, at_most=1.0)
-    if window is None:
-        return quantile_of_all(quantile)
+    warmup_steps = checks.whole("warmup_steps", warmup_steps, at_least=0)
+    if warmup_max_norm is not None:
+        warmup_max_norm = checks.number("warmup_max_norm", warmup_max_norm, positive=True)
+    of_history = rule_of_all(quantile) if window is None else _of_window(quantile, window)
+
+    def so_far(state: Any) -> tuple[jax.Array, Any]:
+        # A quantile survives outliers, so its history takes norms in as measured.
+        return state.norms_seen < warmup_steps, np.inf
+
+    rule = bounded_at_first(of_history, warmup_max_norm, so_far)
+    return per_group(rule, max_groups=MAX_GROUPS if window is None else None)
+
+
+def _of_window(quantile: Number, window: int) -> Rule:
+    """The quantile of the last norms, the current one among them."""
 
     def bound_of(ring: jax.Array) -> jax.Array:
         there = jnp.where(ring > 0, ring, jnp.full_like(ring, bounds.highest(ring.dtype)))
@@ -119,10 +137,10 @@ def order_statistic(percentile: Number = 5.0, *, window: int = 100) -> Threshold
         place = jnp.floor(jnp.asarray(percentile * window / 100, ring.dtype)).astype(jnp.int32)
         return in_order(ring)(jnp.clip(place, 0, window - 1))
 
-    return _of_recent(window, entry, prefilled=True)
+    return per_group(_of_recent(window, entry, prefilled=True))
 
 
-def _of_recent(window: int, bound_of: Callable[[jax.Array], jax.Array], *, prefilled: bool) -> Threshold:
+def _of_recent(window: int, bound_of: Callable[[jax.Array], jax.Array], *, prefilled: bool) -> Rule:
     """A bound calculated from the ring of the last norms; `prefilled`, a norm takes every place that has none yet."""
     window = checks.whole("window", window)
 
@@ -134,7 +152,7 @@ def _of_recent(window: int, bound_of: Callable[[jax.Array], jax.Array], *, prefi
         ring = jnp.where((ring > 0) | (not prefilled), ring, norm).at[seen % window].set(norm)
         return (0.0, bound_of(ring)), RecentNormsState(ring, jnp.asarray(optax.safe_increment(seen)))
 
-    return per_group(Rule(init, limit))
+    return Rule(init, limit)
 
 
 class TrackedQuantileState(NamedTuple):

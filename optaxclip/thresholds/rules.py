@@ -14,6 +14,7 @@ import numpy as np
 import optax
 
 from optaxclip._arguments import bounds
+from optaxclip._arguments.bounds import Number
 from optaxclip._arrays import groups, states
 from optaxclip.core import Norms, State, Threshold
 
@@ -48,18 +49,50 @@ def of_logarithms(rule: Rule) -> Rule:
         log_norm = jnp.log(jnp.maximum(norm, float(jnp.finfo(norm.dtype).tiny)))  # XLA's of a subnormal loss is -inf
         (_, upper), after = rule.limit(log_norm, state, *shared)
         # The exponential of the logarithm may round below the norm, which would be clipped by an ulp.
-        bound = jnp.where(log_norm <= upper, jnp.maximum(_exponential(upper), norm), _exponential(upper))
+        bound = jnp.where(log_norm <= upper, jnp.maximum(exponential(upper), norm), exponential(upper))
         return (0.0, bound), after
 
     return rule._replace(limit=limit, signed=False)
 
 
-def _exponential(log: jax.Array) -> jax.Array:
+def exponential(log: jax.Array) -> jax.Array:
     """The exponential as a positive normal number: where it is beyond the largest float, that."""
     info = jnp.finfo(log.dtype)
     most = float(np.nextafter(np.log(info.max), info.dtype.type(0)))  # rounded, the logarithm may be that of inf
     size = jnp.exp(jnp.minimum(log, most))
     return jnp.where(log > most, jnp.full_like(log, bounds.highest(log.dtype)), jnp.maximum(size, float(info.tiny)))
+
+
+_OUTLIER = 10  # times the mean so far: more is no observation that a mean survives
+
+
+def bounded_at_first(
+    rule: Rule, warmup_max_norm: Number | None, so_far: Callable[[RuleState], tuple[jax.Array, jax.Array]]
+) -> Rule:
+    """A rule that bounds nothing in its warm-up, with a bound there.
+
+    Its statistics take norms in as measured, not as clipped: the mean could never exceed the bound. But a norm of 1e25
+    would stay in a mean and its deviation for thousands of steps. So a norm counts for no more than the bound, or ten
+    times the mean so far where that is more.
+
+    Args:
+      rule: for positive numbers.
+      warmup_max_norm: the bound; None is none, and leaves the rule as it is.
+      so_far: from a state to whether the next norm belongs to the warm-up, and the mean of the norms, 0 for none,
+        inf for statistics that take in every norm as measured.
+    """
+    if warmup_max_norm is None:
+        return rule
+
+    def limit(norm: jax.Array, state: RuleState, *shared: Any) -> tuple[tuple[Any, Any], RuleState]:
+        is_warm, mean = so_far(state)
+        most = jnp.minimum(jnp.asarray(warmup_max_norm, norm.dtype), bounds.highest(norm.dtype))
+        tenfold = _OUTLIER * jnp.minimum(mean, bounds.highest(norm.dtype) / _OUTLIER)
+        counted = jnp.where(is_warm, jnp.minimum(norm, jnp.maximum(most, tenfold)), norm)
+        (lower, upper), after = rule.limit(counted, state, *shared)
+        return (lower, jnp.where(is_warm, jnp.minimum(upper, most), upper)), after
+
+    return rule._replace(limit=limit, signed=False)
 
 
 def per_group(rule: Rule, *, max_groups: int | None = None) -> Threshold:

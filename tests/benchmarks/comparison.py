@@ -66,7 +66,7 @@ def followers() -> dict[str, dict[str, Callable[[np.ndarray], np.ndarray]]]:
     """Methods with a history, and by library the norms after them."""
     found = {
         "ZClip follows a tenfold rise of the norms after so many steps": {
-            "optaxclip": lambda given: drive(optaxclip.zclip(max_norm=None), given)[0],
+            "optaxclip": lambda given: drive(optaxclip.zclip(warmup_max_norm=None), given)[0],
             "zclip": lambda given: packages.zclip(given, max_grad_norm=None)[0],
         },
         "AutoClip, of 1,000 norms": {

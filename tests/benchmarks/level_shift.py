@@ -30,10 +30,10 @@ AFTER = 7000
 SPREADS = {"noise": 0.1, "constant": 0.0}
 # What else ours offer where a rise matters.
 OPTIONS = {
-    "zclip(patience=5)": lambda: optaxclip.zclip(max_norm=None, patience=5),
-    "zclip(patience=None)": lambda: optaxclip.zclip(max_norm=None, patience=None),
-    "zclip(clip_to='edge')": lambda: optaxclip.zclip(max_norm=None, clip_to="edge"),
-    "zclip(clip_to='mean')": lambda: optaxclip.zclip(max_norm=None, clip_to="mean"),
+    "zclip(patience=5)": lambda: optaxclip.zclip(warmup_max_norm=None, patience=5),
+    "zclip(patience=None)": lambda: optaxclip.zclip(warmup_max_norm=None, patience=None),
+    "zclip(clip_to='edge')": lambda: optaxclip.zclip(warmup_max_norm=None, clip_to="edge"),
+    "zclip(clip_to='mean')": lambda: optaxclip.zclip(warmup_max_norm=None, clip_to="mean"),
     "clip_by_history(patience=33)": lambda: optaxclip.clip_by_history(patience=33),
     "clip_by_history(take_in='raw')": lambda: optaxclip.clip_by_history(take_in="raw"),
     "adagc(ratio=1.5)": lambda: optaxclip.adagc(1.5),

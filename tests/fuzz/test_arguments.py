@@ -82,7 +82,7 @@ def number(low: float = 0, high: float = math.inf, *, open_low: bool = False, op
     return fits
 
 
-def bound(*, signed: bool = False, finite: bool = False, single: bool = False) -> Kind:
+def bound(*, signed: bool = False, positive: bool = False, finite: bool = False, single: bool = False) -> Kind:
     """A number, an array, a schedule or a pytree of these; whether the latter fit shows beside the updates."""
 
     def leaf_fits(v: Any) -> bool | None:
@@ -95,6 +95,8 @@ def bound(*, signed: bool = False, finite: bool = False, single: bool = False) -
         if is_huge(v):
             return None if signed or v > 0 else False
         v = np.asarray(v)
+        if positive and np.any(v == 0):
+            return False
         return bool(not np.any(np.isnan(v)) and (signed or np.all(v >= 0)) and not (finite and np.any(np.isinf(v))))
 
     def fits(v: Any) -> bool | None:
@@ -250,6 +252,7 @@ KINDS: dict[str, Kind] = {
     "inner": transformation,
     "known_norm": norm_in_hand,
     "l2_norm_clip": number(),
+    "k": bound(finite=True, positive=True),
     "labels": tree_of(is_a(str), none=False),
     "learning_rate": FINITE,
     "loss_threshold": or_none(is_a(oc.Threshold)),
@@ -261,6 +264,7 @@ KINDS: dict[str, Kind] = {
     "max_up": or_none(number(1)),
     "max_value": bound(signed=True),
     "microbatch_size": whole(1, none=True),
+    "min_limit": BOUND,
     "min_norm": FINITE,
     "min_ratio": or_none(SHARE),
     "min_value": or_none(bound(signed=True)),
@@ -297,8 +301,9 @@ KINDS: dict[str, Kind] = {
     "tx": transformation,
     "uniform": flag,
     "units": one_of("io", "oi", "leaf"),
-    "warmup_max_norm": or_none(number()),
+    "warmup_max_norm": or_none(POSITIVE),
     "warmup_steps": whole(0),
+    "warmup_take_in": one_of("clipped", "raw"),
     "window": whole(1),
 }
 # Where a parameter of that name is of another kind.
@@ -339,7 +344,7 @@ GIVEN: dict[str, dict[str, Any]] = {
         "max_delta": 1.0, "max_norm": 1.0, "max_value": 1.0, "clipping": 0.1, "min_norm": 0.0, "labels": "a",
         "projections": oc.contrib.Projection("query", 0),
         "inner": optax.identity(), "tx": oc.clip(1.0), "target_norm": 1.0, "quantile": 0.5, "ratio": 1.0,
-        "norm": norms.leaf_norm(), "relative": 0.1, "absolute": 0.1, "l2_norm_clip": 1.0,
+        "norm": norms.leaf_norm(), "relative": 0.1, "k": 2.0, "min_limit": 0.1, "absolute": 0.1, "l2_norm_clip": 1.0,
         "global_l2_norm_clip": 1.0, "grads": jnp.ones((2, 3)), "fun": jnp.vdot, "x": jnp.ones(2), "tree": jnp.ones(2),
         "params": {}, "old_state": (), "name": "grad_norm",
         "opt_state": oc.clip_by_global_norm(1.0, record=True).init(jnp.ones(2)), "threshold": thresholds.constant(1.0),

@@ -58,16 +58,23 @@ def columns(stats):
     return {name: np.array([row.get(name, np.nan) for row in stats], np.float64) for name in stats[-1]}
 
 
-def autoclip(norms, percentile=10.0, window=None, guard=True):
+def counted(n, mean, warmup_max_norm):
+    """Ours: what a warm-up with a bound takes in, at most that bound or ten times the mean so far."""
+    return n if warmup_max_norm is None else min(n, max(warmup_max_norm, 10 * mean))
+
+
+def autoclip(norms, percentile=10.0, window=None, *, warmup_steps=0, warmup_max_norm=np.inf, guard=True):
     """AutoClip, Seetharaman et al. 2020 (arXiv 2007.14469); `autoclip.py` in pseeth/autoclip.
 
     The p-th percentile, linearly interpolated, of all norms so far and the current one; of the last `window` of them.
+    The bound on the first `warmup_steps` norms is ours.
     """
     history = []
 
     def step(n):
         history.append(n)
-        return 0, np.percentile(history if window is None else history[-window:], percentile), {}
+        bound = np.percentile(history if window is None else history[-window:], percentile)
+        return 0, min(bound, warmup_max_norm) if len(history) <= warmup_steps else bound, {}
 
     return follow(step, norms, guard)
 
@@ -100,6 +107,7 @@ def zclip(
     *,
     clip_to="reciprocal",
     patience=None,
+    warmup_max_norm=None,
     guard=True,
 ):
     """ZClip, Kumar et al. 2025 (arXiv 2504.02507); `ZClip.step` of the package zclip 1.0.0.
@@ -108,7 +116,8 @@ def zclip(
     (here "edge").
     A spike is n above the test; the statistics take in its threshold, not what `max_norm` made of it.
 
-    `patience=K` is ours: from the K+1st spike in a row the statistics take in n itself. None is the package.
+    `patience=K` is ours: from the K+1st spike in a row the statistics take in n itself. So is `warmup_max_norm`, see
+    `counted`. None is the package, for both.
     """
     cap = np.inf if max_norm is None else max_norm
     first, spikes, mu, var = [], 0, np.nan, np.nan
@@ -126,10 +135,11 @@ def zclip(
     def step(n):
         nonlocal spikes, mu, var
         if len(first) < max(warmup_steps, 1):
-            first.append(n)
+            first.append(counted(n, np.mean(first) if first else 0, warmup_max_norm))
             if len(first) >= warmup_steps:
                 mu, var = np.mean(first), np.var(first)
-            return 0, cap, {"mu": mu, "var": var, "spikes": 0}
+            at_first = cap if warmup_max_norm is None else min(cap, warmup_max_norm)
+            return 0, at_first, {"mu": mu, "var": var, "spikes": 0}
         c = threshold(n)
         spikes = 0 if c is None else spikes + 1
         x = n if c is None or (patience is not None and spikes > patience) else c
@@ -140,15 +150,17 @@ def zclip(
     return follow(step, norms, guard)
 
 
-def adagc(norms, ratio=1.05, decay=0.98, warmup_steps=100, warmup_max_norm=1.0, guard=True):
+def adagc(
+    norms, ratio=1.05, decay=0.98, warmup_steps=100, warmup_max_norm=1.0, *, warmup_take_in="clipped", guard=True
+):
     """AdaGC, Wang et al. 2025 (arXiv 2502.11034); `AdaGC.step` of pytorch_optimizer 4.1.0.
 
     Steps t < warmup_steps, and a tensor's first in any case: the global norm is clipped, and gamma is the smallest norm
     that came out. Then each tensor is held to `ratio * gamma`, where gamma counts as 1e-8 at least, and gamma averages
     the clipped norms.
 
-    Guarded, each tensor has a t of its own, which counts what was taken in. A step at which the global norm is not
-    finite passes whole.
+    `warmup_take_in="raw"` is ours: gamma is the smallest norm as measured. Guarded, each tensor has a t of its own,
+    which counts what was taken in. A step at which the global norm is not finite passes whole.
     """
     norms = np.asarray(norms, np.float64)
     tensors = norms.shape[1]
@@ -163,7 +175,7 @@ def adagc(norms, ratio=1.05, decay=0.98, warmup_steps=100, warmup_max_norm=1.0, 
             taken[i] += 1
             if taken[i] == 1 or taken[i] < warmup_steps:
                 bound[i] = n * warmup_max_norm / (total + 1e-8)
-                gamma[i] = np.fmin(gamma[i], min(n, bound[i]))
+                gamma[i] = np.fmin(gamma[i], n if warmup_take_in == "raw" else min(n, bound[i]))
             else:
                 bound[i] = ratio * max(gamma[i], 1e-8)
                 gamma[i] = decay * gamma[i] + (1 - decay) * min(n, bound[i])
@@ -211,25 +223,36 @@ def aggc(
     return follow(step, norms, guard)
 
 
-def clip_by_history(norms, num_std=3.0, window=128, warmup_steps=64, *, take_in="clipped", patience=None, guard=True):
+def clip_by_history(
+    norms,
+    num_std=3.0,
+    window=128,
+    warmup_steps=64,
+    *,
+    take_in="clipped",
+    patience=None,
+    warmup_max_norm=None,
+    guard=True,
+):
     """levanter's `clip_update_by_historical_norm`: mean + k max(std, 1e-6) of the last norms before the current one.
 
     The deviation is the population's. It bounds once `warmup_steps` norms are there; levanter has max(2, window // 2)
     and takes in the raw norm: `take_in="raw"`. `take_in="clipped"` is ours, and with it `patience=K`: from the K+1st
-    clipped norm in a row n itself is taken in.
+    clipped norm in a row n itself is taken in. So is `warmup_max_norm`, see `counted`.
     """
     history, spikes = [], 0
 
     def step(n):
         nonlocal spikes
-        c = np.inf
-        if len(history) >= warmup_steps:
-            c = np.mean(history) + num_std * max(np.std(history), 1e-6)
+        if len(history) < warmup_steps:
+            history.append(counted(n, np.mean(history) if history else 0, warmup_max_norm))
+            return 0, np.inf if warmup_max_norm is None else warmup_max_norm, {"spikes": 0}
+        c = np.mean(history) + num_std * max(np.std(history), 1e-6)
         spikes = spikes + 1 if n > c else 0
         raw = take_in == "raw" or (patience is not None and spikes > patience)
         history.append(n if raw else min(n, c))
         del history[:-window]
-        return 0, c, {"mean": np.mean(history), "std": np.std(history), "spikes": spikes}
+        return 0, c, {"spikes": spikes}
 
     return follow(step, norms, guard)
 
@@ -290,3 +313,22 @@ def skip_step(norms, num_std=6.0, window=128, ddof=1, *, take_in="all", floor=0.
 
     run = follow(step, norms, guard)
     return run._replace(after=np.where(np.isfinite(norms) & (norms <= run.bound), norms, 0))
+
+
+def scaled_adam(norms, clipping_scale=2.0, period=100, guard=True):
+    """The clipping of icefall's `ScaledAdam`, as its docstring has it: a multiple of the median of recent norms.
+
+    The threshold is set in every `period`-th step, from the norms since the last time, the current one included. The
+    median is entry 2 (period // 4) of them in ascending order. What the code does before the first of these is left
+    out.
+    """
+    history, threshold = [], np.inf
+
+    def step(n):
+        nonlocal threshold
+        history.append(n)
+        if len(history) % period == 0:
+            threshold = clipping_scale * sorted(history[-period:])[2 * (period // 4)]
+        return 0, threshold, {}
+
+    return follow(step, norms, guard)
