@@ -4,18 +4,18 @@ import argparse
 import csv
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from optaxclip.demo import memory, options
 from optaxclip.demo.ending import InputError
-from optaxclip.demo.options import DECIMAL, Parser, named, path
+from optaxclip.demo.options import DECIMAL, Parser, named, path, shown
 from optaxclip.demo.rows import ROWS, Row
 from optaxclip.diagnostics import Replay, replay
 
 WORD = "replay"
 COMMAND = f"{options.COMMAND} {WORD}"
-CLIPPERS = "clip_by_global_norm,autoclip,clip_by_history,zclip"  # all that measure one norm and follow it, and a bound
+CLIPPERS = "clip_by_global_norm,autoclip,clip_by_history,zclip"  # a bound, and what follows a single norm
 BYTES = 40  # of memory for each byte of a file
 NOT_FINITE = re.compile(r"[+-]?(nan|inf|infinity)", re.IGNORECASE)
 
@@ -95,7 +95,7 @@ def _norms(file: Path, row: str | None) -> list[float]:
 def _by_row(name: str, reader: "csv.DictReader[str]") -> dict[str | None, list[float]]:
     """The norms of each row, in the order of the file; of the row None if there is no such column."""
     if "norm" not in (header := reader.fieldnames or []):
-        raise InputError(f"{name} must have a column 'norm', got {_listed(header)}")
+        raise InputError(f"{name} must have a column 'norm', got {shown(', '.join(header))}")
     found: dict[str | None, list[float]] = {}
     for line in reader:
         found.setdefault(line.get("row"), []).append(_norm(f"{name}, line {reader.line_num}", line["norm"]))
@@ -107,7 +107,7 @@ def _by_row(name: str, reader: "csv.DictReader[str]") -> dict[str | None, list[f
 def _norm(where: str, text: str) -> float:
     text = text.strip()
     if not (DECIMAL.fullmatch(text) or NOT_FINITE.fullmatch(text)):
-        raise InputError(f"{where}: the norm must be a number, got {text[: options.SHOWN]!r}")
+        raise InputError(f"{where}: the norm must be a number, got {shown(text)}")
     if (norm := float(text)) < 0:
         raise InputError(f"{where}: the norm must be at least 0, got {norm:g}")
     return math.nan if math.isnan(norm) else norm
@@ -116,11 +116,9 @@ def _norm(where: str, text: str) -> float:
 def _chosen(name: str, found: dict[str | None, list[float]], row: str | None) -> list[float]:
     if row is None and len(found) == 1:
         return next(iter(found.values()))
+    if row is not None and None in found:
+        raise InputError(f"argument --row: {name} has no column 'row'")
     if row is None or row not in found:
-        problem = "several rows" if row is None else f"no row {row!r}"
-        raise InputError(f"{name} has {problem}: choose with --row one of {_listed(each for each in found if each)}")
+        problem = "several rows" if row is None else f"no row {shown(row)}"
+        raise InputError(f"{name} has {problem}: choose with --row one of {', '.join(filter(None, found))}")
     return found[row]
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(names) or "none"

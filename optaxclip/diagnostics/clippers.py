@@ -32,8 +32,8 @@ def _made_of(name: str, clipper: Any) -> MadeOf:
     made_of = clipper.made_of if isinstance(clipper, Clip) else None
     if made_of is None:
         raise ValueError(
-            f"{name} must be a clipper that clip_by makes, such as zclip(), and neither wrapped nor chained; "
-            f"got {clipper!r}"
+            f"{name} must be a clipper that clip_by makes, such as zclip(), neither wrapped nor chained, "
+            f"got a {type(clipper).__name__}"
         )
     return made_of
 
@@ -126,15 +126,7 @@ def _order(name: str, paths: list[str], groups: tuple[str, ...] | None) -> list[
     if groups is None:
         raise ValueError("this record does not know the names of its groups; migrate and the next step bring them back")
     if set(paths) != set(groups):
-        raise ValueError(
-            f"{name} can't be replayed on these norms: it measures {_counted(paths)}, and they are of "
-            f"{_counted(groups)}"
-        )
+        came = "one" if groups == ONE_GROUP else trees.listed(list(groups))
+        measures = "several" if groups == ONE_GROUP else trees.listed(paths)
+        raise ValueError(f"{name} can't be replayed on these norms: its groups are {measures}, and theirs {came}")
     return [groups.index(path) for path in paths]
-
-
-def _counted(groups: Any) -> str:
-    groups = list(groups)
-    if len(groups) == 1:
-        return "one group" if groups == [""] else f"the group {groups[0]!r}"
-    return f"{len(groups)} groups, {trees.listed(groups)}"

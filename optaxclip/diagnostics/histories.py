@@ -46,7 +46,7 @@ def history_of(norms: Tree, place: str, history: str) -> History:
     Raises:
       ValueError: if `norms` is neither, or the other two fit no record in it.
     """
-    if not reader.is_recorded(norms):
+    if not (reader.is_recorded(norms) or hasattr(norms, "_fields")):  # a NamedTuple is a state, if one without a record
         vector = _as_measured(norms)
         _require_choice(place, history)
         if place or history != LAST:

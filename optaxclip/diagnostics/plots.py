@@ -8,7 +8,7 @@ import numpy as np
 
 from optaxclip._arrays.trees import Tree
 from optaxclip.diagnostics.clippers import Clipper, named, permitted
-from optaxclip.diagnostics.histories import LAST, ONE_GROUP, History, history_of, ordinary, ordinary_norms
+from optaxclip.diagnostics.histories import LAST, History, history_of, ordinary, ordinary_norms
 from optaxclip.diagnostics.marks import (
     BAND,
     DASHED,
@@ -48,14 +48,12 @@ class Limit(NamedTuple):
     style: dict[str, Any]
 
 
-def plot(
-    norms: Tree, *clippers: Clipper, place: str = "", history: str = LAST, **named_clippers: Clipper
-) -> "Figure":
+def plot(norms: Tree, *clippers: Clipper, place: str = "", history: str = LAST, **named_clippers: Clipper) -> "Figure":
     """Draws norms over the steps, with what the clipper that recorded them did, or what others would have done.
 
-    Spikes, as `summary` counts them, are marked, steps that are not finite are hatched, and steps that were clipped have
-    a tick at the lower edge: those of the record, or of the only clipper. Norms more than 1,000 times the 95th percentile
-    are drawn at the axes' end. Norms of 0 have no place on logarithmic axes.
+    Spikes, as `summary` counts them, are marked, and steps that are not finite are hatched. Steps that were clipped
+    have a tick at the lower edge: those of the record, or of the only clipper. Norms more than 1,000 times the 95th
+    percentile are drawn at the axes' end. Norms of 0 have no place on logarithmic axes.
 
     A single norm gets a histogram besides, and the share of the steps that each fixed bound would have clipped; every
     clipper is marked there at its median limit. Of several groups there is a panel for each of the six that were

@@ -1,6 +1,7 @@
 """What other clippers would have done with the norms of a run."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NamedTuple
@@ -36,8 +37,9 @@ class Replayed(NamedTuple):
     @property
     def clipped_share(self) -> float:
         """The share of all steps in which some group would have been scaled; NaN without steps."""
-        some = self.clipped.reshape(len(self.clipped), -1).any(axis=1) if len(self.clipped) else self.clipped
-        return float(some.mean()) if len(some) else float("nan")
+        if not len(self.clipped):
+            return math.nan
+        return float(np.mean(self.clipped.reshape(len(self.clipped), -1).any(axis=1)))
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -94,7 +96,7 @@ def replay(norms: Tree, *clippers: Clipper, place: str = "", history: str = LAST
       >>> norms = [1.0] * 30 + [50.0] + [1.0] * 9
       >>> found = diagnostics.replay(norms, fixed=optaxclip.clip_by_global_norm(2.0), zclip=optaxclip.zclip())
       >>> print(found)
-      40 norms, of steps 1 to 40.
+      Steps 1 to 40.
       Open loop: these are the norms of the run as it was; another clipper would have changed the later ones.
       <BLANKLINE>
       clipper  steps clipped  median limit  largest norm before  largest norm after
@@ -102,9 +104,10 @@ def replay(norms: Tree, *clippers: Clipper, place: str = "", history: str = LAST
       fixed             2.5%             2                   50                   2
       zclip             2.5%             1                   50                   1
       <BLANKLINE>
-      spike in step  norm  after fixed  after zclip
-      -------------  ----  -----------  -----------
-      31               50            2            1
+      Spikes, and what would have become of them:
+      step  norm  fixed  zclip
+      ----  ----  -----  -----
+      31      50      2      1
 
     Notes:
       - Groups: a vector is of one group, and so must the clippers be. A record of several groups, one per leaf or
@@ -142,10 +145,11 @@ def spikes_of(history: History) -> np.ndarray:
 
 
 def _heading(found: Replay) -> str:
-    lost = int((~np.isfinite(found.norms)).reshape(len(found.steps), len(found.groups)).any(axis=1).sum())
-    groups = "" if found.groups == ONE_GROUP else f" of each of {len(found.groups)} groups"
-    steps = f", of steps {found.steps[0]} to {found.steps[-1]}" if len(found.steps) else ""
-    return f"{len(found.steps)} norms{groups}{steps}" + (f"; {lost} not finite." if lost else ".")
+    if not len(found.steps):
+        return "No steps."
+    groups = "" if found.groups == ONE_GROUP else f", {len(found.groups)} groups"
+    lost = int((~np.isfinite(found.norms)).reshape(len(found.steps), -1).any(axis=1).sum())
+    return f"Steps {found.steps[0]} to {found.steps[-1]}{groups}" + (f"; {lost} of them not finite." if lost else ".")
 
 
 def _table_of_clippers(found: Replay) -> str:
@@ -158,24 +162,28 @@ def _table_of_clippers(found: Replay) -> str:
 
 
 def _table_of_spikes(found: Replay) -> str:
-    """What became of the largest spikes, in their order."""
-    size = np.where(found.spikes, found.norms, 0).ravel()
-    number = int(found.spikes.sum())
-    largest = np.sort(np.argsort(-size, kind="stable")[: min(number, SHOWN_SPIKES)])
+    """What would have become of the largest spikes, in their order."""
+    spikes = np.argwhere(found.spikes.reshape(len(found.steps), -1))
+    before, *after = (each.reshape(len(found.steps), -1) for each in _norms(found))
+    largest = np.argsort(-before[tuple(spikes.T)], kind="stable")[:SHOWN_SPIKES]
     has_groups = found.groups != ONE_GROUP
-    header = ("spike in step", *(["group"] if has_groups else []), "norm", *(f"after {name}" for name in found.clippers))
-    rows = []
-    for at in largest:
-        step, group = divmod(int(at), len(found.groups))
-        numbers = (size[at], *(done.norm_after.ravel()[at] for done in found.clippers.values()))
-        where = (str(found.steps[step]), *([found.groups[group]] if has_groups else []))
-        rows.append((*where, *map(_number, numbers)))
-    more = number - len(largest)
-    return table(header, rows) + (f"\nand {more} smaller spikes" if more else "")
+    header = ("step", *(["group"] if has_groups else []), "norm", *found.clippers)
+    rows: list[tuple[str, ...]] = []
+    for step, group in spikes[np.sort(largest)]:
+        sizes = (_number(float(each[step, group])) for each in (before, *after))
+        rows.append((str(found.steps[step]), *([found.groups[group]] if has_groups else []), *sizes))
+    more = len(spikes) - len(rows)
+    shown = f"Spikes, and what would have become of them:\n{table(header, rows)}"
+    return shown + (f"\nand {more} smaller ones" if more else "")
+
+
+def _norms(found: Replay) -> list[np.ndarray]:
+    """Before any clip, and after each."""
+    return [found.norms, *(done.norm_after for done in found.clippers.values())]
 
 
 def _share(value: float) -> str:
-    return "-" if np.isnan(value) else f"{value:.1%}"
+    return "-" if math.isnan(value) else f"{value:.1%}"
 
 
 def _median(values: np.ndarray) -> str:
