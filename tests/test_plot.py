@@ -79,7 +79,7 @@ def test_limits_of_several_clippers_are_told_apart_without_colour(rng):
     axes = figure.axes[0]
     lines = [line for line in axes.lines if "clips" in line.get_label()]
     assert [line.get_label().split(",")[0] for line in lines] == ["zclip", *clippers]
-    assert len({line._dash_pattern for line in lines} | {repr(line._dash_pattern) for line in lines}) == 10
+    assert len({repr(line._dash_pattern) for line in lines}) == 5
     expected = diagnostics.replay(norms, optaxclip.zclip(max_norm=None)).clippers["clipper 1"].limit
     np.testing.assert_array_equal(lines[0].get_ydata(), np.where(np.isinf(expected), np.nan, expected))
     assert not axes.collections  # whose the ticks would be, nobody could tell
@@ -88,9 +88,9 @@ def test_limits_of_several_clippers_are_told_apart_without_colour(rng):
 
 
 def test_a_record_shows_its_own_limit_and_steps(rng):
-    norms = lognormal(rng, 60)
+    norms = lognormal(rng, 60, spread=0.1)
     norms[[45, 46, 50]] = 40.0
-    state = recorded(norms, optaxclip.clip_by_history(3.0, warmup_steps=10, record=40))
+    state = recorded(norms, optaxclip.clip_by_history(5.0, warmup_steps=10, record=40))
     figure = diagnostics.plot(state)
     axes = figure.axes[0]
     stats = optaxclip.clip_stats(state, history=True)
