@@ -46,7 +46,7 @@ def history_of(norms: Tree, place: str, history: str) -> History:
     Raises:
       ValueError: if `norms` is neither, or the other two fit no record in it.
     """
-    if not (reader.is_recorded(norms) or hasattr(norms, "_fields")):  # a NamedTuple is a state, if one without a record
+    if not reader.is_recorded(norms):
         vector = _as_measured(norms)
         _require_choice(place, history)
         if place or history != LAST:
@@ -91,7 +91,8 @@ def checked(norms: Tree) -> np.ndarray:
       ValueError: if it has not one dimension, is not real, or has a negative number in it.
     """
     try:
-        history = np.asarray(norms)
+        # `optax.EmptyState` would be a vector of no norms.
+        history = np.empty((), object) if hasattr(norms, "_fields") else np.asarray(norms)
     except (TypeError, ValueError):
         history = np.empty((), object)  # a tree of arrays or a key, refused below
     if history.ndim != 1 or not (history.dtype.kind in "fiu" or history.dtype.name == "bfloat16"):
