@@ -57,7 +57,7 @@ def plot(norms: Tree, *clippers: Clipper, place: str = "", history: str = LAST, 
 
     A single norm gets a histogram besides, and the share of the steps that each fixed bound would have clipped; every
     clipper is marked there at its median limit. Of several groups there is a panel for each of the six that were
-    furthest outside their bands.
+    furthest outside their bands. Limits of clippers are those of `replay`, of an open loop.
 
     Args:
       norms: a history of norms, a vector or list, one per step; or an optimizer's state with the record of a clipper.
