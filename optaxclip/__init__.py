@@ -24,7 +24,7 @@ in the backward pass  `clip_cotangents`: the gradient that flows back through an
 a tree in hand        `clip_tree`: clipped, and its norm, without an optimizer
 to log                `clip_stats`: what a clipper with `record=`, or a skip, did; `global_norm`: range-safe, and
                       global on every mesh
-`diagnostics`         what recorded norms say: a summary, which clipper and bound they speak for, plots
+`diagnostics`         what recorded norms say: a summary, what other clippers would have done, plots
 another method        `migrate`: the state of a run in another transformation, with what of it still has a place
 `contrib`             twelve more methods: young, costly, or an optimizer as much as a clip
 ====================  =============================================================================================

@@ -36,4 +36,5 @@ class Command(NamedTuple):
 
 
 DEMO = Command("python -m optaxclip", demo.main)
+REPLAY = Command("python -m optaxclip replay", lambda words: demo.main(["replay", *words]))
 SWEEP = Command("python -m tests.benchmarks.sweep", sweep.main)

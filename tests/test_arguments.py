@@ -108,7 +108,8 @@ PUBLIC = {
     "thresholds.zscore": (thresholds.zscore, {}),
     "per_example.clipped_value_and_grad": (per_example.clipped_value_and_grad, {"fun": jnp.dot, "tx": IDENTITY}),
     "diagnostics.from_state": (diagnostics.from_state, {"opt_state": optax.EmptyState()}),
-    "diagnostics.plot": (diagnostics.plot, {"norms": STEPS, "file": "norms.png"}),
+    "diagnostics.plot": (diagnostics.plot, {"norms": STEPS}),
+    "diagnostics.replay": (diagnostics.replay, {"norms": STEPS, "fixed": oc.clip_by_global_norm(1.0)}),
     "diagnostics.summary": (diagnostics.summary, {"norms": STEPS}),
 }
 WITHOUT_ARGUMENTS = {"zero_nonfinite", "norms.global_rms", "norms.leaf_peaks"}

@@ -1,4 +1,4 @@
-"""What recorded norms look like: summaries of histories with known answers, records in states, plots."""
+"""What recorded norms look like: summaries of histories with known answers, and records in states."""
 
 import dataclasses
 import math
@@ -6,16 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import optax
 import pytest
-from matplotlib.figure import Figure
 
 import optaxclip
 from optaxclip import diagnostics
+from tests.histories import lognormal, recorded, with_spikes
 
 ROOT = Path(__file__).parents[1]
 
@@ -23,18 +22,6 @@ ROOT = Path(__file__).parents[1]
 def pareto(rng, index, steps=1000):
     """Norms of which a share x**-index exceeds x."""
     return (1 - rng.random(steps)) ** (-1 / index)
-
-
-def lognormal(rng, steps=1000, spread=0.4):
-    return rng.lognormal(sigma=spread, size=steps)
-
-
-def with_spikes(rng, steps=1000, share=0.01, size=(20, 50)):
-    """Lognormal norms of median 1, and the steps, counted from 1, that were made spikes."""
-    norms = lognormal(rng, steps)
-    at = np.sort(rng.choice(steps, int(share * steps), replace=False))
-    norms[at] = rng.uniform(*size, size=len(at))
-    return norms, at + 1
 
 
 # The summary.
@@ -156,18 +143,18 @@ def test_what_is_no_history_is_refused(norms, complaint):
 # Where histories come from.
 
 
-def recorded(norms, tx):
-    """The state after gradients of these norms."""
-    update, state = jax.jit(tx.update), tx.init({"w": jnp.zeros(1)})
-    for norm in norms:
-        _, state = update({"w": jnp.array([norm], jnp.float32)}, state)
-    return state
-
-
 def test_from_state_has_the_last_steps_before_the_clip():
     tx = optax.chain(optaxclip.clip_by_global_norm(1.0, record=3), optax.adam(1e-3))
     np.testing.assert_array_equal(diagnostics.from_state(recorded([1, 2, np.inf, 4], tx)), [2, np.inf, 4])
     np.testing.assert_array_equal(diagnostics.from_state(recorded([5], tx)), [5])
+
+
+def test_from_state_has_what_led_to_the_first_step_that_was_not_finite():
+    state = recorded([1, 2, np.nan, *range(4, 100)], optaxclip.clip_by_global_norm(1.0, record=10))
+    np.testing.assert_array_equal(diagnostics.from_state(state), range(90, 100))
+    np.testing.assert_array_equal(diagnostics.from_state(state, history="first_nonfinite"), [1, 2, np.nan, 4])
+    with pytest.raises(ValueError, match="history must be one of 'last', 'first_nonfinite', got 'all'"):
+        diagnostics.from_state(state, history="all")
 
 
 def test_from_state_wants_to_know_which_of_several_records():
@@ -207,65 +194,3 @@ def test_summary_starts_no_jax_backend_and_needs_no_matplotlib():
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr, done.stdout) == (0, "", "3\n")
-
-
-# The figure.
-
-
-def drawn(monkeypatch, tmp_path, norms, bound=None):
-    """The figure that was saved."""
-    figures = []
-    save = Figure.savefig
-    monkeypatch.setattr(
-        Figure, "savefig", lambda self, *args, **kwargs: figures.append(self) or save(self, *args, **kwargs)
-    )
-    diagnostics.plot(norms, tmp_path / "plot.png", bound=bound)
-    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
-    return figures[0]
-
-
-def test_the_figure_shows_bound_spikes_and_lost_steps(monkeypatch, tmp_path, rng):
-    norms, at = with_spikes(rng, 400)
-    norms[100:110] = np.nan
-    figure = drawn(monkeypatch, tmp_path, norms, bound=3.0)
-    history, histogram, share = figure.axes
-    assert all(axes.get_xlabel() and axes.get_ylabel() for axes in figure.axes)
-    legend = {text.get_text() for text in history.get_legend().get_texts()}
-    assert legend == {"norm", "spike", "not finite", "bound 3"}
-    spikes = next(line for line in history.lines if line.get_label() == "spike")
-    assert set(spikes.get_xdata()) == set(diagnostics.summary(norms).spikes) >= set(at) - set(range(101, 111))
-    assert sum(bar.get_height() for bar in histogram.patches) == 390
-    assert any(np.allclose(line.get_xdata(), math.log10(3)) for line in histogram.lines)
-    curve = share.lines[0]
-    place = np.searchsorted(curve.get_xdata(), 3.0, side="right") - 1
-    assert curve.get_ydata()[place] == pytest.approx(100 * diagnostics.summary(norms).clipped_share(3.0))
-
-
-def test_norms_far_beyond_the_others_do_not_squeeze_the_axes(monkeypatch, tmp_path, rng):
-    norms = lognormal(rng, 300)
-    norms[2] = 1e25
-    history = drawn(monkeypatch, tmp_path, norms).axes[0]
-    assert history.get_ylim()[1] < 1e5
-    assert "beyond the axis, up to 1.0e+25" in {text.get_text() for text in history.get_legend().get_texts()}
-
-
-@pytest.mark.parametrize(
-    ("norms", "bound"),
-    [([1.0], 2.0), ([0.0, np.nan, 2.0, np.inf], 0.0), (np.full(100, 2.0), math.inf), ([1e-40, 3e38], None)],
-    ids=["one", "gaps", "constant", "wide"],
-)
-def test_every_history_with_a_norm_can_be_drawn(monkeypatch, tmp_path, norms, bound):
-    drawn(monkeypatch, tmp_path, norms, bound)
-
-
-def test_without_matplotlib_the_extra_is_named(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"optaxclip\[demo\]"):
-        diagnostics.plot([1.0], tmp_path / "a.png")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_history_without_a_positive_norm_is_not_drawn(tmp_path):
-    with pytest.raises(ValueError, match="no finite, positive norm to draw"):
-        diagnostics.plot([0.0, math.inf], tmp_path / "a.png")
-    assert list(tmp_path.iterdir()) == []

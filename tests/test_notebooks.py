@@ -19,7 +19,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 NEEDS = {
     "acceleration": ["sklearn"],
     "bias": ["sklearn"],
-    "choosing_a_threshold": ["IPython", "sklearn"],
+    "choosing_a_threshold": ["sklearn"],
     "long_run": ["orbax"],
     "outliers_and_privacy": ["sklearn"],
     "quickstart": ["equinox", "flax"],

@@ -37,6 +37,7 @@ default_role = "py:obj"
 nitpicky = True
 nitpick_ignore_regex = [
     ("py:obj", r"(?s)(?!(optaxclip|norms|thresholds|diagnostics|per_example|contrib)\.).*"),
+    ("py:class", r"Figure"),  # matplotlib's, which is imported for types alone
     ("py:class", r"(collections|jax|numpy|optax|optaxclip\._(arrays|numerics)|pathlib|typing)\b.*"),
 ]
 

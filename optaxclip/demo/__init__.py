@@ -16,5 +16,6 @@ The files, in the order in which they are used:
 - `progress`, `interrupts`: a bar; Ctrl-C and SIGTERM;
 - `table`: what is printed;
 - `folder`: where files go, whole or not at all;
-- `csv_files`, `figures`, `panels`: the numbers and the figures.
+- `csv_files`, `figures`, `panels`: the numbers and the figures;
+- `replaying`: what `python -m optaxclip replay` does with such numbers.
 """

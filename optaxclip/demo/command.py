@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jax
 
-from optaxclip.demo import corpus, csv_files, figures, memory, model, options
+from optaxclip.demo import corpus, csv_files, figures, memory, model, options, replaying
 from optaxclip.demo.corpus import Corpus
 from optaxclip.demo.ending import INTERRUPTED, ended
 from optaxclip.demo.folder import Write, folder
@@ -24,7 +24,7 @@ FILES = ("loss.png", "norm.png", "table.csv", "steps.csv")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Trains one model per clipper and prints a table.
+    """Trains one model per clipper and prints a table; after the word "replay", does what `replaying` says.
 
     Args:
       argv: the arguments; those of the process by default.
@@ -35,7 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
       SystemExit: of argparse, with code 0 after the help, with 2 after one line on stderr.
     """
-    return ended(options.COMMAND, lambda: _run(options.parsed(argv)))
+    words = sys.argv[1:] if argv is None else list(argv)
+    if words[:1] == [replaying.WORD]:
+        return ended(replaying.COMMAND, lambda: replaying.run(words[1:]))
+    return ended(options.COMMAND, lambda: _run(options.parsed(words)))
 
 
 def _run(asked: Options) -> int:

@@ -60,6 +60,7 @@ def parser() -> Parser:
     made = Parser(
         prog=COMMAND,
         description="Trains a character model that explodes on its own, once without clipping and once per clipper.",
+        epilog=f"'{COMMAND} replay FILE' says what clippers would have done on the norms in a CSV file.",
         allow_abbrev=False,
     )
     made.add_argument(
@@ -103,7 +104,7 @@ def integer(least: int) -> Callable[[str], int]:
 
     def parse(text: str) -> int:
         if not WHOLE.fullmatch(text):
-            raise argparse.ArgumentTypeError(f"must be a whole number, got {_shown(text)}")
+            raise argparse.ArgumentTypeError(f"must be a whole number, got {shown(text)}")
         if len(text) > DIGITS or not least <= int(text) < 2**31:
             raise argparse.ArgumentTypeError(f"must be at least {least} and less than 2**31, got {_shortened(text)}")
         return int(text)
@@ -114,11 +115,12 @@ def integer(least: int) -> Callable[[str], int]:
 def _learning_rate(text: str) -> float:
     rate = float(text) if DECIMAL.fullmatch(text) else np.nan
     if not np.finfo(np.float32).tiny <= rate <= np.finfo(np.float32).max:
-        raise argparse.ArgumentTypeError(f"must be a positive, finite float32, got {_shown(text)}")
+        raise argparse.ArgumentTypeError(f"must be a positive, finite float32, got {shown(text)}")
     return rate
 
 
-def _shown(text: str) -> str:
+def shown(text: str) -> str:
+    """What was wrong, quoted and cut, for a message."""
     return repr(_shortened(text))
 
 
@@ -126,15 +128,23 @@ def _shortened(text: str) -> str:
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}... ({len(text)} characters)"
 
 
-def named(kind: str, known: Mapping[str, Named]) -> Callable[[str], list[Named]]:
-    """What turns names in the command line, with commas between them, into what they name."""
+def named(kind: str, known: Mapping[str, Named], listing: str = "--list") -> Callable[[str], list[Named]]:
+    """What turns names in the command line, with commas between them, into what they name.
+
+    Args:
+      kind: what they are names of.
+      known: what they name.
+      listing: what lists all of them, for the message.
+    """
 
     def parse(text: str) -> list[Named]:
         names = [name.strip() for name in text.split(",")]
         for name in names:
             if name not in known:
                 similar = "".join(f" (did you mean {close}?)" for close in get_close_matches(name, known, n=1))
-                raise argparse.ArgumentTypeError(f"no {kind} is called {_shown(name)}{similar}; --list names them all")
+                raise argparse.ArgumentTypeError(
+                    f"no {kind} is called {shown(name)}{similar}; {listing} names them all"
+                )
         return [known[name] for name in dict.fromkeys(names)]
 
     return parse

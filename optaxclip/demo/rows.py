@@ -20,11 +20,13 @@ class Row(NamedTuple):
       name: what `--clippers` calls it.
       shown: what the table calls it.
       optimizer: from the learning rate, and the number of steps to record, to the whole optimizer.
+      clipper: makes what clips in it; None for the row that does not clip.
     """
 
     name: str
     shown: str
     optimizer: Callable[[float, int], optax.GradientTransformation]
+    clipper: Callable[[], optax.GradientTransformation] | None
 
 
 def _named(clipper: Clipper, arguments: tuple[Any, ...]) -> tuple[str, str]:
@@ -48,7 +50,12 @@ def _watched(clipper: Clipper, arguments: tuple[Any, ...], steps: int) -> optax.
 def _clip_gradients(clipper: Clipper, *arguments: Any) -> Row:
     """A clipper before Adam."""
     name, shown = _named(clipper, arguments)
-    return Row(name, shown, lambda rate, steps: optax.chain(_watched(clipper, arguments, steps), optax.adam(rate)))
+    return Row(
+        name,
+        shown,
+        lambda rate, steps: optax.chain(_watched(clipper, arguments, steps), optax.adam(rate)),
+        lambda: clipper(*arguments),
+    )
 
 
 def _clip_changes(clipper: Clipper, *arguments: Any) -> Row:
@@ -58,10 +65,11 @@ def _clip_changes(clipper: Clipper, *arguments: Any) -> Row:
         name,
         f"{shown} after Adam",
         lambda rate, steps: optax.chain(optax.adam(rate), _watched(clipper, arguments, steps)),
+        lambda: clipper(*arguments),
     )
 
 
-UNCLIPPED = Row("none", "no clipping", lambda rate, _: optax.adam(rate))
+UNCLIPPED = Row("none", "no clipping", lambda rate, _: optax.adam(rate), None)
 
 _ALL = [
     UNCLIPPED,

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from optaxclip.demo.training import Result
+from optaxclip.diagnostics import tables
 
 HEADER = ("clipper", "bits per character", "non-finite steps", "steps clipped", "step time")
 
@@ -27,10 +28,7 @@ class Line(NamedTuple):
 
 def table(lines: Sequence[Line]) -> str:
     """The lines below a header, columns aligned: the names on the left, the numbers on the right."""
-    cells: list[tuple[str, ...]] = [HEADER, *map(_cells, lines)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    cells.insert(1, tuple("-" * width for width in widths))
-    return "\n".join(aligned(line, widths) for line in cells)
+    return tables.table(HEADER, [_cells(line) for line in lines])
 
 
 def _cells(line: Line) -> tuple[str, ...]:
@@ -49,12 +47,3 @@ def loss(value: float) -> str:
     if not math.isfinite(value):
         return "lost"
     return f"{value:.3f}" if value < 1000 else f"{value:.1e}"
-
-
-def aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
-    """A line: the first cell on the left of its column, the others on the right."""
-    first, *others = (
-        cell.rjust(width) if number else cell.ljust(width)
-        for number, (cell, width) in enumerate(zip(cells, widths, strict=True))
-    )
-    return "  ".join((first, *others))

@@ -1,14 +1,87 @@
 """Where a history of norms comes from: an array, or the record in an optimizer's state."""
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from optaxclip._arguments import checks
 from optaxclip._arrays.trees import Tree
-from optaxclip.records.reader import clip_stats
+from optaxclip.records import reader
+from optaxclip.records.reader import KEPT, Recorded
 
-RECORD = "clip_norm"  # what `clip_stats` calls the norms
+LAST = "last"  # which history: the last steps, or those that led to the first one that was not finite
+ONE_GROUP = ("",)  # a single norm has no path
+
+
+class History(NamedTuple):
+    """Norms over the steps, of one group or several.
+
+    Attributes:
+      steps: whole numbers of shape (n,), counted from 1.
+      norms: floats of shape (n, G).
+      groups: the paths of the groups; None where a record does not know them.
+      leaves: the paths of the leaves that were measured; none where they are not known.
+      limits: of the clipper that recorded the norms, of the same shape; None for norms without a record.
+      scales: by what it multiplied, likewise.
+    """
+
+    steps: np.ndarray
+    norms: np.ndarray
+    groups: tuple[str, ...] | None = ONE_GROUP
+    leaves: tuple[str, ...] = ()
+    limits: np.ndarray | None = None
+    scales: np.ndarray | None = None
+
+
+def history_of(norms: Tree, place: str, history: str) -> History:
+    """A history from a vector of norms, or from the record in a state.
+
+    Args:
+      norms: either of these.
+      place: which record, as `from_state` takes it.
+      history: which of its steps.
+
+    Raises:
+      ValueError: if `norms` is neither, or the other two fit no record in it.
+    """
+    if not reader.is_recorded(norms):
+        vector = _as_measured(norms)
+        _require_choice(place, history)
+        if place or history != LAST:
+            raise ValueError(f"place={place!r} and history={history!r} choose from a state, and norms is a vector")
+        return History(np.arange(1, len(vector) + 1), vector[:, None])
+    record = _record_at(norms, place, history)
+    number = record.norm.shape[1]
+    groups = ONE_GROUP if number == 1 else record.names.groups
+    return History(record.steps, record.norm, groups, record.names.leaves, record.limit, record.scale)
+
+
+def _as_measured(norms: Tree) -> np.ndarray:
+    """A vector in the dtype in which a clipper measures: float64 for norms of float64 leaves, float32 else."""
+    vector = checked(norms)
+    is_wide = np.asarray(norms).dtype == np.float64 and jax.dtypes.canonicalize_dtype(np.float64) == np.float64
+    info = np.finfo(np.float64 if is_wide else np.float32)
+    # As a measured norm: at most the largest float where it is finite, and 0 below the smallest normal one.
+    in_range = np.where(np.isinf(vector), vector, np.minimum(vector, float(info.max)))
+    return np.where(vector < info.tiny, 0, in_range).astype(info.dtype)
+
+
+def _require_choice(place: str, history: str) -> None:
+    checks.text("place", place)
+    checks.one_of("history", history, (LAST, KEPT))
+
+
+def _record_at(opt_state: Tree, place: str, history: str) -> Recorded:
+    """The record at a place, which need not be named where there is one only."""
+    _require_choice(place, history)
+    records = reader.recorded(opt_state, KEPT if history == KEPT else True)
+    if not place and len(records) == 1:
+        return next(iter(records.values()))
+    if place not in records:
+        raise ValueError(f"no record at {place!r}; place must be one of {_listed(records)}")
+    return records[place]
 
 
 def checked(norms: Tree) -> np.ndarray:
@@ -18,13 +91,14 @@ def checked(norms: Tree) -> np.ndarray:
       ValueError: if it has not one dimension, is not real, or has a negative number in it.
     """
     try:
-        history = np.asarray(norms)
+        # `optax.EmptyState` would be a vector of no norms.
+        history = np.empty((), object) if hasattr(norms, "_fields") else np.asarray(norms)
     except (TypeError, ValueError):
         history = np.empty((), object)  # a tree of arrays or a key, refused below
     if history.ndim != 1 or not (history.dtype.kind in "fiu" or history.dtype.name == "bfloat16"):
         raise ValueError(
             f"norms must be a vector of real numbers, got shape {history.shape} of {history.dtype}; "
-            "from_state(opt_state) takes them out of an optimizer's state"
+            "from_state(opt_state) takes them out of the state of a clipper with record="
         )
     history = history.astype(np.float64)
     if (history < 0).any():
@@ -33,8 +107,8 @@ def checked(norms: Tree) -> np.ndarray:
     return history
 
 
-def from_state(opt_state: Tree, *, place: str = "", group: str = "") -> np.ndarray:
-    """The norms that a clipper with `record=` has in an optimizer's state: the last k steps, oldest first.
+def from_state(opt_state: Tree, *, place: str = "", group: str = "", history: str = LAST) -> np.ndarray:
+    """The norms that a clipper with `record=` has in an optimizer's state: up to k steps, oldest first.
 
     They are measured before the clip, so the clip does not hide what came in. `clip_by_global_norm(math.inf, record=k)`
     records the global norm and clips nothing.
@@ -43,6 +117,8 @@ def from_state(opt_state: Tree, *, place: str = "", group: str = "") -> np.ndarr
       opt_state: the state of any chain, wrapper or nesting of these.
       place: which record is meant where there are several, as `clip_stats` leads its keys: "0" for "0/clip_norm".
       group: the path of one group, a leaf say, where the record has several.
+      history: "last" for the last steps; "first_nonfinite" for those that led to the first step that was not finite,
+        and a few after it, however long ago that was.
 
     Returns:
       A vector of up to k floats.
@@ -61,35 +137,21 @@ def from_state(opt_state: Tree, *, place: str = "", group: str = "") -> np.ndarr
       [0.5 5. ]
 
     See also:
-      `clip_stats`, for the rest of the record; `summary` and `plot`.
+      `clip_stats`, for the rest of the record; `summary`, `replay` and `plot`.
 
       Notebook: `notebooks/choosing_a_threshold.ipynb`, how to choose a bound.
     """
-    checks.text("place", place)
     checks.text("group", group)
-    found = clip_stats(opt_state, per_group=True, history=True)
-    records = {name.removesuffix(RECORD).removesuffix("/"): each for name, each in found.items() if _is_record(name)}
-    if not records:
-        raise ValueError(
-            "there is no record of norms in this state: build the clipper with record=k, for the last k steps"
-        )
-    if not place and len(records) == 1:
-        place = next(iter(records))
-    if place not in records:
-        raise ValueError(f"no record at {place!r}; place must be one of {_listed(records)}")
-    lead = f"{place}/{RECORD}/" if place else f"{RECORD}/"
-    groups = {name.removeprefix(lead): each for name, each in found.items() if name.startswith(lead)}
-    if not group and len(groups) < 2:
-        return records[place]
+    record = _record_at(opt_state, place, history)
+    number = record.norm.shape[1]
+    if not group and number == 1:
+        return record.norm[:, 0]
+    groups = [record.names.group(i) for i in range(number)] if record.names.groups != ONE_GROUP else []
     if group not in groups:
         raise ValueError(
             f"no group {group!r} in this record; group must be one of {_listed(groups)}, or record the global norm"
         )
-    return groups[group]
-
-
-def _is_record(name: str) -> bool:
-    return name == RECORD or name.endswith(f"/{RECORD}")
+    return record.norm[:, groups.index(group)]
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -1,157 +1,213 @@
-"""A history of norms as a figure. Dashes, triangles and hatching tell things apart in black and white."""
+"""Norms as a figure: what came in, what was permitted, what was clipped."""
 
 import math
-from importlib import import_module
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from optaxclip._arguments import checks
 from optaxclip._arrays.trees import Tree
-from optaxclip.diagnostics.histories import ordinary, ordinary_norms
-from optaxclip.diagnostics.summaries import Summary, summary
+from optaxclip.diagnostics.clippers import Clipper, named, permitted
+from optaxclip.diagnostics.histories import LAST, History, history_of, ordinary, ordinary_norms
+from optaxclip.diagnostics.marks import (
+    BAND,
+    DASHED,
+    INK,
+    MARK,
+    draw_below,
+    draw_limit,
+    hatch_nonfinite,
+    norm_range,
+    tick_off,
+)
+from optaxclip.diagnostics.panels import add_legend, count_steps, grid, styled
+from optaxclip.diagnostics.replays import spikes_of
+from optaxclip.diagnostics.summaries import summary
+from optaxclip.records.recorder import excess
 
-INK, MARK, BAND = "#202020", "#c51b00", "#a6bddb"
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 BEYOND = 1000.0  # times the 95th percentile: larger norms leave the axes
-STYLE: dict[Any, Any] = {
-    "axes.linewidth": 0.6,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 9,
-    "font.size": 8,
-    "hatch.linewidth": 0.5,
-    "legend.frameon": False,
-    "savefig.dpi": 200,
-}
+PANELS = 6  # groups in one figure
+STYLES: list[dict[str, Any]] = [  # of limits; dashes tell them apart in black and white
+    {"color": "#2166ac", "linewidth": 1.2, "linestyle": (0, (7, 2))},
+    {"color": "#c51b00", "linewidth": 1.4, "linestyle": (0, (1, 1))},
+    {"color": "#1b7837", "linewidth": 1.2, "linestyle": (0, (7, 1.5, 1, 1.5))},
+    {"color": "#762a83", "linewidth": 1.8, "linestyle": "-"},
+    {"color": "#b35806", "linewidth": 1.2, "linestyle": (0, (3, 1.5))},
+]
 
 
-def plot(norms: Tree, file: Path | str, bound: float | None = None) -> None:
-    """Draws a history of norms: over the steps, as a histogram, and what share of the steps each bound would clip.
+class Limit(NamedTuple):
+    """What a clipper did or would have done: its limits and what it clipped, of shape (n, G), and how it is drawn."""
 
-    Spikes, as `summary` counts them, are marked, and steps whose norm is infinite or NaN are hatched. Norms more than
-    1,000 times the 95th percentile are drawn at the axes' end. Norms of 0 have no place on logarithmic axes.
+    label: str
+    limit: np.ndarray
+    clipped: np.ndarray
+    style: dict[str, Any]
+
+
+def plot(norms: Tree, *clippers: Clipper, place: str = "", history: str = LAST, **named_clippers: Clipper) -> "Figure":
+    """Draws norms over the steps, with what the clipper that recorded them did, or what others would have done.
+
+    Spikes, as `summary` counts them, are marked, and steps that are not finite are hatched. Steps that were clipped
+    have a tick at the lower edge: those of the record, or of the only clipper. Norms more than 1,000 times the 95th
+    percentile are drawn at the axes' end. Norms of 0 have no place on logarithmic axes.
+
+    A single norm gets a histogram besides, and the share of the steps that each fixed bound would have clipped; every
+    clipper is marked there at its median limit. Of several groups there is a panel for each of the six that were
+    furthest outside their bands. Limits of clippers are those of `replay`, of an open loop.
 
     Args:
-      norms: a history of norms, a vector or list, one per step.
-      file: where the PNG goes.
-      bound: a bound to draw in all three panels; None draws none.
+      norms: a history of norms, a vector or list, one per step; or an optimizer's state with the record of a clipper.
+      *clippers: up to five clippers whose limits are drawn, as `replay` takes them.
+      place: which record of the state is meant, as `from_state` takes it.
+      history: which of its steps, as `from_state` takes it.
+      **named_clippers: clippers by the name that the legend gives them.
+
+    Returns:
+      A matplotlib Figure. Save it with `figure.savefig("norms.png")`.
 
     Raises:
       ImportError: if matplotlib is missing; it comes with the extra `demo`.
-      ValueError: if `norms` is no vector of real numbers, a norm is negative, or none is finite and positive; if
-        `file` is no path, or `bound` no number of at least 0.
+      ValueError: if `norms` is neither a history nor a state with a record, or no norm is finite and positive; if there
+        are too many clippers, or one that `replay` refuses.
 
     Example:
-      >>> import pathlib, tempfile
+      >>> import optaxclip
       >>> from optaxclip import diagnostics
-      >>> with tempfile.TemporaryDirectory() as folder:
-      ...     path = pathlib.Path(folder, "norms.png")
-      ...     diagnostics.plot([0.5, 1.0, 2.0, 40.0], path, bound=3.0)
-      ...     print(path.read_bytes()[1:4].decode())
-      PNG
+      >>> figure = diagnostics.plot([0.5, 1.0, 2.0, 40.0], fixed=optaxclip.clip_by_global_norm(3.0))
+      >>> [line.get_label() for line in figure.axes[0].lines]
+      ['norm', 'fixed, clips 25.0 %']
 
     See also:
-      `summary`, for the same in numbers.
+      `replay` and `summary`, for the same in numbers.
 
       Notebook: `notebooks/choosing_a_threshold.ipynb`, how to choose a bound.
     """
-    checks.path("file", file)
-    if bound is not None:
-        bound = float(checks.number("bound", bound))
-    found = summary(norms)
-    if not len(ordinary_norms(found.norms)):
+    made_of = named(clippers, named_clippers)
+    if len(made_of) > len(STYLES):
+        raise ValueError(f"clippers must be at most {len(STYLES)} in one figure, got {len(made_of)}")
+    given = history_of(norms, place, history)
+    if not len(ordinary_norms(given.norms)):
         raise ValueError("norms has no finite, positive norm to draw")
-    _require_matplotlib()
-    # Not pyplot, which looks for a screen and keeps every figure: a plain Figure draws PNGs with Agg.
-    import matplotlib as mpl  # noqa: PLC0415
-    from matplotlib.figure import Figure  # noqa: PLC0415
-
-    top = _top(found, bound)
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(7.2, 5.6), layout="constrained")
-        panels: Any = figure.subplot_mosaic([["history", "history"], ["histogram", "share"]])
-        _draw_history(panels["history"], found, bound, top)
-        _draw_histogram(panels["histogram"], found, bound, top)
-        _draw_share(panels["share"], found, bound, top)
-        figure.savefig(file, format="png")
+    limits = _recorded(given, beside=bool(made_of))
+    for (name, each), style in zip(made_of.items(), STYLES, strict=False):
+        done = permitted(name, each, given)
+        limits.append(_limit(name, done.limit, done.clipped, style))
+    return _one_group(given, limits) if given.norms.shape[1] == 1 else _several_groups(given, limits)
 
 
-def _require_matplotlib() -> None:
-    """Raises ImportError, with what to install, if matplotlib is missing."""
-    try:
-        import_module("matplotlib")
-    except ImportError as error:
-        raise ImportError("plots of a history need matplotlib: pip install 'optaxclip[demo]'") from error
+def _recorded(given: History, *, beside: bool) -> list[Limit]:
+    """What the record says of its own clipper, if there is one and it had a limit."""
+    if given.limits is None or given.scales is None:
+        return []
+    name = "recorded limit" if beside else "limit"
+    return [_limit(name, given.limits, given.scales != 1, DASHED)]
 
 
-def _top(found: Summary, bound: float | None) -> float:
-    """Where the axes end. A norm of 1e25 would squeeze all others into a line, so what is far larger is drawn there."""
-    positive = ordinary_norms(found.norms)
-    wanted = 0.0 if bound is None or not math.isfinite(bound) else 10 * bound
-    return float(min(positive.max(), max(BEYOND * np.quantile(positive, 0.95), wanted)))
+def _limit(name: str, limit: np.ndarray, clipped: np.ndarray, style: dict[str, Any]) -> Limit:
+    return Limit(f"{name}, clips {100 * clipped.any(axis=1).mean():.1f} %", limit, clipped, style)
 
 
-def _draw_history(axes: Any, found: Summary, bound: float | None, top: float) -> None:
-    steps = np.arange(1, found.steps + 1)
-    shown = np.where(ordinary(found.norms), np.minimum(found.norms, top), np.nan)
-    axes.plot(steps, shown, color=INK, linewidth=0.7, label="norm")
-    alone = np.isnan(np.concatenate([[np.nan], shown, [np.nan]]))
-    axes.plot(steps[alone[:-2] & alone[2:]], shown[alone[:-2] & alone[2:]], ".", color=INK, markersize=3)
-    spikes = np.array(found.spikes, int)
-    if len(spikes):
-        axes.plot(spikes, shown[spikes - 1], "^", color=MARK, markersize=4.5, fillstyle="none", label="spike")
-    if len(beyond := steps[np.isfinite(found.norms) & (found.norms > top)]):
-        label = f"beyond the axis, up to {found.percentiles[100]:.1e}"
-        axes.plot(beyond, np.full(len(beyond), top), "^", color=MARK, markersize=5, clip_on=False, label=label)
-    _hatch(axes, ~np.isfinite(found.norms))
-    if bound is not None:
-        axes.axhline(bound, color=MARK, linewidth=1.1, linestyle=(0, (5, 2)), label=f"bound {bound:g}")
+def _order(limits: Sequence[Limit]) -> list[str]:
+    """Of the legend."""
+    return ["norm", *(each.label for each in limits), "clipped steps", "spike", "beyond the axis", "not finite"]
+
+
+# Several groups.
+
+
+def _several_groups(given: History, limits: Sequence[Limit]) -> "Figure":
+    groups = given.groups or tuple(f"#{number}" for number in range(given.norms.shape[1]))
+    shown = _furthest_outside(given)
+    with grid([groups[group] for group in shown], "norm", sharey=False) as (figure, used):
+        for axes, group in zip(used, shown, strict=True):
+            _draw_history(axes, given, limits, group)
+        add_legend(figure, used, order=_order(limits))
+        if len(shown) < len(groups):
+            figure.supxlabel(f"step; {len(shown)} of {len(groups)} groups, those furthest outside their bands")
+    return figure
+
+
+def _furthest_outside(given: History) -> list[int]:
+    """The groups to show, in their order."""
+    with np.errstate(all="ignore"):
+        worst = excess(np, given.norms, given.limits, given.scales).max(axis=0)
+    return sorted(np.argsort(-worst, kind="stable")[:PANELS].tolist())
+
+
+def _draw_history(axes: Any, given: History, limits: Sequence[Limit], group: int) -> None:
+    steps, norm = given.steps, given.norms[:, group]
+    bottom, top = norm_range(norm, [each.limit[:, group] for each in limits], BEYOND)
     axes.set_yscale("log")
-    axes.set_xlim(0.5, found.steps + 0.5)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set(title="History", xlabel="step", ylabel="norm")
-    axes.legend(loc="upper right", ncols=5, bbox_to_anchor=(1.0, 1.13), borderaxespad=0)
+    axes.set_ylim(bottom, top)
+    axes.set_xlim(steps[0] - 0.5, steps[-1] + 0.5)
+    draw_below(axes, steps, np.where(norm == 0, np.nan, norm), top, "norm")
+    for each in limits:
+        draw_limit(axes, steps, each.limit[:, group], each.label, each.style)
+    hatch_nonfinite(axes, steps, norm)
+    if given.limits is not None or len(limits) == 1:
+        tick_off(axes, steps, limits[0].clipped[:, group], "clipped steps")
 
 
-def _hatch(axes: Any, lost: np.ndarray) -> None:
-    """Hatches each run of steps that are not finite."""
-    edges = np.flatnonzero(np.diff(lost.astype(np.int8), prepend=0, append=0)).reshape(-1, 2)
-    for number, (start, stop) in enumerate(edges):
-        label = "not finite" if number == 0 else None
-        axes.axvspan(start + 0.5, stop + 0.5, facecolor="none", edgecolor="0.6", hatch="////", linewidth=0, label=label)
+# One group.
 
 
-def _draw_histogram(axes: Any, found: Summary, bound: float | None, top: float) -> None:
-    logs = np.log10(np.minimum(ordinary_norms(found.norms), top))
+def _one_group(given: History, limits: Sequence[Limit]) -> "Figure":
+    with styled(7.2, 5.6) as figure:
+        panels: Any = figure.subplot_mosaic([["history", "history"], ["histogram", "share"]])
+        axes = panels["history"]
+        _draw_history(axes, given, limits, 0)
+        _draw_spikes(axes, given)
+        count_steps(axes)
+        axes.set(title="History", xlabel="step", ylabel="norm")
+        norm, (_, top) = given.norms[:, 0].astype(np.float64), axes.get_ylim()
+        _draw_histogram(panels["histogram"], norm, limits, top)
+        _draw_share(panels["share"], norm, limits, top)
+        add_legend(figure, [axes], order=_order(limits), columns=4)
+    return figure
+
+
+def _draw_spikes(axes: Any, given: History) -> None:
+    at = np.flatnonzero(spikes_of(given)[:, 0])
+    if len(at):
+        size = np.minimum(given.norms[at, 0], axes.get_ylim()[1])
+        axes.plot(given.steps[at], size, "^", color=MARK, markersize=4.5, fillstyle="none", label="spike")
+
+
+def _draw_histogram(axes: Any, norm: np.ndarray, limits: Sequence[Limit], top: float) -> None:
+    logs = np.log10(np.minimum(ordinary_norms(norm), top))
     bins = int(np.clip(2 * math.sqrt(len(logs)), 10, 80))
-    axes.hist(logs, bins=bins, color=BAND, edgecolor=INK, linewidth=0.4)
+    axes.hist(logs, bins=bins, color=BAND, alpha=0.4, edgecolor=INK, linewidth=0.4)
     axes.set_yscale("log")
     axes.set_ylim(bottom=0.7)  # one step is a bar too
-    _mark(axes, None if bound is None else _log(bound))
-    label = "log10 of the norm" + ("; the last bar is that and beyond" if found.percentiles[100] > top else "")
-    axes.set(title="Histogram", xlabel=label, ylabel="steps")
+    for each in limits:
+        if middle := _middle(each):
+            axes.axvline(math.log10(middle), **each.style)
+    label = "log10 of the norm" + ("; the last bar is that and beyond" if ordinary_norms(norm).max() > top else "")
+    axes.set(title="Histogram" + (", and median limits" if limits else ""), xlabel=label, ylabel="steps")
 
 
-def _draw_share(axes: Any, found: Summary, bound: float | None, top: float) -> None:
-    positive = np.sort(np.minimum(ordinary_norms(found.norms), top))
-    bounds = np.concatenate([[positive[0] / 2], positive, [2 * top]])
+def _draw_share(axes: Any, norm: np.ndarray, limits: Sequence[Limit], top: float) -> None:
+    found = summary(norm)
+    positive = np.sort(np.minimum(norm[ordinary(norm)], top))
+    marked = [middle for each in limits if (middle := _middle(each))]
+    ends = [min([positive[0], *marked]) / 2, 2 * max([top, *marked])]
+    bounds = np.concatenate([ends[:1], positive, ends[1:]])
     axes.step(bounds, 100 * found.clipped_share(bounds), where="post", color=INK, linewidth=1.0)
     axes.set_xscale("log")
     axes.set_ylim(0, 103)
-    _mark(axes, bound)
-    if bound is not None:
-        share = 100 * found.clipped_share(bound)
-        axes.plot(bound, share, "o", color=MARK, markersize=4, zorder=3)
-        axes.annotate(f"{bound:g} clips {share:.1f} %", (bound, share), (8, 10), textcoords="offset points")
-    axes.set(title="What a bound would have clipped", xlabel="bound", ylabel="steps clipped (%)")
+    for each in limits:
+        if middle := _middle(each):
+            share = 100 * each.clipped.mean()
+            axes.plot([middle, middle], [0, share], **each.style)
+            axes.plot(middle, share, "o", color=each.style["color"], markersize=4, zorder=3)
+    axes.set(title="What a fixed bound would have clipped", xlabel="bound", ylabel="steps clipped (%)")
 
 
-def _log(bound: float) -> float | None:
-    return math.log10(bound) if 0 < bound < math.inf else None
-
-
-def _mark(axes: Any, place: float | None) -> None:
-    if place is not None:
-        axes.axvline(place, color=MARK, linewidth=1.1, linestyle=(0, (5, 2)))
+def _middle(each: Limit) -> float:
+    """The median of the limits of a single group; 0 where a logarithmic axis can't show it."""
+    middle = float(np.median(each.limit))
+    return middle if math.isfinite(middle) else 0.0

@@ -119,7 +119,7 @@ def summary(norms: Tree) -> Summary:
         tail_index=index,
         tail_interval=_interval(index, count),
         tail_count=count,
-        spikes=tuple(int(step) + 1 for step in np.flatnonzero(usable)[_is_spike(np.log(positive))]),
+        spikes=tuple(int(step) + 1 for step in np.flatnonzero(is_spike(history))),
         drift=_drift(positive),
     )
 
@@ -144,7 +144,14 @@ def _interval(index: float, count: int) -> tuple[float, float]:
     return index * (1 - half), index * (1 + half)
 
 
-def _is_spike(logs: np.ndarray) -> np.ndarray:
+def is_spike(history: np.ndarray) -> np.ndarray:
+    """Which norms of a history are spikes."""
+    found = ordinary(history)
+    found[found] = _stands_out(np.log(history[found]))
+    return found
+
+
+def _stands_out(logs: np.ndarray) -> np.ndarray:
     """Which of these logarithms stand out from the window before them."""
     if len(logs) < WINDOW // 4:
         return np.zeros(len(logs), bool)

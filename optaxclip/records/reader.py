@@ -12,6 +12,7 @@ from optaxclip._arguments import bounds, checks
 from optaxclip._arrays import states
 from optaxclip._arrays.trees import Tree
 from optaxclip.records import moments, restored
+from optaxclip.records.names import Names
 from optaxclip.records.recorder import ClipStats, RecordedState, axes_from_bytes, excess, last_step
 
 
@@ -121,15 +122,60 @@ def clip_stats(
         for name, value in summary(record, wanted).items()
     }
     if not found:
-        raise ValueError(
-            f"there is no record in this state, {states.described(opt_state)}: build the clipper with record=True, or "
-            "record=100 for the last 100 steps; after a change of arguments, optaxclip.migrate(tx, params, old_state) "
-            "makes the state"
-        )
+        raise _no_record(opt_state)
     return {name: value for name, value in found.items() if not (numeric and isinstance(value, str))}
 
 
 KEPT = "first_nonfinite"  # which history
+
+
+def _no_record(opt_state: Tree) -> ValueError:
+    return ValueError(
+        f"there is no record in this state, {states.described(opt_state)}: build the clipper with record=True, or "
+        "record=100 for the last 100 steps; after a change of arguments, optaxclip.migrate(tx, params, old_state) "
+        "makes the state"
+    )
+
+
+class Recorded(NamedTuple):
+    """The recorded steps of one clipper on the host, oldest first.
+
+    Attributes:
+      steps: int32 of shape (k,), counted from 1.
+      norm: floats of shape (k, G), and so are
+      limit: inf where nothing bounds, and
+      scale: by what the group was multiplied.
+      names: the paths of groups and leaves.
+    """
+
+    steps: np.ndarray
+    norm: np.ndarray
+    limit: np.ndarray
+    scale: np.ndarray
+    names: Names
+
+
+def is_recorded(opt_state: Tree) -> bool:
+    """Whether there is a clipper's record in a state."""
+    return bool(_found(opt_state, RecordedState))
+
+
+def recorded(opt_state: Tree, history: bool | str) -> dict[str, Recorded]:
+    """What each clipper in a state recorded, by its place: the `history` of `clip_stats` as arrays.
+
+    Raises:
+      ValueError: as `clip_stats`.
+    """
+    found = _found(opt_state, RecordedState)
+    if not found:
+        raise _no_record(opt_state)
+    return {place.removesuffix("/"): _recorded(_stats(record), history) for place, record in found.items()}
+
+
+def _recorded(stats: ClipStats, history: bool | str) -> Recorded:
+    _require_concrete(stats)
+    stats = jax.device_get(stats)
+    return Recorded(*_rows(stats, np, history), stats.names)
 
 
 class Wanted(NamedTuple):
@@ -172,17 +218,27 @@ def require_one(steps: Any, ndim: int) -> None:
 
 @summary.register
 def _of_clips(state: RecordedState, wanted: Wanted) -> dict[str, Any]:
-    stats = restored.unboxed(restored.as_kind(ClipStats, state.clip_stats))
-    require_one(stats.clip_steps, 1)
+    stats = _stats(state)
     compared = moments.of_threshold(state.threshold_state)
+    if wanted.history:
+        _require_concrete(stats)
     if is_traced(stats):
-        if wanted.history:
-            raise ValueError("history needs a concrete state: ask for it outside the jitted function")
         return _numbers(stats, compared, jnp, wanted)
     stats, compared = jax.device_get((stats, compared))
     with np.errstate(all="ignore"):  # inf and NaN are what a record is there to show
         numbers = _numbers(stats, compared, np, wanted)
     return {name: _plain(value) for name, value in numbers.items()} | _texts(stats)
+
+
+def _stats(state: RecordedState) -> ClipStats:
+    stats = restored.unboxed(restored.as_kind(ClipStats, state.clip_stats))
+    require_one(stats.clip_steps, 1)
+    return stats
+
+
+def _require_concrete(stats: ClipStats) -> None:
+    if is_traced(stats):
+        raise ValueError("history needs a concrete state: ask for it outside the jitted function")
 
 
 def _numbers(stats: ClipStats, compared: tuple[Any, Any] | None, xp: Any, wanted: Wanted) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from optaxclip.demo.panels import FAINT, INK, MARK, STYLE
+from optaxclip.diagnostics.marks import FAINT, INK, MARK
+from optaxclip.diagnostics.panels import STYLE
 from tests.benchmarks.sweep.report import Report
 from tests.benchmarks.sweep.scores import TOLERANCE, median
 from tests.benchmarks.sweep.tasks import Task
@@ -77,7 +78,7 @@ def _draw_losses(axes: Any, line: int, losses: np.ndarray, worst: float) -> None
 @contextmanager
 def _panels(path: Path, report: Report, label: Callable[[Task], str]) -> Generator[list[Any], None, None]:
     """A panel per task, side by side; the figure is written when the context ends."""
-    # An extra of the package; a plain Figure, as in `optaxclip.demo.panels`.
+    # An extra of the package; a plain Figure, as in `optaxclip.diagnostics.panels`.
     import matplotlib as mpl  # noqa: PLC0415
     from matplotlib.figure import Figure  # noqa: PLC0415
 

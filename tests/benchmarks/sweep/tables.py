@@ -5,7 +5,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from optaxclip.demo.table import aligned, loss
+from optaxclip.demo.table import loss
+from optaxclip.diagnostics.tables import aligned
 from tests.benchmarks.sweep.methods import Method
 from tests.benchmarks.sweep.report import Report
 from tests.benchmarks.sweep.scores import TOLERANCE, WORSE, Score

@@ -1,0 +1,124 @@
+"""What `python -m optaxclip replay` does: clippers over the norms in a CSV file, as a table."""
+
+import argparse
+import csv
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from optaxclip.demo import memory, options
+from optaxclip.demo.ending import InputError
+from optaxclip.demo.options import DECIMAL, Parser, named, path, shown
+from optaxclip.demo.rows import ROWS, Row
+from optaxclip.diagnostics import Replay, replay
+
+WORD = "replay"
+COMMAND = f"{options.COMMAND} {WORD}"
+CLIPPERS = "clip_by_global_norm,autoclip,clip_by_history,zclip"  # a bound, and what follows a single norm
+BYTES = 40  # of memory for each byte of a file
+NOT_FINITE = re.compile(r"[+-]?(nan|inf|infinity)", re.IGNORECASE)
+
+
+class Options(argparse.Namespace):
+    """What was asked for.
+
+    Attributes:
+      file: the CSV file.
+      clippers: what is replayed, in this order.
+      row: which row of `steps.csv`; None for the only one.
+    """
+
+    file: Path
+    clippers: list[Row]
+    row: str | None
+
+
+def run(words: Sequence[str]) -> int:
+    """Replays what the words of a command line, behind "replay", ask for.
+
+    Raises:
+      InputError: if the file is no history of norms, or a clipper can't be replayed on it.
+    """
+    asked = _parser().parse_args(words, Options())
+    print(_replayed(asked, _norms(asked.file, asked.row)))
+    return 0
+
+
+def _parser() -> Parser:
+    made = Parser(
+        prog=COMMAND,
+        description="Says what clippers would have done on the norms of a run, as it was. Each row of "
+        f"'{options.COMMAND} --list' that measures one norm can be replayed.",
+        allow_abbrev=False,
+    )
+    made.add_argument("file", type=path, metavar="FILE", help="a CSV file with a column 'norm', such as steps.csv")
+    made.add_argument(
+        "--clippers",
+        type=named("clipper", ROWS, f"{options.COMMAND} --list"),
+        default=CLIPPERS,
+        metavar="A,B,C",
+        help="which clippers, in order (%(default)s)",
+    )
+    made.add_argument("--row", help="whose norms, where the file has a column 'row' (the only one)")
+    return made
+
+
+def _replayed(asked: Options, norms: list[float]) -> Replay:
+    clippers = {}
+    for row in asked.clippers:
+        if row.clipper is None:
+            raise InputError(f"argument --clippers: {row.name!r} does not clip; name a clipper")
+        clippers[row.shown] = row.clipper()
+    try:
+        return replay(norms, **clippers)
+    except ValueError as error:
+        raise InputError(f"argument --clippers: {error}") from error
+
+
+# The file.
+
+
+def _norms(file: Path, row: str | None) -> list[float]:
+    name = repr(str(file))
+    memory.require_file(file, BYTES)
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as lines:
+            found = _by_row(name, csv.DictReader(lines, restval=""))
+    except OSError as error:
+        raise InputError(f"cannot read {name}: {error.strerror}") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{name} is no CSV file in UTF-8: {error}") from error
+    return _chosen(name, found, row)
+
+
+def _by_row(name: str, reader: "csv.DictReader[str]") -> dict[str | None, list[float]]:
+    """The norms of each row, in the order of the file; of the row None if there is no such column."""
+    if "norm" not in (header := reader.fieldnames or []):
+        raise InputError(f"{name} must have a column 'norm', got {shown(', '.join(header))}")
+    found: dict[str | None, list[float]] = {}
+    for line in reader:
+        found.setdefault(line.get("row"), []).append(_norm(f"{name}, line {reader.line_num}", line["norm"]))
+    if not found:
+        raise InputError(f"{name} has no line below its header")
+    return found
+
+
+def _norm(where: str, text: str) -> float:
+    text = text.strip()
+    if not (DECIMAL.fullmatch(text) or NOT_FINITE.fullmatch(text)):
+        raise InputError(f"{where}: the norm must be a number, got {shown(text)}")
+    if (norm := float(text)) < 0:
+        raise InputError(f"{where}: the norm must be at least 0, got {norm:g}")
+    return math.nan if math.isnan(norm) else norm
+
+
+def _chosen(name: str, found: dict[str | None, list[float]], row: str | None) -> list[float]:
+    if row is None and len(found) == 1:
+        return next(iter(found.values()))
+    if row is not None and None in found:
+        raise InputError(f"argument --row: {name} has no column 'row'")
+    if row is None or row not in found:
+        problem = "several rows" if row is None else f"no row {shown(row)}"
+        raise InputError(f"{name} has {problem}: choose with --row one of {', '.join(filter(None, found))}")
+    return found[row]

@@ -1,0 +1,199 @@
+"""What other clippers would have done with the norms of a run."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+import numpy as np
+
+from optaxclip._arrays.trees import Tree
+from optaxclip.diagnostics.clippers import Clipper, named, permitted
+from optaxclip.diagnostics.histories import LAST, ONE_GROUP, History, history_of
+from optaxclip.diagnostics.summaries import is_spike
+from optaxclip.diagnostics.tables import table
+
+SHOWN_SPIKES = 8  # rows; of more spikes, the largest
+OPEN_LOOP = "Open loop: these are the norms of the run as it was; another clipper would have changed the later ones."
+
+
+class Replayed(NamedTuple):
+    """What one clipper would have done, in arrays of the shape of the norms.
+
+    Attributes:
+      limit: the upper end of the band of each step, from which on a norm would have been clipped; inf for none.
+      norm_after: the norm after the clip.
+      clipped: whether it would have been scaled.
+
+    See also:
+      `replay`.
+    """
+
+    limit: np.ndarray
+    norm_after: np.ndarray
+    clipped: np.ndarray
+
+    @property
+    def clipped_share(self) -> float:
+        """The share of all steps in which some group would have been scaled; NaN without steps."""
+        if not len(self.clipped):
+            return math.nan
+        return float(np.mean(self.clipped.reshape(len(self.clipped), -1).any(axis=1)))
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Replay:
+    """What `replay` found. It prints as a table.
+
+    Attributes:
+      steps: the steps, counted from 1.
+      norms: what went into every clipper: one norm per step, or one per step and group.
+      groups: the paths of the groups, one per column of the norms; ("",) for a single norm.
+      spikes: which norms are spikes, as `summary` says of the norms of a group; of the shape of the norms.
+      clippers: the `Replayed` of each clipper, by name.
+
+    See also:
+      `replay`.
+    """
+
+    steps: np.ndarray
+    norms: np.ndarray
+    groups: tuple[str, ...]
+    spikes: np.ndarray
+    clippers: Mapping[str, Replayed]
+
+    def __repr__(self) -> str:
+        """A line per clipper, and a line per spike."""
+        parts = [f"{_heading(self)}\n{OPEN_LOOP}", _table_of_clippers(self)]
+        return "\n\n".join(parts + ([_table_of_spikes(self)] if self.spikes.any() else []))
+
+
+def replay(norms: Tree, *clippers: Clipper, place: str = "", history: str = LAST, **named_clippers: Clipper) -> Replay:
+    """What each clipper would have done on recorded norms: its limits, the norms after it, the share clipped.
+
+    The loop is open: the norms are those of the run as it was. Under another clipper the parameters, and with them the
+    later norms, would have been others. Each clipper starts afresh at the first of these norms, as in a new run, and
+    its limits are those of the transformation itself, bit for bit.
+
+    Args:
+      norms: a history of norms, a vector or list, one per step; or an optimizer's state with the record of a clipper.
+      *clippers: what is tried, each made by `clip_by` or a method over it, as `zclip()`; called "clipper 1" and so on.
+      place: which record of the state is meant, as `from_state` takes it.
+      history: which of its steps, as `from_state` takes it.
+      **named_clippers: clippers by the name that the result gives them.
+
+    Returns:
+      A `Replay`, which prints as a table.
+
+    Raises:
+      ValueError: if `norms` is neither a history nor a state with a record, or there is no clipper; if one was not made
+        by `clip_by`, asks for parameters, or has other groups than the norms.
+
+    Example:
+      >>> import optaxclip
+      >>> from optaxclip import diagnostics
+      >>> norms = [1.0] * 30 + [50.0] + [1.0] * 9
+      >>> found = diagnostics.replay(norms, fixed=optaxclip.clip_by_global_norm(2.0), zclip=optaxclip.zclip())
+      >>> print(found)
+      Steps 1 to 40.
+      Open loop: these are the norms of the run as it was; another clipper would have changed the later ones.
+      <BLANKLINE>
+      clipper  steps clipped  median limit  largest norm before  largest norm after
+      -------  -------------  ------------  -------------------  ------------------
+      fixed             2.5%             2                   50                   2
+      zclip             2.5%             1                   50                   1
+      <BLANKLINE>
+      Spikes, and what would have become of them:
+      step  norm  fixed  zclip
+      ----  ----  -----  -----
+      31      50      2      1
+
+    Notes:
+      - Groups: a vector is of one group, and so must the clippers be. A record of several groups, one per leaf or
+        label, fits clippers that measure the same groups.
+      - Edge cases: norms that are 0, infinite or NaN pass, as they do in a run, and the limit of such a step bounds
+        nothing where the threshold follows the norms. The norms are taken as they are: nothing tells whether the
+        clipper would have measured the same ones, of another order say.
+      - Cost: one `jax.lax.scan` per clipper over all steps, compiled anew in every call.
+
+    See also:
+      `plot`, for the same as a figure; `summary`, for the norms alone.
+
+      Notebook: `notebooks/choosing_a_threshold.ipynb`, how to choose a bound.
+    """
+    made_of = named(clippers, named_clippers)
+    if not made_of:
+        raise ValueError("clippers must be at least one, as in replay(norms, zclip=optaxclip.zclip())")
+    given = history_of(norms, place, history)
+    done = {name: Replayed(*map(_shaped, permitted(name, each, given))) for name, each in made_of.items()}
+    groups = given.groups or ()
+    return Replay(given.steps, _shaped(given.norms), groups, _shaped(spikes_of(given)), MappingProxyType(done))
+
+
+def _shaped(columns: np.ndarray) -> np.ndarray:
+    """Without the axis of groups where there is one only."""
+    return columns[:, 0] if columns.shape[1] == 1 else columns
+
+
+def spikes_of(history: History) -> np.ndarray:
+    """Which norms of each group are spikes."""
+    return np.stack([is_spike(column.astype(np.float64)) for column in history.norms.T], axis=1)
+
+
+# As text.
+
+
+def _heading(found: Replay) -> str:
+    if not len(found.steps):
+        return "No steps."
+    groups = "" if found.groups == ONE_GROUP else f", {len(found.groups)} groups"
+    lost = int((~np.isfinite(found.norms)).reshape(len(found.steps), -1).any(axis=1).sum())
+    return f"Steps {found.steps[0]} to {found.steps[-1]}{groups}" + (f"; {lost} of them not finite." if lost else ".")
+
+
+def _table_of_clippers(found: Replay) -> str:
+    header = ("clipper", "steps clipped", "median limit", "largest norm before", "largest norm after")
+    rows = [
+        (name, _share(done.clipped_share), _median(done.limit), _largest(found.norms), _largest(done.norm_after))
+        for name, done in found.clippers.items()
+    ]
+    return table(header, rows)
+
+
+def _table_of_spikes(found: Replay) -> str:
+    """What would have become of the largest spikes, in their order."""
+    spikes = np.argwhere(found.spikes.reshape(len(found.steps), -1))
+    before, *after = (each.reshape(len(found.steps), -1) for each in _norms(found))
+    largest = np.argsort(-before[tuple(spikes.T)], kind="stable")[:SHOWN_SPIKES]
+    has_groups = found.groups != ONE_GROUP
+    header = ("step", *(["group"] if has_groups else []), "norm", *found.clippers)
+    rows: list[tuple[str, ...]] = []
+    for step, group in spikes[np.sort(largest)]:
+        sizes = (_number(float(each[step, group])) for each in (before, *after))
+        rows.append((str(found.steps[step]), *([found.groups[group]] if has_groups else []), *sizes))
+    more = len(spikes) - len(rows)
+    shown = f"Spikes, and what would have become of them:\n{table(header, rows)}"
+    return shown + (f"\nand {more} smaller ones" if more else "")
+
+
+def _norms(found: Replay) -> list[np.ndarray]:
+    """Before any clip, and after each."""
+    return [found.norms, *(done.norm_after for done in found.clippers.values())]
+
+
+def _share(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.1%}"
+
+
+def _median(values: np.ndarray) -> str:
+    return _number(float(np.median(values))) if values.size else "-"
+
+
+def _largest(values: np.ndarray) -> str:
+    finite = values[np.isfinite(values)]
+    return _number(float(finite.max())) if finite.size else "-"
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}"
