@@ -232,9 +232,11 @@ def clip_by(
         recorder.require_state(state, length)
         state = states.as_arrays(state)
         judged = judge(norm, threshold, leaves, state.threshold_state if length else state, extra_args)
-        clipped, after = apply(norm, leaves, judged.factors), judged.state
+        assigned, after = assigned_to(norm, leaves, judged.factors), judged.state
+        clipped = rescaled(leaves, assigned)
         if length:
-            after = RecordedState(after, recorder.advance(state.clip_stats, judged, leaves))
+            is_measured = [factor is not None for factor in assigned]
+            after = RecordedState(after, recorder.advance(state.clip_stats, judged, leaves, is_measured))
         return clipped if filled is updates else drop_missing(updates, clipped), after
 
     tx = Clip(init, update)
@@ -297,12 +299,22 @@ def permit(
 
 def apply(norm: Norm, leaves: Leaves, factors: Tree) -> Updates:
     """The updates, each leaf by the factor that the norm gives it."""
+    return rescaled(leaves, assigned_to(norm, leaves, factors))
+
+
+def assigned_to(norm: Norm, leaves: Leaves, factors: Tree) -> list[Factor | None]:
+    """The factor of each leaf; None for those that the norm leaves out."""
     assigned: Any = norm.assign(leaves, factors)
     if problem := _what_is_wrong(assigned, leaves):
         raise ValueError(
             f"assign of {norm} must return a list with one of the factors, or None, for each of the {len(leaves)} "
             f"leaves, got {problem}"
         )
+    return assigned
+
+
+def rescaled(leaves: Leaves, assigned: list[Factor | None]) -> Updates:
+    """The updates, each leaf by its factor."""
     by_leaf = zip(leaves, assigned, strict=True)
     return leaves.updated(
         [leaf.value if factor is None else scaling.rescale(leaf.value, factor) for leaf, factor in by_leaf]

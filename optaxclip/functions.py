@@ -137,7 +137,9 @@ def _told(known_norm: Any, shapes: Any) -> Any:
     """Norms that are known, in the structure of those that would be measured."""
     flat, treedef = jax.tree.flatten(shapes)
     given = jax.tree.leaves(known_norm)
-    if jax.tree.structure(known_norm) != treedef or any(each.shape for each in flat):
+    if any(each.shape for each in flat):
+        raise ValueError("known_norm is for one number per group, and this norm measures arrays, such as one per unit")
+    if jax.tree.structure(known_norm) != treedef:
         raise ValueError(
             f"known_norm must be a scalar for each group, in the structure {treedef}, got "
             f"{jax.tree.structure(known_norm)}"

@@ -18,6 +18,7 @@ Leaves that hold no floats are in no group: they have None among the norms, and 
 """
 
 import functools
+import keyword
 import math
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -119,8 +120,8 @@ def known(name: str) -> Norm:
       A Norm; its norm is a scalar, float32 or float64.
 
     Raises:
-      ValueError: if `name` is no Python identifier; at update, if the argument is missing, no real scalar, or differs
-        between the devices of a `shard_map`; if parameters are to be measured.
+      ValueError: if `name` can't be that of a further argument; at update, if the argument is missing, no real scalar,
+        or differs between the devices of a `shard_map`; if parameters are to be measured.
 
     Example:
       >>> import jax.numpy as jnp
@@ -133,12 +134,14 @@ def known(name: str) -> Norm:
 
     Notes:
       - Guarantees: nothing checks that the number is the norm. One that is 0, negative or not finite clips nothing.
+        With `record=`, the norms of the leaves are measured, to name the first that is not finite.
+      - Devices: with `check_vma=False` nothing can tell whether all devices pass the same number.
 
     See also:
       `clip_tree` with `known_norm=`, the same without an optimizer; `global_norm`, which measures.
     """
     checks.text("name", name)
-    if not name.isidentifier():
+    if not name.isidentifier() or keyword.iskeyword(name) or name in {"updates", "state", "params"}:
         raise ValueError(f"name must be that of a keyword argument, such as 'grad_norm', got {name!r}")
 
     def measure(leaves: Leaves) -> Norms:

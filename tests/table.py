@@ -247,7 +247,7 @@ def kernels(path: str) -> int:
 
 def told_its_norm(max_norm: Any, record: int = 0) -> optax.GradientTransformationExtraArgs:
     """A clip by a norm that it is told, with its caller: who measures it."""
-    tx = oc.clip_by(oc.norms.known("grad_norm"), oc.thresholds.constant(max_norm), record=record)
+    tx = oc.clip_by(oc.norms.known("grad_norm"), oc.thresholds.constant(max_norm), axes=None, record=record)
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
         return tx.update(updates, state, params, grad_norm=oc.global_norm(updates), **extra_args)

@@ -103,7 +103,7 @@ def test_norms_of_several_groups_are_plain_numbers():
         ({"max_norm": 1.0, "known_norm": jnp.ones(2)}, "known_norm must be one norm, a real scalar"),
         ({"max_norm": 1.0, "known_norm": "5"}, "known_norm must be one norm, a real scalar, got '5'"),
         ({"max_norm": 1.0, "known_norm": 1j}, "known_norm must be one norm, a real scalar"),
-        ({"max_norm": 0.1, "norm": norms.unit_norm(), "known_norm": 1.0}, "known_norm must be a scalar for each"),
+        ({"max_norm": 0.1, "norm": norms.unit_norm(), "known_norm": 1.0}, "known_norm is for one number per group"),
         ({"max_norm": oc.adaptive_grad_clip(0.1)}, "params"),
     ],
 )

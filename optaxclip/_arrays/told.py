@@ -1,5 +1,6 @@
 """Numbers that a caller hands to `update`, which all devices must agree on."""
 
+import reprlib
 from typing import Any
 
 import jax
@@ -22,7 +23,7 @@ def scalar(name: str, value: Any, what: str) -> jax.Array:
     try:
         number = jnp.asarray(value)
     except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"{name} must be one {what}, a real scalar, got {value!r}") from None
+        raise ValueError(f"{name} must be one {what}, a real scalar, got {reprlib.repr(value)}") from None
     if number.shape or not jnp.issubdtype(number.dtype, jnp.number) or jnp.iscomplexobj(number):
         raise ValueError(f"{name} must be one {what}, a real scalar, got {number.dtype} of shape {number.shape}")
     if over := layouts.varying(number):

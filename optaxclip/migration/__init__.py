@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 
 from optaxclip._arguments import checks
-from optaxclip._arrays import trees
+from optaxclip._arrays import callers, trees
 from optaxclip._arrays.trees import Tree
 from optaxclip.migration.carrying import fresh
 from optaxclip.migration.matching import matches
@@ -47,7 +48,7 @@ def migrate(tx: optax.GradientTransformation, params: Tree, old_state: Tree) -> 
       is new and of what was dropped; `print(report)` lists them.
 
     Raises:
-      ValueError: if `tx` is no transformation.
+      ValueError: if `tx` is no transformation, or `old_state` holds no arrays but something else: a path, or shapes.
 
     Example:
       >>> import jax.numpy as jnp
@@ -71,18 +72,22 @@ def migrate(tx: optax.GradientTransformation, params: Tree, old_state: Tree) -> 
       - Matching: parts of the same type, in their order, in any nesting of chains, partitions, masks and wrappers.
         Where several fit, the same keys decide, then what can stay as it is. A checkpoint without types knows parts by
         their fields, so it can't tell Adam from AdaBelief.
-      - Dropped: if something per parameter, such as Adam's moments, is dropped for a parameter that is still there, a
-        `UserWarning` says so.
+      - Dropped: if something per parameter, such as Adam's moments, is dropped for a parameter that is still there, or
+        if the old state has arrays and none is kept, a `UserWarning` says so.
+      - Replicas: of a state with a leading axis for devices pass one, `jax.tree.map(lambda x: x[0], state)`.
       - Parameters: what is per parameter is matched by path and shape. A new parameter has no moments beside Adam's old
         count. With the default decays its updates in the first steps are then up to 6.6 times those of a new run.
       - Statistics: they are kept whatever they measured. If you change the norm or the unit of a threshold of the same
         type, take its state from `tx.init(params)`. A threshold that moves to the other side of the optimizer, or has
-        another number of groups, starts anew.
+        another number of groups, starts anew; so do those of another `scale`. A clip put in front of one of the same
+        type takes over its statistics, for the place in the chain decides.
       - Windows: a shorter one keeps the newest norms, a longer one all.
       - Injected hyperparameters: the values of the old state are kept, as in any restored checkpoint, because they may
         have been changed during the run. The report shows where `tx` has others; to take these, set
         `state.hyperparams`. One that has a schedule in only one of the two transformations is that of `tx`.
       - Schedules: one that is new starts at step 0.
+      - Flax NNX: `optimizer.opt_state = nnx.data(to_opt_state(state))`, with `to_opt_state` from
+        `flax.nnx.training.optimizer`, puts the state into an `nnx.Optimizer` that was built with `tx`.
       - Memory: the old state, the new one and that of `init` are there at once. Pass NumPy arrays
         (`jax.device_get(old_state)`) where the device has no room.
 
@@ -92,6 +97,7 @@ def migrate(tx: optax.GradientTransformation, params: Tree, old_state: Tree) -> 
       Notebooks: `notebooks/long_run.ipynb`, a run that goes on after a NaN; `notebooks/recipes.ipynb`, checkpoints.
     """
     checks.transformation("tx", tx)
+    _require_arrays(old_state)
     initial = tx.init(params)
     known = shapes(params)
     new = Parts(initial, params)
@@ -101,7 +107,20 @@ def migrate(tx: optax.GradientTransformation, params: Tree, old_state: Tree) -> 
     used = {(match.old, path) for match in found for path in match.kept}
     leaves = [fresh(values[place[:2]], place.leaf) if place[:2] in values else place.leaf for place in new.places]
     _warn_of_dropped([place for place in old.places if place[:2] not in used and is_per_parameter(place, known)])
+    if old.places and new.places and not found:
+        _warn(
+            "nothing of the old state fits the new transformation, which starts anew: is it the state of an optimizer "
+            "of this model, and not one of several replicas in one?"
+        )
     return Migrated(jax.tree.unflatten(jax.tree.structure(initial), leaves), reported(new.places, old.places, found))
+
+
+def _require_arrays(old_state: Tree) -> None:
+    leaves = jax.tree.leaves(old_state)
+    if leaves and not any(
+        isinstance(leaf, np.ndarray | np.generic | jax.Array | bool | int | float) for leaf in leaves
+    ):
+        raise ValueError(f"old_state must be a state with arrays in it, got one of {type(leaves[0]).__name__}")
 
 
 def _warn_of_dropped(places: Sequence[Place]) -> None:
@@ -109,9 +128,11 @@ def _warn_of_dropped(places: Sequence[Place]) -> None:
     if not places:
         return
     paths = [shown(place.path) for place in places]
-    warnings.warn(
+    _warn(
         "the new transformation has no place for what the old state has per parameter, and drops it: "
-        f"{trees.listed(paths)}. If the optimizer should go on, compare tx with the old one",
-        UserWarning,
-        stacklevel=3,
+        f"{trees.listed(paths)}. If the optimizer should go on, compare tx with the old one"
     )
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, UserWarning, stacklevel=callers.steps_up())

@@ -15,7 +15,7 @@ from optaxclip._numerics import arithmetic
 from optaxclip.migration.parts import Part, Path
 from optaxclip.records import ClipStats, recorder
 from optaxclip.records.names import Names
-from optaxclip.thresholds.deviations import WindowState
+from optaxclip.thresholds.deviations import LogWindowState, WindowState
 from optaxclip.thresholds.quantiles import RecentNormsState
 
 
@@ -82,8 +82,9 @@ def fresh(value: Any, like: Any) -> jax.Array:
 
 
 @carried.register(WindowState)
+@carried.register(LogWindowState)
 @carried.register(RecentNormsState)
-def _window(node: WindowState | RecentNormsState, new: Part, old: Part) -> dict[Path, Carried]:
+def _window(node: WindowState | LogWindowState | RecentNormsState, new: Part, old: Part) -> dict[Path, Carried]:
     ring, seen = [(name,) for name in node._fields[:2]]
     copied = carried.dispatch(object)(node, new, old)
     if ring in copied or seen not in copied or ring not in old.leaves:
@@ -117,6 +118,8 @@ def _resized(ring: jax.Array, seen: jax.Array, length: int) -> tuple[jax.Array, 
 def _record(node: ClipStats, new: Part, old: Part) -> dict[Path, Carried]:
     if node.names != (old.node.names if old.is_typed else Names()):
         return {}  # of other groups, or of another model
+    if np.ndim(old.leaves.get(("clip_steps",), 0)) != 1:
+        return {}  # of several replicas
     copied = carried.dispatch(object)(node, new, old)
     before, after = (len(part.leaves["clip_steps",]) for part in (old, new))
     groups = {np.shape(part.leaves["clip_norm",])[-1] for part in (old, new)}

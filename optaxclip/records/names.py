@@ -10,7 +10,9 @@ class Names(tuple[()]):
     It costs no array, passes through jit, scan and checkpoints with a template, and is there while a function is
     traced. To a library that knows namedtuples alone, as Flax's msgpack, it is one without fields. What such a library
     returns, or a restore without a template, knows no names. Names that are not known equal all others, so that a state
-    can learn them in its next step without a change of its structure.
+    can learn them in its next step without a change of its structure. The price: of two states of one structure, one of
+    which knows its names, jax takes a function that was compiled for the one for the other, too, and what it returns
+    has the names of the first.
 
     Attributes:
       groups: the path of each group, None where they are not known.
@@ -43,6 +45,11 @@ class Names(tuple[()]):
 
     def __reduce__(self) -> tuple[object, ...]:
         return Names, (self.groups, self.leaves)
+
+    @property
+    def are_known(self) -> bool:
+        """Whether there are names."""
+        return self.groups is not None
 
     def group(self, number: int) -> str:
         """The path of a group; its number where it is not known."""

@@ -17,7 +17,7 @@ from optaxclip.records.recorder import ClipStats, RecordedState, axes_from_bytes
 
 
 def clip_stats(
-    opt_state: Tree, *, per_group: bool = False, history: bool | str = False, since: int = 0, numeric: bool = False
+    opt_state: Tree, *, per_group: bool = False, history: bool | str = False, since: Any = 0, numeric: bool = False
 ) -> dict[str, Any]:
     """Reads what the clippers and skips in an optimizer's state did, as a flat dict ready to log.
 
@@ -37,9 +37,9 @@ def clip_stats(
     `first_nonfinite_leaves`  how many leaves were not finite in that step
     `first_nonfinite_leaf`    path of one of them, the first in the order of the tree; "" if there was none
     `first_nonfinite_report`  both in words, and where to look; "" if there was none
-    `threshold_mean`          the mean that the next norm is compared with, where the threshold follows a mean; that of
-                              the logarithms where these are compared
-    `threshold_std`           the standard deviation about it
+    `threshold_mean`          with `thresholds.zscore` and `thresholds.mean_std`, and what is made of them: the mean of
+                              what they have taken in, the logarithms where these are compared
+    `threshold_std`           their standard deviation about it, that of the population
     `norm_axes`               mesh axes that the norm went over, as "data,model"; absent if it went over none
     ========================  =========================================================================================
 
@@ -69,7 +69,8 @@ def clip_stats(
       numeric: whether to leave out what is no number, as TensorBoard needs it.
 
     Returns:
-      A dict of Python numbers and strings. In a jitted function, a dict of scalar arrays alone.
+      A dict of Python numbers and strings, with `history` of arrays, too. In a jitted function, a dict of scalar arrays
+      alone.
 
     Raises:
       ValueError: if an argument is of another kind; if there is no record in the state; if `history` is asked for in a
@@ -110,8 +111,10 @@ def clip_stats(
         what led to a NaN; `notebooks/recipes.ipynb`, logs, loops, other libraries, checkpoints.
     """
     checks.flag("per_group", per_group)
-    if not isinstance(history, bool):
-        checks.one_of("history", history, (KEPT,))
+    if not (isinstance(history, bool) or history == KEPT):
+        raise ValueError(f"history must be True, False or {KEPT!r}, got {history!r}")
+    if isinstance(since, jax.Array) and jnp.issubdtype(since.dtype, jnp.integer) and not isinstance(since, Tracer):
+        since = int(since) if since.ndim == 0 else since  # `clip_steps` of a jitted function
     since = checks.whole("since", since, at_least=0)
     checks.flag("numeric", numeric)
     wanted = Wanted(per_group, history, since, numeric)
@@ -327,7 +330,7 @@ def _report(stats: ClipStats, leaf: str) -> str:
     if not stats.first_nonfinite_step:
         return ""
     bad, number = int(stats.first_nonfinite_leaves), len(stats.names.leaves)
-    share = f"{bad} of {number} leaves" if stats.names.groups is not None else f"{bad} leaves"
+    share = f"{bad} of {number} leaves" if stats.names.are_known else f"{bad} of the leaves"
     if not bad:
         return f"{share}: the norm alone is not finite"
     if bad == number > 1:

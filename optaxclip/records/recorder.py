@@ -44,7 +44,7 @@ class ClipStats(NamedTuple):
       first_nonfinite_step: int32 scalar, the first of these; 0 for none yet.
       first_nonfinite_leaf: int32 scalar, the first leaf, in the order of the tree, that was not finite in that step; -1
         for none yet.
-      first_nonfinite_leaves: int32 scalar, how many leaves were not finite in that step.
+      first_nonfinite_leaves: int32 scalar, how many of the leaves that the norm measures were not finite in that step.
       norm_axes: uint8 of shape (48,), the mesh axes that the norms of the last step went over, with commas between.
       names: the paths of groups and leaves, a `Names` without arrays.
 
@@ -135,22 +135,23 @@ def require_state(state: Tree, length: int) -> None:
         raise ValueError(states.wrong(f"a clipper built with record={length}", expected, came))
 
 
-def advance(stats: ClipStats, judged: Any, leaves: Leaves) -> ClipStats:
+def advance(stats: ClipStats, judged: Any, leaves: Leaves, is_measured: list[bool]) -> ClipStats:
     """The record with one step more.
 
     Args:
       stats: the record so far.
       judged: what was measured, and the limits and factors, as `core.Judged` has them.
-      leaves: the updates that were measured.
+      leaves: the updates.
+      is_measured: which of these the norm measures. Of the others none is looked at: a frozen leaf may be NaN.
     """
     step = jnp.asarray(optax.safe_increment(stats.recorded_steps))
     norm, limit, scale, clipped = _by_entry(judged, leaves, stats.clip_norm)
     nonfinite = ~jnp.all(jnp.isfinite(norm))
     is_first = nonfinite & (stats.first_nonfinite_step == 0)
     names = stats.names
-    if names.groups is None:
+    if not names.are_known:
         names = _names(judged.norms, leaves.paths)
-    leaf, number = _first_nonfinite(leaves)
+    leaf, number = _first_nonfinite(leaves, is_measured)
     if tuple(leaves.paths) != names.leaves:  # `init` saw others, and its names are not these
         leaf = jnp.full((), -1, jnp.int32)
     first = jnp.where(is_first, step, stats.first_nonfinite_step)
@@ -236,14 +237,16 @@ def excess(xp: Any, norm: Any, limit: Any, scale: Any) -> Any:
     return xp.where(xp.isfinite(norm), ratio, xp.inf)
 
 
-def _first_nonfinite(leaves: Leaves) -> tuple[jax.Array, jax.Array]:
+def _first_nonfinite(leaves: Leaves, is_measured: list[bool]) -> tuple[jax.Array, jax.Array]:
     """Which leaf is the first that is not finite, its number or -1, and how many are not.
 
-    It is read off the 2-norms of the leaves, which are those of a clipper by 2-norms, and so no further pass over them.
+    It is read off the 2-norms of the leaves, which are those of a clipper by 2-norms, and so no further pass over
+    them. A norm that is told costs one here.
     """
     if not leaves:
         return jnp.full((), -1, jnp.int32), jnp.zeros((), jnp.int32)
     bad = jnp.stack(groups.vectorized(lambda norm: ~jnp.isfinite(norm), tree_norms.of_each(leaves, 2)))
+    bad &= np.array(is_measured)
     first = jnp.where(jnp.any(bad), jnp.argmax(bad).astype(jnp.int32), -1)
     return first, jnp.sum(bad, dtype=jnp.int32)
 

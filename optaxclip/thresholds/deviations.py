@@ -15,6 +15,7 @@ from optaxclip.core import Threshold
 from optaxclip.records import moments
 from optaxclip.thresholds.rules import (
     Rule,
+    RuleState,
     bounded_at_first,
     exponential,
     no_steps,
@@ -40,7 +41,7 @@ _SCALES = {
 
 
 class ZScoreState(NamedTuple):
-    """State of `zscore`, per group. With `scale="log"` it is of the logarithms of the norms.
+    """State of `zscore`, per group.
 
     Attributes:
       zscore_mean: moving average of what was taken in.
@@ -51,6 +52,18 @@ class ZScoreState(NamedTuple):
 
     zscore_mean: jax.Array
     zscore_std: jax.Array
+    zscore_seen: jax.Array
+    zscore_spikes: jax.Array
+
+
+class LogZScoreState(NamedTuple):
+    """State of `zscore` with `scale="log"`: as `ZScoreState`, of the logarithms of the norms.
+
+    It is a type of its own, so that no statistic is ever taken for one on the other scale.
+    """
+
+    zscore_log_mean: jax.Array
+    zscore_log_std: jax.Array
     zscore_seen: jax.Array
     zscore_spikes: jax.Array
 
@@ -86,7 +99,8 @@ def zscore(
       clip_to: what a spike is clipped to. `"reciprocal"` is the formula above: the larger the spike, the lower its
         bound. `"mean"` is :math:`\mu`. `"edge"` is :math:`\mu + k \sigma`, which is also where spikes then begin.
       scale: `"linear"`, or `"log"` for mean, deviation and bound of the logarithm of the norm. Norms of minibatches
-        scatter by factors, so in logarithms fewer ordinary steps stand out.
+        scatter by factors, so in logarithms fewer ordinary steps stand out. A logarithm far below the mean is taken
+        in as one as far below as the bound is above, so that a batch of padding does not open the band.
 
     Returns:
       A Threshold. Its state is 16 bytes per group.
@@ -124,10 +138,12 @@ def zscore(
     checks.one_of("clip_to", clip_to, _CLIP_TO)
     checks.one_of("scale", scale, tuple(_SCALES))
 
-    def init(dtype: Any) -> ZScoreState:
-        return ZScoreState(jnp.zeros((), dtype), jnp.zeros((), dtype), no_steps(), no_steps())
+    kind = LogZScoreState if scale == "log" else ZScoreState
 
-    def limit(norm: jax.Array, state: ZScoreState) -> tuple[Any, ZScoreState]:
+    def init(dtype: Any) -> RuleState:
+        return kind(jnp.zeros((), dtype), jnp.zeros((), dtype), no_steps(), no_steps())
+
+    def limit(norm: jax.Array, state: RuleState) -> tuple[Any, RuleState]:
         mean, std, seen, spikes = state
         most = jnp.asarray(num_std, norm.dtype)
         warm = seen < warmup_steps
@@ -140,6 +156,8 @@ def zscore(
         bound = mean + above[clip_to]
         is_spike = ~warm & (norm > bound if clip_to == "edge" else is_far)
         value, spikes = taken_in(patience, spikes, is_spike, norm, bound)
+        if scale == "log":  # no norm is far below the mean, but its logarithm may be
+            value = jnp.where(warm, value, jnp.maximum(value, mean - most * (std + 1e-6)))
         seen = jnp.asarray(optax.safe_increment(seen))
         # In the warm-up the plain mean and population variance of all so far, by Welford; then the averages. Welford's
         # squares are of the distances from the old mean to the new one and to the value, here from the new mean alone.
@@ -147,14 +165,14 @@ def zscore(
         by = averages.Shares(*(jnp.where(warm, one, other) for one, other in zip(plain, moving, strict=True)))
         distance = jnp.minimum(jnp.abs(value - mean), bounds.highest(norm.dtype))  # inf would stay in the average
         left = jnp.where(warm, arithmetic.root(by.old), by.old) * distance
-        new = ZScoreState(averages.moved(mean, value, by), averages.power_mean(std, left, by, 2), seen, spikes)
+        new = kind(averages.moved(mean, value, by), averages.power_mean(std, left, by, 2), seen, spikes)
         level = bound if clip_to == "edge" else mean + most * (std + 1e-6)
         upper = jnp.where(is_spike, bound, jnp.maximum(level, norm))  # rounded, the level may lie below
         return (0.0, jnp.where(warm, bounds.highest(norm.dtype), upper)), new
 
-    def so_far(state: ZScoreState) -> tuple[jax.Array, jax.Array]:
-        seen, mean = state.zscore_seen, as_norm(state.zscore_mean)
-        return seen < warmup_steps, jnp.where(seen > 0, mean, jnp.zeros_like(mean))
+    def so_far(state: RuleState) -> tuple[jax.Array, jax.Array]:
+        mean, _, seen, _ = state
+        return seen < warmup_steps, jnp.where(seen > 0, as_norm(mean), jnp.zeros_like(mean))
 
     applied, as_norm = _SCALES[scale]
     return per_group(bounded_at_first(applied(Rule(init, limit, signed=True)), warmup_max_norm, so_far))
@@ -163,6 +181,11 @@ def zscore(
 @moments.of_kind.register
 def _of_zscore(state: ZScoreState) -> tuple[jax.Array, jax.Array]:
     return state.zscore_mean, state.zscore_std
+
+
+@moments.of_kind.register
+def _of_log_zscore(state: LogZScoreState) -> tuple[jax.Array, jax.Array]:
+    return state.zscore_log_mean, state.zscore_log_std
 
 
 class MomentsState(NamedTuple):
@@ -238,13 +261,24 @@ class WindowState(NamedTuple):
     """State of `mean_std`, per group.
 
     Attributes:
-      window_norms: ring of the last norms taken in, or of their logarithms with `scale="log"`; 0 where there is none
-        yet, and for a value of 0 the next number that has all its digits.
+      window_norms: ring of the last norms taken in. 0 is an empty place; a value of 0 is stored as twice the smallest
+        normal float.
       window_seen: int32, norms taken in.
       window_spikes: int32, spikes in a row.
     """
 
     window_norms: jax.Array
+    window_seen: jax.Array
+    window_spikes: jax.Array
+
+
+class LogWindowState(NamedTuple):
+    """State of `mean_std` with `scale="log"`: as `WindowState`, of the logarithms of the norms.
+
+    It is a type of its own, so that no statistic is ever taken for one on the other scale.
+    """
+
+    window_logs: jax.Array
     window_seen: jax.Array
     window_spikes: jax.Array
 
@@ -283,7 +317,8 @@ def mean_std(
       patience: after this many spikes in a row norms are taken in as measured, so that the bound follows a lasting
         rise. None never does.
       scale: `"linear"`, or `"log"` for mean, deviation and bound of the logarithm of the norm. Norms of minibatches
-        scatter by factors, so in logarithms fewer ordinary steps stand out.
+        scatter by factors, so in logarithms fewer ordinary steps stand out. A logarithm far below the mean is taken
+        in as one as far below as the bound is above, so that a batch of padding does not open the band.
 
     Returns:
       A Threshold. Its state is 4 bytes per norm of the window, and 8 more, per group.
@@ -328,7 +363,9 @@ def mean_std(
     patience = checks.whole_or_none("patience", patience)
     checks.one_of("scale", scale, tuple(_SCALES))
 
-    def limit(norm: jax.Array, state: WindowState) -> tuple[Any, WindowState]:
+    kind = LogWindowState if scale == "log" else WindowState
+
+    def limit(norm: jax.Array, state: RuleState) -> tuple[Any, RuleState]:
         ring, seen, spikes = state
         place = seen % window
         values = ring.at[place].set(_not_zero(norm)) if include_current else ring
@@ -337,15 +374,17 @@ def mean_std(
         bound = mean + jnp.asarray(num_std, norm.dtype) * jnp.maximum(std, 1e-6 * jnp.maximum(jnp.abs(mean), 1))
         is_spike = (number >= warmup_steps) & (norm > bound)
         value, spikes = taken_in(patience, spikes, is_spike, norm, bound)
+        if scale == "log":  # no norm is far below the mean, but its logarithm may be
+            value = jnp.where(number >= warmup_steps, jnp.maximum(value, 2 * mean - bound), value)
         value = norm if take_in == "raw" else value
         upper = jnp.where(number >= warmup_steps, bound, bounds.highest(norm.dtype))
         ring = ring.at[place].set(_not_zero(value))
-        return (0.0, upper), WindowState(ring, jnp.asarray(optax.safe_increment(seen)), spikes)
+        return (0.0, upper), kind(ring, jnp.asarray(optax.safe_increment(seen)), spikes)
 
-    def init(dtype: Any) -> WindowState:
-        return WindowState(jnp.zeros(window, dtype), no_steps(), no_steps())
+    def init(dtype: Any) -> RuleState:
+        return kind(jnp.zeros(window, dtype), no_steps(), no_steps())
 
-    def so_far(state: WindowState) -> tuple[jax.Array, jax.Array]:
+    def so_far(state: RuleState) -> tuple[jax.Array, jax.Array]:
         ring, seen, _ = state
         values = ring.at[seen % window].set(1) if include_current else ring
         mean = as_norm(_mean_and_std(ring, 0)[0])
@@ -400,3 +439,8 @@ def _number(ring: jax.Array, less: int) -> jax.Array:
 @moments.of_kind.register
 def _of_window(state: WindowState) -> tuple[jax.Array, jax.Array]:
     return jax.vmap(functools.partial(_mean_and_std, ddof=0))(state.window_norms)
+
+
+@moments.of_kind.register
+def _of_log_window(state: LogWindowState) -> tuple[jax.Array, jax.Array]:
+    return jax.vmap(functools.partial(_mean_and_std, ddof=0))(state.window_logs)

@@ -9,7 +9,7 @@ import optax
 
 from optaxclip import core, norms, thresholds
 from optaxclip._arguments import bounds, checks
-from optaxclip._arrays import groups, layouts, mesh, states
+from optaxclip._arrays import groups, mesh, states, told
 from optaxclip._arrays.parameters import beside, parameters
 from optaxclip._arrays.trees import Tree
 from optaxclip._jaxprs.holding import update_or_hold
@@ -122,8 +122,9 @@ def skip_spikes(
       norm: what to measure, from `optaxclip.norms`. Leaves that it leaves out, as by `include=`, may be NaN.
       loss_threshold: a threshold for the loss. Pass the loss as `tx.update(grads, state, params, value=loss)`, the same
         on all devices. `thresholds.mean_std` and `thresholds.zscore` judge losses of any sign, `thresholds.constant`
-        compares the number. The other thresholds compare ratios, and so do these two with `scale="log"`: a loss of 0 or
-        less is then not judged and does not enter the statistics.
+        compares the number; a negative one must be an array, as `constant(jnp.array(-5.0))`. The other thresholds, and
+        these two with `scale="log"`, judge positive losses only: one of 0 or less is not judged and does not enter the
+        statistics.
       max_consecutive: after this many finite steps skipped in a row, spikes are taken, and enter the statistics, until
         a step is no spike. At least 0; 20 is long for a spike and short for a new level. None never takes one.
       axes: which mesh axes split the leaves; see `clip_by`. All devices make the same decision.
@@ -310,15 +311,7 @@ _LOSS = jax.ShapeDtypeStruct((), jnp.float32)
 def _loss(extra_args: Mapping[str, Any], names: frozenset[str]) -> jax.Array:
     if extra_args.get("value") is None:
         raise ValueError("loss_threshold needs the loss: call tx.update(updates, state, params, value=loss)")
-    loss = jnp.asarray(extra_args["value"])
-    if loss.shape:
-        raise ValueError(f"value must be one loss, a scalar, got an array of shape {loss.shape}")
-    if over := layouts.varying(loss):
-        raise ValueError(
-            f"value differs between the devices along mesh axes {tuple(sorted(over))}, so they would not all skip the "
-            "same steps: pass jax.lax.pmean(loss, axes)"
-        )
-    loss = loss.astype(jnp.float32)
+    loss = told.scalar("value", extra_args["value"], "loss").astype(jnp.float32)
     # Where the types do not say whether the devices have the same loss, the largest makes sure that they decide alike.
     # It may lose a NaN, but no infinity.
     axes = mesh.may_vary_over(loss, names)
