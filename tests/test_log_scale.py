@@ -38,7 +38,8 @@ def mean_std_of_logs(given, num_std, window, warmup):
         else:
             mean, std = np.mean(last), np.std(last)
             bounds.append(np.exp(mean + num_std * max(std, 1e-6 * max(abs(mean), 1))))
-        logs.append(np.log(min(norm, bounds[-1])))
+        low = 0 if len(last) < warmup else mean - num_std * max(std, 1e-6 * max(abs(mean), 1))
+        logs.append(np.log(min(norm, bounds[-1])) if len(last) < warmup else max(np.log(min(norm, bounds[-1])), low))
     return np.array(bounds)
 
 
@@ -51,7 +52,7 @@ def zscore_of_logs(given, num_std, decay, warmup):
             std = np.sqrt(var)
             z = (log - mean) / (std + 1e-6)
             bound = mean + (num_std**2 * std / z if z > num_std else num_std * (std + 1e-6))
-            log = min(log, bound)
+            log = max(min(log, bound), mean - num_std * (std + 1e-6))
         logs.append(log)
         bounds.append(np.exp(bound))
         if len(logs) <= warmup:
@@ -176,3 +177,18 @@ def test_clippers_hand_the_scale_on(rng, name):
 def test_another_scale_is_refused(build):
     with pytest.raises(ValueError, match=r"^scale must be one of 'linear', 'log', got 'ln'"):
         build(scale="ln")
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda scale: thresholds.mean_std(3.0, window=64, warmup_steps=32, scale=scale),
+        lambda scale: thresholds.zscore(3.0, scale=scale),
+    ],
+    ids=["mean_std", "zscore"],
+)
+def test_one_batch_of_padding_does_not_open_the_band(rng, build):
+    given = rng.lognormal(0.0, 0.3, 200)
+    given[120] = 1e-12
+    seen = [follow(build(scale), given)[0] for scale in ("linear", "log")]
+    assert np.max(seen[1][121:]) < 2 * np.max(seen[0][121:])

@@ -1,5 +1,6 @@
 """`migrate`: what a user changes in a run, and what becomes of its state."""
 
+import contextlib
 import warnings
 from typing import NamedTuple
 
@@ -10,14 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
+from flax import nnx, serialization
 
 import optaxclip as oc
 from tests.migrating import assert_reported, by_path, numbered
 
 PARAMS = {"a": jnp.ones(2), "b": {"c": jnp.ones(3)}}
 ADAM = optax.adam(1e-3)
-ZCLIP = oc.zclip(warmup_steps=2)
+NOT_OURS = "nothing of the old state fits the new transformation"
+ZCLIP = oc.zclip(warmup_steps=2, max_norm=1.0)
 MOMENTUM = optax.sgd(0.1, momentum=0.9)
 
 
@@ -52,13 +54,13 @@ WINDOW, ZSCORE = oc.thresholds.mean_std(window=4, warmup_steps=2), oc.thresholds
 CHANGES = {
     "a record": (
         optax.chain(ZCLIP, ADAM),
-        optax.chain(oc.zclip(record=5), ADAM),
+        optax.chain(oc.zclip(max_norm=1.0, record=5), ADAM),
         {"0/threshold_state/0": "ZScoreState, from 0/0", "1/0": "ScaleByAdamState"},
         {"0/clip_stats": "ClipStats"},
         {},
     ),
     "no record any more": (
-        optax.chain(oc.zclip(record=5), ADAM),
+        optax.chain(oc.zclip(max_norm=1.0, record=5), ADAM),
         optax.chain(ZCLIP, ADAM),
         {"0/0": "ZScoreState, from 0/threshold_state/0", "1/0": "ScaleByAdamState"},
         {},
@@ -157,7 +159,7 @@ CHANGES = {
         {"norm_threshold_state": "ZScoreState", "loss_threshold_state": "WindowState"},
     ),
     "other groups": (
-        oc.zclip(norm=oc.norms.leaf_norm()),
+        oc.zclip(max_norm=1.0, norm=oc.norms.leaf_norm()),
         ZCLIP,
         {},
         {"0": "ZScoreState"},
@@ -255,7 +257,8 @@ def test_a_new_parameter_starts_with_large_updates_as_the_docstring_says():
 
 def test_moments_of_which_none_fits_keep_no_count_either():
     """Adam's count says how many gradients are in the moments."""
-    state, report = oc.migrate(ADAM, jnp.ones(3), numbered(ADAM.init(jnp.ones(2))))
+    with pytest.warns(UserWarning, match=NOT_OURS):
+        state, report = oc.migrate(ADAM, jnp.ones(3), numbered(ADAM.init(jnp.ones(2))))
     chex.assert_trees_all_equal(state, ADAM.init(jnp.ones(3)))
     assert list(report.new) == ["0"]
 
@@ -342,19 +345,52 @@ def test_whole_numbers_make_no_floats():
     "params", [{}, jnp.zeros(()), {"a": jnp.zeros(0)}, {"a": None}, {"a": jnp.zeros(1, jnp.bfloat16)}]
 )
 def test_trees_of_hardly_anything(params):
-    old, new = optax.chain(ZCLIP, ADAM), oc.skip_nonfinite(optax.chain(oc.zclip(record=2), ADAM))
+    old, new = optax.chain(ZCLIP, ADAM), oc.skip_nonfinite(optax.chain(oc.zclip(max_norm=1.0, record=2), ADAM))
     state, report = oc.migrate(new, params, numbered(old.init(params)))
     chex.assert_trees_all_equal_shapes_and_dtypes(state, new.init(params))
     assert int(state.inner_state[1][0].count) >= 1000
     assert "inner_state/0/clip_stats" in report.new
 
 
-@pytest.mark.parametrize("old_state", [None, (), {}, optax.EmptyState(), jnp.zeros(3), {"step": 3, "name": "run"}])
-def test_a_state_with_nothing_to_keep_makes_a_new_one(old_state):
-    state, report = oc.migrate(ADAM, PARAMS, old_state)
+@pytest.mark.parametrize(
+    ("old_state", "is_missed"),
+    [
+        (None, False),
+        ((), False),
+        (optax.EmptyState(), False),
+        (ZCLIP.init(PARAMS), False),
+        (jnp.zeros(3), True),
+        ({"step": 3, "name": "run"}, True),
+        (jax.tree.map(lambda leaf: jnp.stack([leaf] * 8), ADAM.init(PARAMS)), True),
+        (ADAM.init({"other": jnp.ones(5)}), True),
+    ],
+    ids=["none", "tuple", "empty", "clip", "array", "train state", "replicas", "other model"],
+)
+def test_a_state_with_nothing_to_keep_makes_a_new_one_and_says_so(old_state, is_missed):
+    with pytest.warns(UserWarning, match=NOT_OURS) if is_missed else contextlib.nullcontext():
+        state, report = oc.migrate(ADAM, PARAMS, old_state)
     chex.assert_trees_all_equal(state, ADAM.init(PARAMS))
     assert report.kept == {}
-    assert len(report.dropped) == len(jax.tree.leaves(old_state))
+    assert bool(report.dropped) == bool(jax.tree.leaves(old_state))
+
+
+@pytest.mark.parametrize("old_state", ["ckpt/100", jax.eval_shape(ADAM.init, PARAMS)], ids=["path", "shapes"])
+def test_what_has_no_arrays_is_no_state(old_state):
+    with pytest.raises(ValueError, match="old_state must be a state with arrays in it, got one of"):
+        oc.migrate(ADAM, PARAMS, old_state)
+
+
+@pytest.mark.parametrize("build", [oc.thresholds.mean_std, oc.thresholds.zscore])
+@pytest.mark.parametrize("is_restored", [False, True])
+def test_statistics_of_another_scale_start_anew(build, is_restored):
+    linear, log = (oc.skip_spikes(ADAM, build(4.0, scale=scale)) for scale in ("linear", "log"))
+    for old, new in ((linear, log), (log, linear)):
+        old_state = numbered(old.init(PARAMS))
+        if is_restored:
+            old_state = serialization.msgpack_restore(serialization.to_bytes(old_state))
+        state, report = oc.migrate(new, PARAMS, old_state)
+        assert "norm_threshold_state" in report.new
+        chex.assert_trees_all_equal(state.norm_threshold_state, new.init(PARAMS).norm_threshold_state)
 
 
 def test_keys_of_random_numbers_are_kept():

@@ -90,7 +90,7 @@ def test_without_a_template_numbers_stand_for_them(state, tmp_path, how):
     found, expected = clip_stats(after, per_group=True), clip_stats(state, per_group=True)
     assert (found.pop("first_nonfinite_leaf"), expected.pop("first_nonfinite_leaf")) == ("#1", "head")
     reports = found.pop("first_nonfinite_report"), expected.pop("first_nonfinite_report")
-    assert reports == ("1 leaves: #1", "1 of 2 leaves: head")
+    assert reports == ("1 of the leaves: #1", "1 of 2 leaves: head")
     numbered = {name.replace("body/w", "#0").replace("head", "#1"): value for name, value in expected.items()}
     assert found == pytest.approx(numbered, nan_ok=True)
 

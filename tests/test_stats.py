@@ -582,3 +582,22 @@ def test_the_level_that_would_clip_with_mean_and_deviation(rng, make, scale, jit
         assert now[f"clip_limit/{group}"] == pytest.approx(float(level), rel=1e-4)  # and no inf between spikes
         assert now[f"clip_scale/{group}"] == 1.0
     assert now["threshold_mean"] in {now["threshold_mean/a"], now["threshold_mean/b"]}
+
+
+def test_a_leaf_that_the_norm_leaves_out_is_not_blamed():
+    params = {"a_frozen": jnp.ones(1), "w": jnp.ones(2), "x": jnp.ones(2)}
+    frozen = params | {"a_frozen": jnp.full(1, jnp.nan)}
+    some = norms.global_norm(include=lambda path: path != "a_frozen")
+    labelled = norms.group_norm({"a_frozen": None, "w": "w", "x": "x"})
+    for norm in (some, labelled):
+        tx = clip_by(norm, thresholds.constant(1.0), record=True)
+        found = clip_stats(run(tx, [frozen, frozen, frozen | {"w": jnp.array([1.0, jnp.inf])}], params))
+        assert (found["first_nonfinite_step"], found["first_nonfinite_report"]) == (3, "1 of 3 leaves: w")
+
+
+def test_the_steps_of_a_jitted_function_are_a_place_to_count_from(rng):
+    state = run(optaxclip.clip_by_global_norm(1.0, record=4), [grads(rng, 2.0)] * 3)
+    since = jax.jit(clip_stats)(state)["clip_steps"]
+    assert clip_stats(state, since=since)["recent_steps"] == 0
+    with pytest.raises(ValueError, match="since must be"):
+        clip_stats(state, since=jnp.ones(2, jnp.int32))

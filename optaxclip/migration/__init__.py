@@ -13,7 +13,7 @@ from optaxclip._arrays import callers, trees
 from optaxclip._arrays.trees import Tree
 from optaxclip.migration.carrying import fresh
 from optaxclip.migration.matching import matches
-from optaxclip.migration.parts import Parts, Place, is_per_parameter, shapes
+from optaxclip.migration.parts import Part, Parts, Place, is_per_parameter, shapes
 from optaxclip.migration.report import Report, reported, shown
 
 __all__ = ["Migrated", "Report", "migrate"]
@@ -73,7 +73,7 @@ def migrate(tx: optax.GradientTransformation, params: Tree, old_state: Tree) -> 
         Where several fit, the same keys decide, then what can stay as it is. A checkpoint without types knows parts by
         their fields, so it can't tell Adam from AdaBelief.
       - Dropped: if something per parameter, such as Adam's moments, is dropped for a parameter that is still there, or
-        if the old state has arrays and none is kept, a `UserWarning` says so.
+        if nothing is kept of a state that is more than a clip's, a `UserWarning` says so.
       - Replicas: of a state with a leading axis for devices pass one, `jax.tree.map(lambda x: x[0], state)`.
       - Parameters: what is per parameter is matched by path and shape. A new parameter has no moments beside Adam's old
         count. With the default decays its updates in the first steps are then up to 6.6 times those of a new run.
@@ -106,8 +106,10 @@ def migrate(tx: optax.GradientTransformation, params: Tree, old_state: Tree) -> 
     values = {(match.new, path): one.value for match in found for path, one in match.kept.items()}
     used = {(match.old, path) for match in found for path in match.kept}
     leaves = [fresh(values[place[:2]], place.leaf) if place[:2] in values else place.leaf for place in new.places]
-    _warn_of_dropped([place for place in old.places if place[:2] not in used and is_per_parameter(place, known)])
-    if old.places and new.places and not found:
+    dropped = [place for place in old.places if place[:2] not in used and is_per_parameter(place, known)]
+    if dropped:
+        _warn_of_dropped(dropped)
+    elif new.places and not found and any(map(_may_be_missed, old.parts)):
         _warn(
             "nothing of the old state fits the new transformation, which starts anew: is it the state of an optimizer "
             "of this model, and not one of several replicas in one?"
@@ -123,10 +125,13 @@ def _require_arrays(old_state: Tree) -> None:
         raise ValueError(f"old_state must be a state with arrays in it, got one of {type(leaves[0]).__name__}")
 
 
+def _may_be_missed(part: Part) -> bool:
+    """Whether a part is not the state of one of our clips, which may be dropped without a word."""
+    return not type(part.node).__module__.startswith("optaxclip.")
+
+
 def _warn_of_dropped(places: Sequence[Place]) -> None:
     """Warns where something that parameters still need was dropped."""
-    if not places:
-        return
     paths = [shown(place.path) for place in places]
     _warn(
         "the new transformation has no place for what the old state has per parameter, and drops it: "
