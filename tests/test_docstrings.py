@@ -183,6 +183,7 @@ WORDS = {
 FOREIGN = {
     *("AdaGC", "ClippyAdagrad", "clip_update_by_historical_norm", "clipnorm", "clipped_grad", "jax_privacy", "nn"),
     *("percentile_clipping", "pre_clipping_transform", "tf", "torch", "wandb.log", "writer.scalar", "zclip"),
+    *("flax.nnx.training.optimizer", "nnx.Optimizer", "to_opt_state"),
     *("figure.savefig", "jax.lax.pcast", "jax.lax.pvary"),
 }
 KEYS = set(re.findall(r"^`(\w+)` ", text_of("clip_stats"), flags=re.MULTILINE))  # of what `clip_stats` returns

@@ -236,7 +236,7 @@ def test_bad_arguments(name):
             "projections must say Projection or None of each leaf, got 'query'",
         ),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_bad_logits(rng, options, logits, words):
     params = {"q": numbers(rng, MODEL, HEADS, DIM)}

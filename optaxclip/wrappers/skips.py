@@ -122,7 +122,7 @@ def skip_spikes(
       norm: what to measure, from `optaxclip.norms`. Leaves that it leaves out, as by `include=`, may be NaN.
       loss_threshold: a threshold for the loss. Pass the loss as `tx.update(grads, state, params, value=loss)`, the same
         on all devices. `thresholds.mean_std` and `thresholds.zscore` judge losses of any sign, `thresholds.constant`
-        compares the number; a negative one must be an array, as `constant(jnp.array(-5.0))`. The other thresholds, and
+        compares the number; a negative one must be an array, as `thresholds.constant(jnp.array(-5.0))`. The other thresholds, and
         these two with `scale="log"`, judge positive losses only: one of 0 or less is not judged and does not enter the
         statistics.
       max_consecutive: after this many finite steps skipped in a row, spikes are taken, and enter the statistics, until
