@@ -122,9 +122,9 @@ def skip_spikes(
       norm: what to measure, from `optaxclip.norms`. Leaves that it leaves out, as by `include=`, may be NaN.
       loss_threshold: a threshold for the loss. Pass the loss as `tx.update(grads, state, params, value=loss)`, the same
         on all devices. `thresholds.mean_std` and `thresholds.zscore` judge losses of any sign, `thresholds.constant`
-        compares the number; a negative one must be an array, as `thresholds.constant(jnp.array(-5.0))`. The other thresholds, and
-        these two with `scale="log"`, judge positive losses only: one of 0 or less is not judged and does not enter the
-        statistics.
+        compares the number; a negative one must be an array, as ``thresholds.constant(jnp.array(-5.0))``. The other
+        thresholds, and these two with `scale="log"`, judge positive losses only: one of 0 or less is not judged and
+        does not enter the statistics.
       max_consecutive: after this many finite steps skipped in a row, spikes are taken, and enter the statistics, until
         a step is no spike. At least 0; 20 is long for a spike and short for a new level. None never takes one.
       axes: which mesh axes split the leaves; see `clip_by`. All devices make the same decision.
@@ -153,7 +153,7 @@ def skip_spikes(
       - Guarantees: those of `skip_nonfinite`. A skipped step does not enter the statistics of the thresholds, and
         schedules of `inner` do not advance.
       - Schedules: a schedule inside a threshold counts every step, skipped or not. To skip steps 10 to 12, pass
-        `thresholds.constant(lambda step: jnp.where((step >= 10) & (step <= 12), 0.0, jnp.inf))` and
+        ``thresholds.constant(lambda step: jnp.where((step >= 10) & (step <= 12), 0.0, jnp.inf))`` and
         `max_consecutive=None`.
       - Thresholds that do not fit: a quantile or a small ratio of the steps *taken* skips more and more ordinary steps.
         `thresholds.smooth` skips all of them.
