@@ -6,6 +6,7 @@ field of its row, never an `if` in a test.
 
 import dataclasses
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -247,10 +248,12 @@ def kernels(path: str) -> int:
 
 def told_its_norm(max_norm: Any, record: int = 0) -> optax.GradientTransformationExtraArgs:
     """A clip by a norm that it is told, with its caller: who measures it."""
-    tx = oc.clip_by(oc.norms.known("grad_norm"), oc.thresholds.constant(max_norm), axes=None, record=record)
+    tx = oc.clip_by(oc.norms.known("grad_norm"), oc.thresholds.constant(max_norm), record=record)
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
-        return tx.update(updates, state, params, grad_norm=oc.global_norm(updates), **extra_args)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # those of `init` are enough
+            return tx.update(updates, state, params, grad_norm=oc.global_norm(updates), **extra_args)
 
     return optax.GradientTransformationExtraArgs(tx.init, update)
 

@@ -159,7 +159,7 @@ def test_a_silent_start_does_not_hide_small_norms():
 
 def test_zclip_follows_norms_near_the_largest_float():
     sizes = np.float32([1e38, 1.1e38, 0.9e38, 1e38, 3.3e38, 1e38])
-    outs = driven(oc.zclip(warmup_steps=4, max_norm=None), sizes[:, None])[:, 0]
-    unit = driven(oc.zclip(warmup_steps=4, max_norm=None), sizes[:, None] / np.float32(1e30))[:, 0]
+    outs = driven(oc.zclip(warmup_steps=4, warmup_max_norm=None), sizes[:, None])[:, 0]
+    unit = driven(oc.zclip(warmup_steps=4, warmup_max_norm=None), sizes[:, None] / np.float32(1e30))[:, 0]
     np.testing.assert_allclose(outs, unit * 1e30, rtol=1e-5)
     assert outs[4] < 1.2e38

@@ -458,7 +458,10 @@ def test_norms_of_parts_of_a_leaf_need_partition_specs(row):
 
 
 # Nothing is measured, or only by what is wrapped.
-NO_AXES = {"clip", "clip_by_value", "reset_state_every", "scale_by_acclip", "spam_clip", "with_carry", "zero_nonfinite"}
+NO_AXES = {
+    *("clip", "clip_by_value", "qk_clip", "reset_state_every", "scale_by_acclip", "spam_clip", "with_carry"),
+    "zero_nonfinite",
+}
 
 
 def test_whatever_measures_takes_axes():

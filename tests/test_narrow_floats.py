@@ -182,7 +182,7 @@ FACTORIES = {
     "scale_by_stable_adam": (),
     "spam_clip": ("warmup_steps",),
     "adaptive_spike_clip": ("record",),
-    "autoclip": ("record",),
+    "autoclip": ("warmup_steps", "record"),
     "percentile_clip": ("window", "record"),
     "clip_by_tracked_quantile": ("record",),
     "zclip": ("warmup_steps", "patience", "record"),

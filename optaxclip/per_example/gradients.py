@@ -84,8 +84,8 @@ def clipped_value_and_grad(
       The last two examples are padding, and the first one is worth three of the second:
 
       >>> value, grads, _ = step(jnp.ones(2), examples, weights=jnp.array([3.0, 1.0, 0.0, 0.0]))
-      >>> print(value, grads)  # (3 * 7 + 0.7) / 4, (3 * [0.6, 0.8] + [0.3, 0.4]) / 4
-      5.425 [0.525 0.7  ]
+      >>> print(value, [round(float(each), 3) for each in grads])  # the gradient: (3 * [0.6, 0.8] + [0.3, 0.4]) / 4
+      5.425 [0.525, 0.7]
 
     Notes:
       **Guarantees.** Gradients are added up in float32 or wider, and have the dtype of the parameters. An example

@@ -111,7 +111,7 @@ def clip_stats(
         what led to a NaN; `notebooks/recipes.ipynb`, logs, loops, other libraries, checkpoints.
     """
     checks.flag("per_group", per_group)
-    if not (isinstance(history, bool) or history == KEPT):
+    if not isinstance(history, bool) and not (type(history) is str and history == KEPT):
         raise ValueError(f"history must be True, False or {KEPT!r}, got {history!r}")
     if isinstance(since, jax.Array) and jnp.issubdtype(since.dtype, jnp.integer) and not isinstance(since, Tracer):
         since = int(since) if since.ndim == 0 else since  # `clip_steps` of a jitted function

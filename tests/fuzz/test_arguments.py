@@ -281,7 +281,7 @@ KINDS: dict[str, Kind] = {
     "period": whole(1, none=True),
     "projections": tree_of(is_a(oc.contrib.Projection), none=False),
     "quantile": SHARE,
-    "queries_per_key": whole(1),
+    "queries_per_key": lambda v: whole(1)(v) and (True if v == 1 else None),  # it must divide the heads
     "ratio": number(),
     "record": record,
     "reduce": one_of("mean", "sum"),
@@ -289,7 +289,7 @@ KINDS: dict[str, Kind] = {
     "relative": number(),
     "return_norms": flag,
     "scale": one_of("linear", "log"),
-    "since": whole(0),
+    "since": lambda v: None if isinstance(v, jax.Array) and is_real_array(v) else whole(0)(v),
     "smooth": flag,
     "stacked": tree_of(lambda v: None if v is False else whole(0)(v), none=True),
     "state_dtype": floats,
@@ -365,7 +365,11 @@ GIVEN: dict[str, dict[str, Any]] = {
 # What a value is may show only beside the updates.
 LATE = {"axes", "axis", "include", "labels", "projections", "stacked"}
 # What their callers hand to `update`.
-TOLD = {"skip_spikes": {"value": 1.0}, "contrib.qk_clip": {"max_logits": jnp.ones(1)}}
+TOLD = {
+    "skip_spikes": {"value": 1.0},
+    "contrib.qk_clip": {"max_logits": jnp.ones(1)},
+    "norms.known": dict.fromkeys(("junk", "auto", "mean", "float32", "floaty", "int32", "grad_norm"), 1.0),
+}
 
 
 class Case(NamedTuple):
