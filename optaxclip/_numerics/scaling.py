@@ -74,11 +74,13 @@ def rescale(leaf: jax.Array, factor: Factor) -> jax.Array:
         # Otherwise XLA for CPUs (still in jax 0.12: twice the temporary memory) converts it once for the norm and for
         # here, and writes the wide array to memory.
         leaf = jax.lax.platform_dependent(leaf, cpu=jax.lax.optimization_barrier, default=lambda leaf: leaf)
-    scaled = _scaled(leaf.astype(dtype), factor.first, factor.second, factor.norm, factor.goal)
+    wide = leaf.astype(dtype)
+    scaled = _scaled(wide, factor.first, factor.second, factor.norm, factor.goal)
     # A coordinate may pass the largest float where it is larger than the norm, or rounded to a narrower dtype.
     scaled = arithmetic.saturated(scaled, float(jnp.finfo(leaf.dtype).max))
     # Of an infinite entry in a group whose norm is finite all the same, a factor of 0 would make NaN.
-    return jnp.where((factor.second == 1) | ~jnp.isfinite(leaf), leaf, scaled.astype(leaf.dtype))
+    scaled = jnp.where(jnp.isfinite(wide), scaled, wide)
+    return jnp.where(factor.second == 1, leaf, scaled.astype(leaf.dtype))
 
 
 @jax.custom_jvp
