@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import optaxclip as oc
 from optaxclip import clip_by, contrib, norms, thresholds
+from tests import published
 from tests.reference import adaptive, sequences, trees
 
 pytestmark = pytest.mark.slow
@@ -202,7 +203,7 @@ def test_a_checkpoint_goes_on_bit_for_bit(rng, tmp_path):
 def test_injected_arguments_change_from_step_to_step(rng):
     """The quantile as a schedule: the histogram is one for all quantiles."""
     given = sequences.lognormal(rng, 40, drift=1.0)
-    tx = optax.inject_hyperparams(oc.autoclip, static_args=("window",))(
+    tx = optax.inject_hyperparams(published.autoclip, static_args=("window", "warmup_steps"))(
         percentile=lambda step: 90.0 - 2 * step, window=9
     )
     updates, _ = stepped(tx, [{"x": jnp.asarray([n], jnp.float32)} for n in given])

@@ -20,7 +20,7 @@ INNERS = {
     "clip_by_value": lambda: oc.clip_by_value(-0.25, 0.5),
     "clip_by_global_norm": lambda: oc.clip_by_global_norm(1.0),
     "clip_by_leaf_norm": lambda: oc.clip_by_leaf_norm(0.5),
-    "zclip": lambda: oc.zclip(warmup_steps=3),
+    "zclip": lambda: oc.zclip(warmup_steps=3, max_norm=1.0),
     "chain": lambda: optax.chain(oc.clip_by_leaf_norm(0.7), oc.clip_by_global_norm(1.0)),
 }
 

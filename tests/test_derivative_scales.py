@@ -21,7 +21,7 @@ QUICK = {"zclip", "spam_clip", "scale_by_adaptive_norm", "scale_by_acclip", "sca
 ROWS = [
     pytest.param(row, id=row.name, marks=() if row.name in QUICK else pytest.mark.slow)
     for row in table.ROWS
-    if "float32" in row.dtypes
+    if "float32" in row.dtypes and not row.bounds_weights
 ]
 
 

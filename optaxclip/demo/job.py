@@ -11,7 +11,7 @@ from optaxclip.demo.table import Line
 from optaxclip.demo.timing import relative_step_times
 from optaxclip.demo.training import Program, Result, prepare, train
 
-LOG = 80  # bytes at most that a row logs in a step; a test compares
+LOG = 144  # bytes at most that a row logs in a step; a test compares
 COLUMNS = 32  # the same step in the numbers that are shown
 FIGURES = (700, 60)  # a step in a row's panels, and that of each other row in them: measured, rounded up
 
