@@ -1,6 +1,7 @@
 """How the commands end: the exit code, and one line on stderr, whatever goes wrong."""
 
 import errno
+import gc
 import os
 import signal
 import subprocess
@@ -294,6 +295,25 @@ def test_ctrl_c_at_the_very_end():
         listing.send_signal(signal.SIGINT)
         assert listing.communicate() == ("", "")
     assert listing.returncode in {0, 130}
+
+
+@pytest.mark.parametrize(
+    ("number", "raised"),
+    [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, interrupts.Terminated)],
+    ids=["Ctrl-C", "SIGTERM"],
+)
+def test_a_signal_in_a_callback_of_the_garbage_collector(number, raised, capfd):
+    def callback(phase, info):
+        del phase, info
+        gc.callbacks.remove(callback)
+        signal.raise_signal(number)
+
+    with interrupts.not_lost_in_callbacks(), interrupts.cleaned_up():
+        gc.callbacks.append(callback)
+        with pytest.raises(raised):  # noqa: PT012 -- the second line is where it arrives
+            gc.collect()
+            time.sleep(5)
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.slow

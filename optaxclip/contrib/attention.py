@@ -131,7 +131,7 @@ def qk_clip(
         if "max_logits" not in extra_args:
             raise ValueError("qk_clip needs update(..., max_logits=...): the largest logit of each head, or None")
         filled, params = beside(updates, params)
-        leaves = Leaves(filled, params)
+        leaves = Leaves(filled, params, axes=None)  # nothing is measured
         named = leaves.lookup("projections", projections)
         if others := [spec for spec in named if spec is not None and not _is_projection(spec)]:
             raise ValueError(f"projections must say Projection or None of each leaf, got {others[0]!r}")

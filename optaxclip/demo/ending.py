@@ -22,7 +22,7 @@ import signal
 import sys
 from collections.abc import Callable
 
-from optaxclip.demo.interrupts import Terminated
+from optaxclip.demo.interrupts import Terminated, not_lost_in_callbacks
 
 FAILED = 1
 WRONG = 2
@@ -95,7 +95,8 @@ def _code(main: Callable[[], int]) -> int:
     is_ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # else nohup, for one, has decided
     try:
         try:
-            return main()
+            with not_lost_in_callbacks():
+                return main()
         finally:
             if is_ours:
                 # A handler in Python would be given up while the interpreter ends, and Ctrl-C would kill it then.

@@ -3,8 +3,12 @@
 Ctrl-C inside a compilation can make jax crash when the process ends, so it waits for the end of a step.
 """
 
+import _thread
 import contextlib
+import functools
 import signal
+import sys
+import threading
 from collections.abc import Callable, Generator
 from types import FrameType
 
@@ -73,3 +77,39 @@ def cleaned_up() -> Generator[None, None, None]:
     finally:
         for number in ours:
             signal.signal(number, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def not_lost_in_callbacks() -> Generator[None, None, None]:
+    """Inside, a signal that arrives in a finalizer or a callback of the garbage collector is raised once more.
+
+    Python raises in whatever runs. What such a callback raises (jax has one) it prints, and goes on as if nothing had
+    been: Ctrl-C would be a traceback and no end.
+    """
+    before = sys.unraisablehook
+
+    def once_more(unraisable: "sys.UnraisableHookArgs") -> None:
+        error = unraisable.exc_value
+        if isinstance(error, Terminated):
+            signal.signal(error.signal_number, functools.partial(_raise, error))  # which is ignored by now
+            number = error.signal_number
+        elif isinstance(error, KeyboardInterrupt):
+            number = signal.SIGINT
+        else:
+            before(unraisable)
+            return
+        later = threading.Timer(0.01, _thread.interrupt_main, [number])  # when the callback has returned
+        later.daemon = True
+        later.start()
+
+    sys.unraisablehook = once_more
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+
+
+def _raise(error: BaseException, signal_number: int, frame: FrameType | None) -> None:
+    del frame
+    signal.signal(signal_number, signal.SIG_IGN)
+    raise error
