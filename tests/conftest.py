@@ -1,4 +1,4 @@
-"""Settings for every test: eight CPU devices, no silent rank promotion, fixed seeds."""
+"""Settings for every test: eight CPU devices, no silent rank promotion, fixed seeds, quick compilations."""
 
 import os
 import signal
@@ -16,6 +16,8 @@ import jax
 import numpy as np
 import pytest
 
+from tests import compiling
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # jax keeps every compiled program, and walking through all of them again and again takes a good part of the time.
 gc.set_threshold(100_000, 50, 100)
@@ -27,10 +29,26 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("optaxclip")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """The default suite compiles quickly; slow tests, and those of numbers beside them, as users do."""
+    if config.option.markexpr == "not slow":
+        os.environ["XLA_FLAGS"] += f" {compiling.as_flags(compiling.QUICK)}"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that share compiled programs share a worker: those of a row of the table, or else those of a file."""
+    for item in items:
+        row = getattr(item, "callspec", None) and item.callspec.params.get("row")
+        item.add_marker(pytest.mark.xdist_group(getattr(row, "name", item.path.stem)))
+
+
 @pytest.fixture
 def rng(request: pytest.FixtureRequest) -> np.random.Generator:
     """A generator seeded by the test's id: the same numbers alone, in the whole suite, and on every worker."""
-    digest = hashlib.sha256(request.node.nodeid.encode()).digest()
+    group = request.node.get_closest_marker("xdist_group").args[0]
+    name = request.node.nodeid.removesuffix(f"@{group}")  # which a worker adds
+    digest = hashlib.sha256(name.encode()).digest()
     return np.random.default_rng(int.from_bytes(digest[:8], "little"))
 
 

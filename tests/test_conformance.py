@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from optaxclip.core import RecordedState
 from optaxclip.wrappers.skips import SkipState
+from tests import compiling
 from tests.reference import fixed
 from tests.reference.trees import assert_same_bits
 from tests.table import NARROW, REFUSED, ROWS, by_path, numbers, params, tree
@@ -44,12 +45,20 @@ def compiled(row):
     tx = transformation(row)
     program = jax.jit(lambda steps: {dtype: tx.update(*step) for dtype, step in steps.items()})
     others = {dtype: (tree(0, dtype), tx.init(params(dtype)), params(dtype)) for dtype in row.dtypes}
+    others["mixed"] = (of_several_dtypes(), tx.init(params("float32")), params("float32"))
 
     def update(updates, state, weights):
-        dtype = str(updates["scale"].dtype)
+        kernel, scale = updates["dense"]["kernel"].dtype, updates["scale"].dtype
+        dtype = str(scale) if kernel == scale else "mixed"
         return program(others | {dtype: (updates, state, weights)})[dtype]
 
     return update
+
+
+def of_several_dtypes():
+    updates = tree(0, "float32")
+    updates["dense"] = {"kernel": numbers(1, (4, 3), "float16"), "bias": numbers(2, (3,), "bfloat16")}
+    return updates
 
 
 def first_step(row, updates, weights):
@@ -114,10 +123,8 @@ def test_the_parameters_dtype_does_not_decide_the_updates(row, dtype):
 
 @rows()
 def test_leaves_of_different_dtypes_keep_theirs(row):
-    updates = tree(0, "float32")
-    updates["dense"] = {"kernel": numbers(1, (4, 3), "float16"), "bias": numbers(2, (3,), "bfloat16")}
-    tx, weights = transformation(row), params("float32")
-    new_updates, _ = tx.update(updates, tx.init(weights), weights)
+    updates, weights = of_several_dtypes(), params("float32")
+    new_updates, _ = first_step(row, updates, weights)
     chex.assert_trees_all_equal_shapes_and_dtypes(new_updates, updates)
     assert_inside(row, new_updates, weights, rounding("bfloat16"))
 
@@ -148,7 +155,7 @@ def extremes(info):
 
 @functools.cache
 def compiled_mixed(row):
-    return jax.jit(transformation(row).update)
+    return jax.jit(transformation(row).update, compiler_options=compiling.AS_USERS_DO)
 
 
 @pytest.mark.usefixtures("strict_promotion")

@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding
 
 import optaxclip as oc
 from optaxclip import contrib
+from tests import compiling
 from tests.collectives import collectives, collectives_under_branches
 from tests.meshes import AUTO, EXPLICIT, P, is_spec, over_steps, pieces, put, with_specs
 from tests.public import NAMES, public
@@ -165,17 +166,7 @@ def axes_of(row, specs):
     return specs if row.name in PARTS else "auto"
 
 
-def quick_options():
-    """XLA's defaults make faster programs, in three times the time; what devices send each other is the same."""
-    options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-    try:
-        jax.jit(jax.numpy.sin, compiler_options=options).lower(0.0).compile()
-    except jax.errors.JaxRuntimeError:  # the newest jax has no other emitters
-        del options["xla_cpu_use_fusion_emitters"]
-    return options
-
-
-jit = functools.partial(jax.jit, compiler_options=quick_options())
+jit = functools.partial(jax.jit, compiler_options=compiling.QUICK)  # in slow tests, too
 
 
 def steps(tx, state, params, grads):
