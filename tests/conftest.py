@@ -29,9 +29,12 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("optaxclip")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--as-users-compile", action="store_true", help="XLA's own settings: two to three times slower")
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    """The default suite compiles quickly; slow tests, and those of numbers beside them, as users do."""
-    if config.option.markexpr == "not slow":
+    if not config.option.as_users_compile:
         os.environ["XLA_FLAGS"] += f" {compiling.as_flags(compiling.QUICK)}"
 
 
