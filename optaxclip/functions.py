@@ -104,7 +104,8 @@ def clip_tree(
     See also:
       `clip_by_global_norm`, the same in an optax chain; `global_norm`, the norm alone; `norms.known`.
 
-      Notebook: `notebooks/recipes.ipynb`, logs, loops, other libraries, checkpoints.
+      Notebooks: `notebooks/recipes.ipynb`, logs, loops, other libraries, checkpoints; `notebooks/programs.ipynb`, in
+      the training loop of PPO.
     """
     made = _made_of(max_norm, norm, axes)
     filled, params = beside(tree, params)

@@ -55,6 +55,37 @@ def test_24_the_trap_is_documented_with_both_ways_out():
         assert word in text
 
 
+# Muon beside AdamW: Muon takes no notice of the scale of a gradient, and Adam's eps does.
+
+
+def test_a_group_norm_keeps_a_huge_matrix_of_muon_from_starving_adamw():
+    labels = {"hidden": "muon", "head": "adamw"}
+    weights = {"hidden": jnp.eye(3), "head": jnp.ones(2)}
+    grads = {"hidden": 3e8 * jnp.array([[1.0, 2, 0], [0, 1, 0], [1, 0, 1]]), "head": jnp.array([0.01, -0.01])}
+    behind = optax.partition({"muon": optax.contrib.muon(0.1), "adamw": optax.adamw(0.1, weight_decay=0.0)}, labels)
+    clips = {
+        "none": optax.identity(),
+        "optax": optax.clip_by_global_norm(1.0),
+        "global": oc.clip_by_global_norm(1.0),
+        "group": oc.clip_by(norms.group_norm(labels), thresholds.constant(1.0)),
+        "include": oc.clip_by(norms.global_norm(include={"hidden": False, "head": True}), thresholds.constant(1.0)),
+    }
+
+    @jax.jit
+    def steps(grads):
+        return {name: once(optax.chain(clip, behind), grads, weights) for name, clip in clips.items()}
+
+    moved = steps(grads)
+    for step in moved.values():  # 1 / 3e8 takes nothing from Muon
+        np.testing.assert_allclose(step["hidden"], moved["none"]["hidden"], rtol=1e-3, atol=1e-5)
+    eps, expected = 1e-8, -0.1 * np.sign(grads["head"])
+    for name in ("optax", "global"):
+        left = 0.01 / size(grads)  # 9e-12, far below Adam's eps
+        np.testing.assert_allclose(moved[name]["head"], expected * left / (left + eps), rtol=1e-4)
+    for name in ("none", "group", "include"):
+        np.testing.assert_allclose(moved[name]["head"], expected, rtol=1e-4)
+
+
 # The other places.
 
 

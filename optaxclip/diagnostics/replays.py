@@ -120,7 +120,8 @@ def replay(norms: Tree, *clippers: Clipper, place: str = "", history: str = LAST
     See also:
       `plot`, for the same as a figure; `summary`, for the norms alone.
 
-      Notebook: `notebooks/choosing_a_threshold.ipynb`, how to choose a bound.
+      Notebooks: `notebooks/choosing_a_threshold.ipynb`, how to choose a bound; `notebooks/programs.ipynb`, on the norms
+      of three programs.
     """
     made_of = named(clippers, named_clippers)
     if not made_of:
