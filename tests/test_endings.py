@@ -302,6 +302,7 @@ def test_ctrl_c_at_the_very_end():
     [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, interrupts.Terminated)],
     ids=["Ctrl-C", "SIGTERM"],
 )
+@pytest.mark.usefixtures("ctrl_c")
 def test_a_signal_in_a_callback_of_the_garbage_collector(number, raised, capfd):
     def callback(phase, info):
         del phase, info

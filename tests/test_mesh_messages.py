@@ -101,7 +101,7 @@ def test_every_row_that_looks_for_axes_warns(row):
 
 
 # What looks at each coordinate by itself, or leaves the norms to what it is wrapped around.
-NO_AXES = {"clip", "clip_by_value", "scale_by_acclip", "spam_clip", "zero_nonfinite"}
+NO_AXES = {"clip", "clip_by_value", "qk_clip", "scale_by_acclip", "spam_clip", "zero_nonfinite"}
 
 
 @pytest.mark.parametrize("axes", [None, ("data", "model"), BOTH, {"kernel": P("data")}], ids=repr)

@@ -43,6 +43,7 @@ def accumulate(multi, given):
     return params, state
 
 
+@pytest.mark.xla
 @pytest.mark.parametrize("use_grad_mean", [True, False])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e30])
 def test_one_bad_micro_batch_costs_one_micro_batch(value, use_grad_mean):

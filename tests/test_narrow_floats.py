@@ -45,6 +45,7 @@ def clipped_values(bound):
     return {name: tx.update(TREE, state)[0] for name, tx in clips.items()}
 
 
+@pytest.mark.xla
 @pytest.mark.parametrize("bound", BOUNDS)
 def test_value_clips_of_every_number(bound):
     found = clipped_values(bound)
@@ -60,12 +61,14 @@ def test_value_clips_of_every_number(bound):
             np.testing.assert_array_equal(wide(found[name][str(dtype)]), expected, err_msg=f"{name}, {dtype}")
 
 
+@pytest.mark.xla
 def test_value_clips_are_the_same_outside_jit():
     for name, expected in clipped_values(1.7).items():
         tx = {"below": oc.clip_by_value(1.7), "above": oc.clip_by_value(max_value=1.7)}.get(name, oc.clip(1.7))
         assert_same_bits(update(tx, TREE), expected)
 
 
+@pytest.mark.xla
 def test_a_bound_that_is_no_number_bounds_nothing():
     found = clipped_values(np.nan)["both"]
     for dtype in NARROW:
@@ -89,6 +92,7 @@ def test_numbers_that_are_not_touched_keep_every_bit(tx):
     assert_same_bits(jax.jit(lambda tree: update(tx, tree))(finite), finite)
 
 
+@pytest.mark.xla
 def test_zero_nonfinite_leaves_the_finite_numbers():
     for name, x in update(oc.zero_nonfinite(), TREE).items():
         np.testing.assert_array_equal(wide(x), np.where(np.isfinite(wide(TREE[name])), wide(TREE[name]), 0))

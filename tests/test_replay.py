@@ -79,6 +79,7 @@ LEAF_CLIPPERS = {
 }
 
 
+@pytest.mark.xla
 @pytest.mark.parametrize("name", LEAF_CLIPPERS)
 def test_several_groups_are_replayed_together(rng, name):
     given = np.stack([ugly(rng), np.roll(ugly(rng), 3), ugly(rng)[::-1]], axis=1)

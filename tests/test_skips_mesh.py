@@ -124,6 +124,7 @@ def assert_all_devices_agree(outs, state, name):
             assert all(np.array_equal(piece, pieces[0], equal_nan=True) for piece in pieces)
 
 
+@pytest.mark.xla
 @pytest.mark.parametrize(
     ("name", "axes", "check_vma"),
     [("leaf", "auto", True), pytest.param("nonfinite", SPECS, False, marks=pytest.mark.slow)],

@@ -63,6 +63,7 @@ def test_a_norm_that_is_no_spike_is_returned_bit_for_bit(rng, clip_to, level):
         assert np.all(limits[kept] >= given[kept])
 
 
+@pytest.mark.xla
 @pytest.mark.parametrize("clip_to", ["reciprocal", "edge"])
 def test_a_norm_within_an_ulp_of_the_level(rng, clip_to):
     """There the level may round below a norm that is no spike."""

@@ -11,7 +11,7 @@ import optax
 
 from optaxclip._arguments import checks
 from optaxclip._arguments.bounds import Number
-from optaxclip._arrays import dtypes, layouts, trees
+from optaxclip._arrays import dtypes, layouts, mesh, trees
 from optaxclip._arrays.leaves import Leaf, Leaves
 from optaxclip._arrays.parameters import beside, drop_missing
 from optaxclip._arrays.trees import Tree
@@ -131,6 +131,7 @@ def qk_clip(
         if "max_logits" not in extra_args:
             raise ValueError("qk_clip needs update(..., max_logits=...): the largest logit of each head, or None")
         filled, params = beside(updates, params)
+        mesh.require_reduced(filled, params)
         leaves = Leaves(filled, params, axes=None)  # nothing is measured
         named = leaves.lookup("projections", projections)
         if others := [spec for spec in named if spec is not None and not _is_projection(spec)]:

@@ -303,6 +303,7 @@ def test_some(name, tree):
     check(name, tree, range(30))
 
 
+@pytest.mark.xla
 @pytest.mark.parametrize(("name", "tree"), pairs(lambda i: inputs.NARROW, ["clip"]))
 def test_narrow_floats(name, tree):
     check(name, tree, range(30))
@@ -315,6 +316,7 @@ def test_many(name, tree):
 
 
 @pytest.mark.slow
+@pytest.mark.xla
 @pytest.mark.parametrize(("name", "tree"), pairs(lambda i: inputs.NARROW, FOR_NARROW))
 def test_many_narrow_floats(name, tree):
     check(name, tree, range(100, 130))
