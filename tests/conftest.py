@@ -19,7 +19,6 @@ import pytest
 from tests import compiling
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# jax keeps every compiled program, and walking through all of them again and again takes a good part of the time.
 gc.set_threshold(100_000, 50, 100)
 
 # Compiling takes longer than any deadline; a failure in CI must come back with the same examples.
@@ -46,6 +45,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         item.add_marker(pytest.mark.xdist_group(getattr(row, "name", item.path.stem)))
         if compiling.HAS_OLDER_EMITTERS and not config.option.as_users_compile and item.get_closest_marker("xla"):
             item.add_marker(pytest.mark.skip(reason="needs --as-users-compile with this jax"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def set_aside_what_is_kept() -> Iterator[None]:
+    """jax keeps every compiled program; the garbage collector need not walk through all of them again and again."""
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

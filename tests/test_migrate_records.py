@@ -1,5 +1,7 @@
 """A record in one of another length: each step at its place, what led to the first fault, and the names."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,16 +19,22 @@ def clip(length):
     return oc.clip_by_leaf_norm(20.0, record=length)
 
 
-def run(length, state, steps, bad):
-    """Steps whose norm is their number."""
+@functools.cache
+def steps_of(length):
+    """Compiled: a step for each of some numbers, which are their norms."""
     tx = clip(length)
 
-    def step(state, number):
+    def step(carry, number):
+        state, bad = carry
         size = jnp.where(number == bad, jnp.nan, number.astype(jnp.float32))
-        return tx.update({"a": size[None], "b": 2 * size[None]}, state)[1], None
+        return (tx.update({"a": size[None], "b": 2 * size[None]}, state)[1], bad), None
 
-    state = tx.init(PARAMS) if state is None else state
-    return jax.jit(lambda state: jax.lax.scan(step, state, jnp.asarray(steps))[0])(state)
+    return jax.jit(lambda state, numbers, bad: jax.lax.scan(step, (state, bad), numbers)[0][0])
+
+
+def run(length, state, steps, bad):
+    state = clip(length).init(PARAMS) if state is None else state
+    return steps_of(length)(state, jnp.asarray(steps), bad)
 
 
 def as_it_comes(state, how):

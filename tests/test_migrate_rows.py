@@ -54,13 +54,15 @@ def words_of(entries):
     return {note.split(",")[0] if note else path.rsplit("/", 1)[-1] for path, note in entries.items()}
 
 
+# Of all pairs of a row every fifth, of its neighbour others: what goes wrong with a pair goes wrong with many rows.
 @pytest.mark.parametrize("row", BY_NAME)
 def test_a_method_keeps_its_state_under_every_record_and_wrapping(row):
     variants = list(itertools.product(records_of(row), WRAPPINGS))
     built = {variant: make(row, *variant) for variant in variants}
     initial = {variant: tx.init(PARAMS) for variant, tx in built.items()}
     states = {variant: numbered(state) for variant, state in initial.items()}
-    for old, new in itertools.product(variants, variants):
+    pairs = list(itertools.product(variants, variants))
+    for old, new in pairs[ROWS.index(row) % 5 :: 5]:
         with optimizers_may_be_dropped():
             state, report = oc.migrate(built[new], PARAMS, states[old])
         assert_reported(initial[new], states[old], state, report)
@@ -74,8 +76,10 @@ def test_a_method_keeps_its_state_under_every_record_and_wrapping(row):
 def test_every_method_goes_into_every_other():
     built = {row.name: make(row, None, "chain") for row in ROWS}
     initial = {name: tx.init(PARAMS) for name, tx in built.items()}
+    of_its_kind = {str(jax.tree.structure(state)): name for name, state in initial.items()}  # one each
+    initial = {name: initial[name] for name in of_its_kind.values()}
     states = {name: numbered(state) for name, state in initial.items()}
-    for old, new in itertools.permutations(built, 2):
+    for old, new in itertools.permutations(initial, 2):
         with optimizers_may_be_dropped():
             state, report = oc.migrate(built[new], PARAMS, states[old])
         assert_reported(initial[new], states[old], state, report)
