@@ -395,6 +395,7 @@ SIGNATURES = {
     "scale_by_acclip": "(b1=0.9, b2=0.99, *, alpha=1.0, eps=1e-05, state_dtype=None)",
     "scale_by_stable_adam": "(b1=0.9, b2=0.99, *, eps=1e-06, state_dtype=None, axes='auto')",
     "clipped_momentum": "(max_norm, decay=0.9, *, state_dtype=None, axes='auto')",
+    "qk_clip": "(max_logit=100.0, *, projections, alpha=0.5, queries_per_key=1)",
     "mixed_clip": "(max_norm, *, decay=0.999, mix=0.7, smooth=False, state_dtype=None, axes='auto')",
     "reset_state_every": "(inner, period=500, *, warmup_steps=150)",
     "norms.global_norm": "(ord=2, *, include=None)",
