@@ -48,8 +48,8 @@ def tanh_clip(max_delta: Bound) -> optax.GradientTransformationExtraArgs:
         key leaves pass untouched.
       - Placement: before the optimizer. It changes the direction of the gradient, and shrinks ordinary coordinates,
         too: by 1 % at 0.17 of `max_delta`.
-      - Differs from the papers: they analyse classes of such clips, in which this is one, and tie the bound to the
-        learning rate or leave it open. There is no published default and no public code to compare with.
+      - Differs from the papers: they analyse classes of clips without a kink, not this one alone, and name no bound
+        that would do as a default.
 
     References:
       Williamson, Eisenmann, Stillfjord, Analysis of a class of stochastic component-wise soft-clipping schemes, 2024,
@@ -102,8 +102,8 @@ def arcsinh_clip(scale: Bound) -> optax.GradientTransformationExtraArgs:
         direction; what shrinks is the modulus. Integer, boolean, float0 and key leaves pass untouched.
       - Placement: before the optimizer. It changes the direction of the gradient, and shrinks ordinary coordinates,
         too: by 1 % at 0.25 of `scale`.
-      - Differs from the paper: it analyses a class of such clips, tied to the learning rate, in which this is one.
-        nutpie clips the gradients of a sampler in this form.
+      - Differs from the paper: it analyses a class of clips without a kink, not this one alone. The form with a scale
+        is that of the sampler nutpie, in its triangular_adapter.py.
 
     References:
       Williamson, Eisenmann, Stillfjord, Analysis of a class of stochastic component-wise soft-clipping schemes, 2024,
