@@ -16,6 +16,7 @@ the norms so far      `autoclip`: a quantile of them; `zclip`, `clip_by_history`
                       `adagc`: a moving average
 inside momentum       `clipped_momentum`
 each example          `per_example.clipped_value_and_grad`: in the place of `jax.value_and_grad`;
+                      `per_example.track_quantile`: its bound follows the norms;
                       `per_example_global_norm_clip`, `per_example_layer_norm_clip`: for gradients that are there
 around an optimizer   `skip_nonfinite`, `skip_spikes`: steps that are not taken; `skip_micro_steps`: micro-batches
                       that `optax.MultiSteps` leaves out

@@ -47,6 +47,9 @@ PUBLIC = {
     "aggc": (contrib.aggc, {"labels": "all", "ratio": 2.0}),
     "as_function": (oc.as_function, {"tx": IDENTITY}),
     "autoclip": (oc.autoclip, {}),
+    "arcsinh_clip": (contrib.arcsinh_clip, {"scale": 1.0}),
+    "centered_clip": (contrib.centered_clip, {"max_norm": 1.0}),
+    "tanh_clip": (contrib.tanh_clip, {"max_delta": 1.0}),
     "clip": (oc.clip, {"max_delta": 1.0}),
     "clip_by": (oc.clip_by, {"norm": norms.leaf_norm(), "threshold": thresholds.constant(1.0)}),
     "clip_by_block_rms": (oc.clip_by_block_rms, {"threshold": 1.0}),
@@ -107,6 +110,7 @@ PUBLIC = {
     "thresholds.tracked_quantile": (thresholds.tracked_quantile, {}),
     "thresholds.zscore": (thresholds.zscore, {}),
     "per_example.clipped_value_and_grad": (per_example.clipped_value_and_grad, {"fun": jnp.dot, "tx": IDENTITY}),
+    "per_example.track_quantile": (per_example.track_quantile, {"bound": 1.0, "norms": jnp.ones(2)}),
     "diagnostics.from_state": (diagnostics.from_state, {"opt_state": optax.EmptyState()}),
     "diagnostics.plot": (diagnostics.plot, {"norms": STEPS}),
     "diagnostics.replay": (diagnostics.replay, {"norms": STEPS, "fixed": oc.clip_by_global_norm(1.0)}),
@@ -118,7 +122,8 @@ CHECKED_ELSEWHERE = {"clip_stats", "per_example.form_of", "thresholds.chain"}
 CALLED_ONCE = {
     "clip_cotangents", "global_norm", "migrate", "per_example_global_norm_clip", "per_example_layer_norm_clip",
     "clip_tree", "skip_micro_steps",
-    "per_example.clipped_value_and_grad", *(name for name in PUBLIC if name.startswith("diagnostics")),
+    "per_example.clipped_value_and_grad", "per_example.track_quantile",
+    *(name for name in PUBLIC if name.startswith("diagnostics")),
 }  # fmt: skip
 DATA = {"grads", "old_state", "opt_state", "params", "tree", "x"}
 PARAMETERS = [

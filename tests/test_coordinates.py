@@ -98,6 +98,11 @@ TRACES = {
         PAIRS,
         [(0.3, 0.4), (0.57, -0.04), (0.66325, 0.748398), (0.596925, 0.723558)],
     ),
+    "centered_clip": (
+        contrib.centered_clip(5.0),  # 5, 8, 49 and 6 away from the last update
+        PAIRS,
+        [(3, 4), (3, -1), (5.749953, 3.175854), (1.216787, 1.066256)],
+    ),
     "reset_state_every": (
         contrib.reset_state_every(optax.ema(0.9, debias=False), 4, warmup_steps=2),
         [1] * 9,
@@ -149,11 +154,15 @@ def test_the_warmup_comes_again_with_every_period():
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
-@pytest.mark.parametrize("name", ["spam_clip", "adaptive_spike_clip", "scale_by_adaptive_norm", "clipped_momentum"])
+@pytest.mark.parametrize(
+    "name", ["spam_clip", "adaptive_spike_clip", "scale_by_adaptive_norm", "clipped_momentum", "centered_clip"]
+)
 def test_squares_outside_the_float_range(name, scale):
     tx, gradients, expected = TRACES[name]
     if name == "clipped_momentum":
         tx, factor = oc.clipped_momentum(scale), scale
+    elif name == "centered_clip":
+        tx, factor = contrib.centered_clip(5 * scale), scale
     else:
         factor = 1.0 if name == "scale_by_adaptive_norm" else scale
     outs, _ = run(tx, np.asarray(gradients) * scale)
@@ -208,6 +217,7 @@ def test_the_state_has_the_dtype_that_is_asked_for():
         contrib.scale_by_acclip,
         contrib.scale_by_stable_adam,
         functools.partial(oc.clipped_momentum, 1.0),
+        functools.partial(contrib.centered_clip, 1.0),
     ]
     for factory in factories:
         shaped = [leaf for leaf in jax.tree.leaves(factory().init(params)) if leaf.shape == (3,)]

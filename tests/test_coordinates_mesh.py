@@ -32,6 +32,7 @@ METHODS = {
     "scale_by_stable_adam": contrib.scale_by_stable_adam(),
     "clipped_momentum": oc.clipped_momentum(1.0),
     "mixed_clip": contrib.mixed_clip(1.0, decay=0.9),
+    "centered_clip": contrib.centered_clip(3.0),
     "SPAM": optax.chain(contrib.spam_clip(4.0, warmup_steps=2), contrib.reset_state_every(optax.scale_by_adam(), 3)),
 }
 
@@ -123,7 +124,15 @@ def test_in_shard_map(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["adaptive_spike_clip", "scale_by_adaptive_norm", "scale_by_stable_adam", "clipped_momentum", "mixed_clip"]
+    "name",
+    [
+        "adaptive_spike_clip",
+        "scale_by_adaptive_norm",
+        "scale_by_stable_adam",
+        "clipped_momentum",
+        "mixed_clip",
+        "centered_clip",
+    ],
 )
 def test_a_bad_value_on_one_device_is_one_decision_on_all(name):
     tx, specs = METHODS[name], state_specs(METHODS[name])

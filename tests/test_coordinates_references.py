@@ -55,6 +55,7 @@ BY_STEP = {
     ),
     "clipped_momentum": (both(oc.clipped_momentum, coordinates.clipped_momentum, {"max_norm": 1.0}), 3e-6),
     "mixed_clip": (both(contrib.mixed_clip, coordinates.mixed_clip, {"max_norm": 1.0}), 6e-6),
+    "centered_clip": (both(contrib.centered_clip, coordinates.centered_clip, {"max_norm": 1.0}), 3e-6),
     "mixed_clip, smooth": (
         both(contrib.mixed_clip, coordinates.mixed_clip, {"max_norm": 1.0, "smooth": True}),
         6e-6,

@@ -268,10 +268,13 @@ def is_ours(found):
 # The notebooks.
 
 NOTEBOOK = re.compile(r"notebooks/\w+\.ipynb")
-# Whose notebook shows something else that does the same.
+# Whose notebook shows something else that does the same, or what it is to be compared with.
 SHOWN_AS = {
     "clip_by": "clip_by_global_norm",
     "clip_by_value": "clip",
+    "contrib.arcsinh_clip": "clip",
+    "contrib.centered_clip": "clipped_momentum",
+    "contrib.tanh_clip": "clip",
     "per_example_global_norm_clip": "clipped_value_and_grad",
     "per_example_layer_norm_clip": "clipped_value_and_grad",
 }

@@ -451,7 +451,7 @@ def test_norms_of_parts_of_a_leaf_need_partition_specs(row):
 # Nothing is measured, or only by what is wrapped.
 NO_AXES = {
     *("clip", "clip_by_value", "qk_clip", "reset_state_every", "scale_by_acclip", "spam_clip", "with_carry"),
-    "zero_nonfinite",
+    *("arcsinh_clip", "tanh_clip", "zero_nonfinite"),
 }
 
 
@@ -465,7 +465,9 @@ def carried_by_leaf(max_norm):
 
 
 @pytest.mark.parametrize(
-    "make", [oc.clipped_momentum, contrib.mixed_clip, carried_by_leaf], ids=lambda make: make.__name__
+    "make",
+    [oc.clipped_momentum, contrib.mixed_clip, contrib.centered_clip, carried_by_leaf],
+    ids=lambda make: make.__name__,
 )
 def test_a_whole_leaf_beside_a_split_one_of_its_shape_stays_whole(make):
     """On an Auto mesh, where it was calculated here: as what comes in is laid out is what the user said."""

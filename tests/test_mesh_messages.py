@@ -101,7 +101,10 @@ def test_every_row_that_looks_for_axes_warns(row):
 
 
 # What looks at each coordinate by itself, or leaves the norms to what it is wrapped around.
-NO_AXES = {"clip", "clip_by_value", "qk_clip", "scale_by_acclip", "spam_clip", "zero_nonfinite"}
+NO_AXES = {
+    *("arcsinh_clip", "clip", "clip_by_value", "qk_clip", "scale_by_acclip", "spam_clip", "tanh_clip"),
+    "zero_nonfinite",
+}
 
 
 @pytest.mark.parametrize("axes", [None, ("data", "model"), BOTH, {"kernel": P("data")}], ids=repr)
@@ -151,7 +154,7 @@ def test_nothing_to_measure_is_nothing_to_warn_of():
 
 
 # Each coordinate by itself, and no state beside it: whatever a device holds can be clipped.
-NOTHING_BESIDE = {"clip", "clip_by_value", "zero_nonfinite"}
+NOTHING_BESIDE = {"arcsinh_clip", "clip", "clip_by_value", "tanh_clip", "zero_nonfinite"}
 
 
 @each_row

@@ -105,6 +105,7 @@ WITH_STATE = {
     "scale_by_acclip": lambda dtype: contrib.scale_by_acclip(state_dtype=dtype),
     "clipped_momentum": lambda dtype: oc.clipped_momentum(1e3, state_dtype=dtype),
     "mixed_clip": lambda dtype: contrib.mixed_clip(1e3, state_dtype=dtype),
+    "centered_clip": lambda dtype: contrib.centered_clip(1e3, state_dtype=dtype),
     "spam_clip": lambda dtype: contrib.spam_clip(4.0, decay=0.5, warmup_steps=1, state_dtype=dtype),
     "with_carry": lambda dtype: oc.with_carry(oc.clip(1.0), state_dtype=dtype),
 }

@@ -55,6 +55,13 @@ def test_clip(rng, dtype):
             check(oc.clip(bound), fixed.clip(trees.wide_leaves(updates), bound), updates)
 
 
+@pytest.mark.parametrize(("clip", "curve"), [(contrib.tanh_clip, np.tanh), (contrib.arcsinh_clip, np.arcsinh)])
+def test_value_clips_without_a_kink(rng, dtype, clip, curve):
+    for updates in some_trees(rng, dtype):
+        for scale in (1e-3, 0.3, 10.0):
+            check(clip(scale), fixed.squashed(trees.wide_leaves(updates), scale, curve), updates)
+
+
 @pytest.mark.parametrize(("low", "high"), [(-0.5, 2.0), (None, 0.25), (0.25, None), (-3.0, -1.0), (0.5, 0.5)])
 def test_clip_by_value(rng, dtype, low, high):
     if jnp.issubdtype(dtype, jnp.complexfloating) and high is not None and high < 0:

@@ -176,6 +176,7 @@ def test_a_ring_of_another_length_keeps_the_numbers_of_its_steps(before, after, 
 PER_PARAMETER = {
     "clipped_momentum": oc.clipped_momentum(1.0),
     "mixed_clip": contrib.mixed_clip(1.0),
+    "centered_clip": contrib.centered_clip(1.0),
     "spam_clip": contrib.spam_clip(),
     "scale_by_acclip": contrib.scale_by_acclip(),
     "scale_by_stable_adam": contrib.scale_by_stable_adam(),

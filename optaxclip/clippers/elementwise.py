@@ -174,6 +174,16 @@ def zero_nonfinite() -> optax.GradientTransformationExtraArgs:
 def _clip_values(interval: Callable[..., tuple[Any, Any]], *given: Bound) -> optax.GradientTransformationExtraArgs:
     """A clip of each coordinate to `interval(*bounds, dtype)`."""
 
+    def clip_leaf(leaf: jax.Array, *ends: Any) -> jax.Array:
+        low, high = interval(*ends, dtypes.accumulator(leaf.dtype))
+        return _clip_modulus(leaf, low, high) if jnp.iscomplexobj(leaf) else _between(leaf, low, high)
+
+    return optax.GradientTransformationExtraArgs(*by_leaf(clip_leaf, *given))
+
+
+def by_leaf(clip_leaf: Callable[..., jax.Array], *given: Bound) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """`init` and `update` of what does `clip_leaf(leaf, *bounds)` with every leaf of floats."""
+
     def init(params: Tree) -> State:
         del params
         return bounds.init(*given)
@@ -184,18 +194,12 @@ def _clip_values(interval: Callable[..., tuple[Any, Any]], *given: Bound) -> opt
         resolved, state = bounds.resolve(given, state, updates)
         flat, treedef = jax.tree.flatten(updates)
         clipped = [
-            _clip_leaf(leaf, ends, interval) if dtypes.is_inexact(leaf) else leaf
+            clip_leaf(jnp.asarray(leaf), *ends) if dtypes.is_inexact(leaf) else leaf
             for leaf, *ends in zip(flat, *(groups.entries(bound, treedef) for bound in resolved), strict=True)
         ]
         return treedef.unflatten(clipped), state
 
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _clip_leaf(leaf: Any, ends: list[Any], interval: Callable[..., tuple[Any, Any]]) -> jax.Array:
-    leaf = jnp.asarray(leaf)
-    low, high = interval(*ends, dtypes.accumulator(leaf.dtype))
-    return _clip_modulus(leaf, low, high) if jnp.iscomplexobj(leaf) else _between(leaf, low, high)
+    return init, update
 
 
 # At module level and jitted, so that it is traced once for all leaves of a kind.
@@ -206,13 +210,13 @@ def _between(leaf: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
     has_low, has_high = jnp.isfinite(low) | (low > 0), jnp.isfinite(high) | (high < 0)  # as infinities they are none
     largest = bounds.highest(leaf.dtype)
     low, high = (_usable_end(end, largest).astype(leaf.dtype) for end in (low, high))
-    low, high, has_low, has_high = (_of_rank(end, leaf.ndim) for end in (low, high, has_low, has_high))
+    low, high, has_low, has_high = (of_rank(end, leaf.ndim) for end in (low, high, has_low, has_high))
     above = has_high & (leaf.astype(wide) >= _next(high.astype(wide), 1))
     below = has_low & (leaf.astype(wide) <= _next(low.astype(wide), -1))
     return jnp.where(above | below, jnp.where(above, high, low), leaf)
 
 
-def _of_rank(end: jax.Array, ndim: int) -> jax.Array:
+def of_rank(end: jax.Array, ndim: int) -> jax.Array:
     """An end for all coordinates as it is, one of fewer dimensions than the leaf with as many."""
     return jnp.expand_dims(end, range(ndim - end.ndim)) if end.ndim else end
 
@@ -237,9 +241,13 @@ def _next(end: jax.Array, direction: int) -> jax.Array:
 def _clip_modulus(leaf: jax.Array, low: Any, high: Any) -> jax.Array:
     modulus = arithmetic.modulus(leaf)
     goal = jnp.where(modulus > high, high, jnp.where(modulus < low, low, modulus))
+    return jnp.where(goal == modulus, leaf, brought_to(leaf, goal))
+
+
+def brought_to(leaf: jax.Array, goal: jax.Array) -> jax.Array:
+    """Complex numbers of the modulus `goal`, each in its direction."""
     direction = _direction(leaf)
-    scaled = scaling.rescale(direction, scaling.factor(arithmetic.modulus(direction), goal))
-    return jnp.where(goal == modulus, leaf, scaled)
+    return scaling.rescale(direction, scaling.factor(arithmetic.modulus(direction), goal))
 
 
 def _direction(leaf: jax.Array) -> jax.Array:

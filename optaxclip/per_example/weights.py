@@ -53,7 +53,7 @@ def of_call(problem: Problem, number: int, weights: Any) -> Shares:
     """
     if weights is None:
         return Shares(None, 1, number * math.prod(jax.lax.axis_size(name) for name in problem.apart))
-    _require_vector(number, weights)
+    require_vector(number, weights)
     given = jnp.asarray(weights)
     if more := layouts.varying(given) - set(problem.apart):
         raise ValueError(
@@ -61,15 +61,19 @@ def of_call(problem: Problem, number: int, weights: Any) -> Shares:
             "as the first axis of the batch"
         )
     wide = layouts.varying_over(given.astype(dtypes.accumulator(given.dtype)), problem.apart)
-    # Subnormals are 0 on most devices, in comparisons and sums, and may differ from 0 elsewhere.
-    used = jnp.isfinite(wide) & (jnp.abs(wide) >= jnp.finfo(wide.dtype).tiny)
-    finite = jnp.where(used, wide, jnp.zeros_like(wide))
+    finite = jnp.where(counts(wide), wide, jnp.zeros_like(wide))
     largest = jnp.max(jax.lax.stop_gradient(jnp.abs(finite)))
     unit = _power_of_two_at_least(jax.lax.pmax(largest, problem.apart) if problem.apart else largest)
     relative = finite / unit
     total = jnp.sum(relative)
     total = jax.lax.psum(total, problem.apart) if problem.apart else total
     return Shares(relative, unit, total)
+
+
+def counts(weights: jax.Array) -> jax.Array:
+    """Which weights, in float32 or wider, are not as good as 0."""
+    # Subnormals are 0 on most devices, in comparisons and sums, and may differ from 0 elsewhere.
+    return jnp.isfinite(weights) & (jnp.abs(weights) >= jnp.finfo(weights.dtype).tiny)
 
 
 def require_free(fun: Callable[..., Any], args: Sequence[Any]) -> None:
@@ -85,7 +89,8 @@ def require_free(fun: Callable[..., Any], args: Sequence[Any]) -> None:
         )
 
 
-def _require_vector(number: int, weights: Any) -> None:
+def require_vector(number: int, weights: Any) -> None:
+    """Raises ValueError unless `weights` is a vector of that many real numbers or booleans."""
     is_array = isinstance(weights, jax.Array | np.ndarray) and (weights.dtype == bool or checks.is_real(weights))
     if not is_array or weights.shape != (number,):
         got = f"{weights.dtype} of shape {weights.shape}" if hasattr(weights, "dtype") else repr(weights)

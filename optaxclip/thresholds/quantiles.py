@@ -10,6 +10,7 @@ import optax
 
 from optaxclip._arguments import bounds, checks
 from optaxclip._arguments.bounds import Number
+from optaxclip._numerics import tracking
 from optaxclip.core import Threshold
 from optaxclip.thresholds.histogram import MAX_GROUPS, rule_of_all
 from optaxclip.thresholds.ordering import in_order, interpolated
@@ -205,11 +206,9 @@ def tracked_quantile(quantile: Number = 0.5, *, learning_rate: Number = 0.2, ini
     initial = checks.number("initial", initial, positive=True, below=np.inf)
 
     def limit(norm: jax.Array, state: TrackedQuantileState) -> tuple[Any, TrackedQuantileState]:
-        log_bound = state.tracked_log_norm
-        dtype, info = log_bound.dtype, jnp.finfo(log_bound.dtype)
-        bound = jnp.minimum(jnp.exp(log_bound), info.max)  # rounded, the largest logarithm may be that of inf
-        away = (norm <= bound).astype(dtype) - jnp.asarray(quantile, dtype)
-        moved_on = log_bound - jnp.asarray(learning_rate, dtype) * away
-        return (0.0, bound), TrackedQuantileState(jnp.clip(moved_on, jnp.log(info.tiny), jnp.log(info.max)))
+        bound = tracking.estimate(state.tracked_log_norm)
+        share = (norm <= bound).astype(bound.dtype)  # of one norm: all or nothing
+        moved_on = tracking.moved(state.tracked_log_norm, share, quantile, learning_rate)
+        return (0.0, bound), TrackedQuantileState(moved_on)
 
     return per_group(Rule(lambda dtype: TrackedQuantileState(jnp.log(jnp.asarray(initial, dtype))), limit))

@@ -35,9 +35,27 @@ def relative_to_params(ratio: bounds.Bound, *, floor: bounds.Bound = 0.0, offset
       >>> print(updates)
       [0.3 0.4]
 
+      LARC, the clip of NVIDIA apex, in front of SGD: no step of SGD moves a leaf by more than 0.02 of its norm.
+
+      >>> import optax
+      >>> rate = optax.exponential_decay(0.5, 1000, 0.5)
+      >>> larc = clip_by(norms.leaf_norm(), thresholds.relative_to_params(lambda step: 0.02 / rate(step)))
+      >>> tx = optax.chain(larc, optax.sgd(rate))
+      >>> updates, _ = tx.update(jnp.array([30.0, 40.0]), tx.init(params), params)
+      >>> print([round(float(each), 3) for each in updates])  # a norm of 0.02 * 5
+      [-0.06, -0.08]
+
     Notes:
       - Edge cases: without `floor` and `offset`, parameters of norm 0 never move. Parameters whose norm is not finite
         bound nothing.
+      - LARC: momentum comes behind the clip, as in apex. Differs from apex: a leaf whose parameters are all 0 is not
+        clipped there, and stops here (pass `floor=`). apex multiplies weight decay by the same factor, and adds its
+        norm to that of the gradient. Here put `optax.add_decayed_weights` in front: the bound is then on the norm of
+        the sum.
+
+    References:
+      You, Gitman, Ginsburg, Large batch training of convolutional networks, arXiv:1708.03888, 2017 (LARS).
+      LARC in NVIDIA apex, with its default of clipping.
 
     See also:
       `adaptive_grad_clip`; `norms.relative_change`, by single coordinates.

@@ -16,6 +16,8 @@ OURS: dict[str, Make] = {
     "clip_by_global_norm": lambda: oc.clip_by_global_norm(1.0),
     "clip_by_global_norm, record=256": lambda: oc.clip_by_global_norm(1.0, record=256),
     "clip": lambda: oc.clip(0.005),
+    "tanh_clip": lambda: contrib.tanh_clip(0.005),
+    "arcsinh_clip": lambda: contrib.arcsinh_clip(0.005),
     "clip_by_leaf_norm": lambda: oc.clip_by_leaf_norm(0.1),
     "clip_by_leaf_norm, record=256": lambda: oc.clip_by_leaf_norm(0.1, record=256),
     "clip_by_block_rms": lambda: oc.clip_by_block_rms(0.005),
@@ -39,6 +41,7 @@ OURS: dict[str, Make] = {
     "spam_clip": contrib.spam_clip,
     "clipped_momentum": lambda: oc.clipped_momentum(1.0),
     "mixed_clip": lambda: contrib.mixed_clip(1.0),
+    "centered_clip": lambda: contrib.centered_clip(1.0),
     "with_carry": lambda: oc.with_carry(oc.clip_by_global_norm(1.0)),
 }
 # For the tree whose blocks are stacked.

@@ -434,6 +434,23 @@ def mixed_clip(x: Array, o: Any, *, smooth: bool) -> Run:
     return by_step(step, x)
 
 
+def centered_clip(x: Array, o: Any) -> Run:
+    """METHODS.md, centred clip, of one coordinate in all; a difference stops at the largest float."""
+    c = wide(o["c"])
+    center, most = np.zeros(len(x), L), np.zeros(len(x), L)
+
+    def step(t: int, g: Array) -> tuple[Array, Array]:
+        nonlocal center, most
+        good = np.isfinite(g)
+        away = np.clip(g - center, -MAX, MAX)
+        out = np.where(good & (np.abs(away) > c), center + _cut(away, c), g)
+        center = np.where(good, out, center)
+        most = np.where(good, np.maximum(most, np.abs(g)), most)
+        return out, L(4e-6) * most + (t + 1) * TINY  # a subnormal bound may be 0
+
+    return by_step(step, x)
+
+
 def with_carry(x: Array, o: Any, *, by_value: bool) -> Run:
     """METHODS.md, with_carry, around a clip by value or by norm; sums stop at the largest float."""
     c = wide(o["c"])

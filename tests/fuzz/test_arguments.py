@@ -233,6 +233,7 @@ KINDS: dict[str, Kind] = {
     "argnums": argnums,
     "axes": axes,
     "axis": axis,
+    "bound": number(open_low=True, open_high=True),
     "b1": DECAY,
     "b2": DECAY,
     "batch_argnums": argnums,
@@ -271,6 +272,7 @@ KINDS: dict[str, Kind] = {
     "mix": SHARE,
     "name": lambda v: isinstance(v, str) and v.isidentifier(),
     "norm": is_a(oc.Norm),
+    "norms": lambda v: None if is_real_array(v) and v.ndim == 1 and v.dtype.kind not in "iu" else False,
     "num_std": number(),
     "numeric": flag,
     "offset": BOUND,
@@ -304,6 +306,7 @@ KINDS: dict[str, Kind] = {
     "warmup_max_norm": or_none(POSITIVE),
     "warmup_steps": whole(0),
     "warmup_take_in": one_of("clipped", "raw"),
+    "weights": lambda v: v is None or (None if getattr(v, "shape", ()) == (2,) else False),
     "window": whole(1),
 }
 # Where a parameter of that name is of another kind.
@@ -312,6 +315,8 @@ SPECIAL: dict[str, Kind] = {
     "clip_by_global_norm.max_norm": SINGLE,
     "smooth_clip_by_global_norm.max_norm": SINGLE,
     "clipped_momentum.max_norm": SINGLE,
+    "contrib.arcsinh_clip.scale": BOUND,
+    "contrib.centered_clip.max_norm": SINGLE,
     "contrib.mixed_clip.max_norm": SINGLE,
     "zclip.max_norm": or_none(BOUND),
     "clip_by_norm_range.min_norm": bound(finite=True),
@@ -359,6 +364,8 @@ GIVEN: dict[str, dict[str, Any]] = {
     "clip_by_history.window": {"warmup_steps": 1},
     "thresholds.mean_std.warmup_steps": {"window": 200},
     "thresholds.mean_std.window": {"warmup_steps": 1},
+    "contrib.arcsinh_clip": {"scale": 1.0},
+    "per_example.track_quantile": {"bound": 1.0, "norms": jnp.ones(2)},
     "per_example.clipped_value_and_grad.argnums": {"batch_argnums": 7},
     "per_example.clipped_value_and_grad.batch_argnums": {"argnums": 7},
 }  # fmt: skip
@@ -382,7 +389,7 @@ def functions() -> dict[str, Callable[..., Any]]:
     modules = {"": (oc, oc.__all__), "thresholds.": (thresholds, thresholds.__all__)}
     modules["contrib."] = (oc.contrib, oc.contrib.__all__)
     modules["norms."] = (norms, [n for n, f in vars(norms).items() if inspect.isfunction(f) and n[0] != "_"])
-    modules["per_example."] = (per_example, ["clipped_value_and_grad"])
+    modules["per_example."] = (per_example, ["clipped_value_and_grad", "track_quantile"])
     return {
         prefix + name: getattr(module, name)
         for prefix, (module, names) in modules.items()

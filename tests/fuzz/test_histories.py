@@ -244,6 +244,9 @@ SLOW = {
     "scale_by_acclip, alpha 2": acclip(2.0),
     "scale_by_acclip, alpha 1.5": acclip(1.5),
     "mixed_clip, smooth": mixed(smooth=True),
+    "centered_clip": Method(
+        lambda o: contrib.centered_clip(o["c"]), h.centered_clip, {"c": inputs.BOUNDS[3:]}, signed=True
+    ),
     "with_carry, norm": carry(by_value=False),
     "skip_spikes, mean_std": skips(
         lambda o: thresholds.mean_std(o["num_std"], window=4, warmup_steps=2),

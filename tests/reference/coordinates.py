@@ -114,6 +114,18 @@ def mixed_clip(grads, max_norm, decay=0.999, mix=0.7, smooth=False):
     return rows(step, grads)
 
 
+def centered_clip(grads, max_norm):
+    """Karimireddy et al. 2021 (arXiv 2012.10333), algorithm 2 for one worker and one iteration, from 0."""
+    v = np.zeros_like(grads[0], np.float64)
+
+    def step(t, g):
+        nonlocal v
+        v = v + clip(g - v, max_norm)
+        return v
+
+    return rows(step, grads)
+
+
 def clip(x, c):
     n = np.linalg.norm(x)
     return x * (c / n) if n > c else x

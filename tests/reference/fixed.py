@@ -65,6 +65,18 @@ def clip(updates, max_delta):
     return clip_by_value(updates, -max_delta, max_delta)
 
 
+def squashed(updates, scale, curve):
+    """c f(x / c) per coordinate, f the tanh or the arsinh; of a complex number the modulus, along its direction."""
+
+    def one(x):
+        x = wide(x)
+        size = np.abs(x)
+        goal = scale * curve(size / scale)
+        return np.where(size > 0, x * (goal / np.where(size > 0, size, 1)), x)
+
+    return each(one, updates)
+
+
 def clip_by_value(updates, min_value=None, max_value=None):
     """min(max(g, lo), hi) per coordinate; a complex number's modulus is brought into [lo, hi] along its direction."""
     lo = -np.inf if min_value is None else min_value

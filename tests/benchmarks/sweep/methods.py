@@ -112,6 +112,9 @@ _ALL = [
         "smooth_clip_by_global_norm(1.0)",
         lambda: optaxclip.smooth_clip_by_global_norm(1.0),
     ),
+    # Values, without a kink.
+    _before("tanh_clip", "tanh_clip(1.0)", lambda: contrib.tanh_clip(1.0)),
+    _before("arcsinh_clip", "arcsinh_clip(1.0)", lambda: contrib.arcsinh_clip(1.0)),
     # Singular values.
     _between("clip_by_spectral_norm", "clip_by_spectral_norm(1.0)", lambda: optaxclip.clip_by_spectral_norm(1.0)),
     _before("clip_singular_values", "clip_singular_values(1.0)", lambda: optaxclip.clip_singular_values(1.0))._replace(
@@ -148,6 +151,8 @@ _ALL = [
     _instead("mixed_clip", "mixed_clip(1.0)", lambda: contrib.mixed_clip(1.0)),
     _instead("scale_by_acclip", "scale_by_acclip()", contrib.scale_by_acclip),
     _instead("scale_by_stable_adam", "scale_by_stable_adam()", contrib.scale_by_stable_adam),
+    # About the last update.
+    _before("centered_clip", "centered_clip(1.0)", lambda: contrib.centered_clip(1.0)),
     # Around a clip or an optimizer.
     _before(
         "with_carry",
