@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests import compiling
+from tests.support import compiling
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 gc.set_threshold(100_000, 50, 100)

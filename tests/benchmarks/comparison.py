@@ -9,9 +9,9 @@ missing are left out: `pip install -e ".[test,parity]"` has all of them. All cli
 taken in float64, by NumPy.
 
 Methods with a history: norms with lognormal noise rise tenfold at step 500, and the steps are counted until an update
-keeps as much of its norm as before, as in `level_shift`. Ours is at the settings of the sources (`tests/published.py`),
-which differ from our defaults in the warm-up. ZClip is without `max_norm`, AutoClip the 90th percentile of the last
-1,000.
+keeps as much of its norm as before, as in `level_shift`. Ours is at the settings of the sources
+(`tests/support/published.py`), which differ from our defaults in the warm-up. ZClip is without `max_norm`, AutoClip the
+90th percentile of the last 1,000.
 
 "adds to a step" is on 25 million float32 parameters in 100 leaves. For the JAX libraries it is a compiled and donated
 step of clip, Adam and update, less the same without the clip; what runs in PyTorch fuses with nothing, and its time is
@@ -26,11 +26,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from tests import published
 from tests.benchmarks import interleaved, show_environment
 from tests.benchmarks.libraries import DEVICES, NOTHING, Jax, adam_step, has, libraries, norm_of, number
-from tests.driving import drive, steps_to_follow
 from tests.reference import packages, sequences
+from tests.support import published
+from tests.support.driving import drive, steps_to_follow
 
 SHIFT, AFTER = 500, 10_000  # the step at which norms rise, and for how long they are watched
 

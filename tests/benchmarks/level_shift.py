@@ -22,8 +22,8 @@ import numpy as np
 import optaxclip
 from optaxclip import contrib
 from tests.benchmarks import show_environment, write_json
-from tests.driving import METHODS, drive, steps_to_follow
 from tests.reference import sequences
+from tests.support.driving import METHODS, drive, steps_to_follow
 
 AT = 500
 AFTER = 7000

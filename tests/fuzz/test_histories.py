@@ -14,9 +14,9 @@ import pytest
 
 import optaxclip as oc
 from optaxclip import contrib, norms, thresholds
-from tests import published
 from tests.fuzz import histories as h
 from tests.fuzz import inputs
+from tests.support import published
 
 STEPS = 48
 DECAYS = [0.0, 1e-6, 1e-3, 0.1, 0.5, 0.9, 0.99, 0.999, 1 - 2.0**-20]

@@ -3,7 +3,7 @@
 By default a TPU multiplies float32 in bfloat16, and a GPU in TF32. With either, capped singular values are off by 50 to
 300 times what is promised. With HIGHEST, six passes of bfloat16 or float32 proper, they are off by a twentieth of it at
 most. HIGH is not enough: on a TPU, three passes, it uses 0.8 of the promise, and on a GPU it is TF32. This is by
-calculation, with the units emulated (tests/test_matrix_units.py), not measured on a device.
+calculation, with the units emulated (tests/clippers/test_matrix_units.py), not measured on a device.
 """
 
 import jax

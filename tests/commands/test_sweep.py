@@ -1,0 +1,647 @@
+"""`python -m tests.benchmarks.sweep`, with few steps."""
+
+import contextlib
+import csv
+import io
+import itertools
+import json
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from matplotlib.figure import Figure
+
+import optaxclip
+from tests.benchmarks.sweep import characters, digits, figures, job, methods, programs, report, scores, tables
+from tests.benchmarks.sweep.command import FILES
+from tests.benchmarks.sweep.methods import METHODS, PLACES
+from tests.benchmarks.sweep.programs import Losses
+from tests.benchmarks.sweep.registry import RATES, TASKS
+from tests.benchmarks.sweep.tasks import Measured, Spikes, Task
+from tests.support.commands import SWEEP
+from tests.support.recording import record_calls
+from tests.table import NOT_TRANSFORMATIONS
+
+ROOT = Path(__file__).parents[2]
+PROGRAMS = {"regression-none.json", "regression-clip_by_global_norm.json"}
+SHORT = ("--tasks", "regression", "--clippers", "none,clip_by_global_norm", "--steps", 4, "--seeds", 2)
+
+# Transformations of the library that are in no row, each with the reason.
+EXCEPTIONS = {"clip_by_value": "clip(1.0), which is in one, is clip_by_value(-1.0, 1.0)"}
+
+
+def read(path):
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def files(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def contents(folder):
+    """What is in the files but the figures, which hold the version of matplotlib."""
+    return {name: content for name, content in files(folder).items() if not name.endswith(".png")}
+
+
+# A whole sweep.
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A sweep with two methods: its exit code, output, and folder."""
+    out = tmp_path_factory.mktemp("sweep") / "new" / "folder"
+    stdout, stderr = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+        code = SWEEP.main(*SHORT, "--out", out)
+    return SimpleNamespace(code=code, out=stdout.getvalue(), err=stderr.getvalue(), folder=out)
+
+
+def test_a_sweep_prints_a_table_and_writes_what_it_announces(finished):
+    assert finished.code == 0
+    assert set(files(finished.folder)) == {*FILES, *(f"programs/{name}" for name in PROGRAMS)}
+    assert all(name in finished.out.splitlines()[-1] for name in FILES)
+    assert re.fullmatch(
+        r"\[1/2\] regression: no clipping in [\d.]+ s\n"
+        r"\[2/2\] regression: clip_by_global_norm\(1\.0\) in [\d.]+ s\n",
+        finished.err,
+    )
+    table = read(finished.folder / "table.csv")
+    assert [(line["task"], line["row"], line["clipper"]) for line in table] == [
+        ("regression", "none", "no clipping"),
+        ("regression", "clip_by_global_norm", "clip_by_global_norm(1.0)"),
+    ]
+    for line in table:
+        (printed,) = (each for each in finished.out.splitlines() if each.startswith(line["clipper"]))
+        assert f"{float(line['best_loss']):.3f}" in printed.split()
+    markdown = (finished.folder / "table.md").read_text(encoding="utf-8").splitlines()
+    assert [line.split("|")[1].strip() for line in markdown[2:]] == ["no clipping", "`clip_by_global_norm(1.0)`"]
+
+
+def test_every_rate_and_seed_is_in_the_file_of_a_program(finished):
+    found = json.loads((finished.folder / "programs" / "regression-none.json").read_text(encoding="utf-8"))
+    assert (found["rates"], found["seeds"], found["steps"]) == (RATES, 2, 4)
+    assert found["unspiked"] is None
+    losses = np.array(found["held_out"])
+    assert losses.shape == (len(RATES), 2)
+    assert len(np.unique(losses)) == losses.size  # each run is one of its own
+    assert np.ptp(losses[0] / losses[1]) < 0.1  # the smallest rates hardly train
+
+
+def test_figures_are_pngs_of_a_readable_size(finished):
+    for name in ("ranges.png", "losses.png"):
+        start = (finished.folder / name).read_bytes()[:24]
+        assert start.startswith(b"\x89PNG\r\n\x1a\n")
+        assert np.all(np.frombuffer(start[16:], ">u4") > 200)
+
+
+def test_a_second_sweep_trains_nothing_and_prints_the_same(capsys, monkeypatch, finished):
+    before = contents(finished.folder)
+    for name in ("losses", "prepare"):
+        monkeypatch.setattr(job, name, lambda *_args, **_kwargs: pytest.fail("all of it was finished"))
+    code, out, err = SWEEP.run(capsys, *SHORT, "--out", finished.folder)
+    assert (code, err) == (0, "")
+    assert out == finished.out.replace("0 of 2 programs finished", "2 of 2 programs finished")
+    assert contents(finished.folder) == before
+
+
+@pytest.mark.parametrize("changed", [("--steps", 5), ("--seeds", 1)])
+def test_other_settings_are_refused_and_nothing_is_changed(capsys, monkeypatch, finished, changed):
+    before = files(finished.folder)
+    monkeypatch.setattr(job, "losses", lambda *_args: pytest.fail("the settings are others, and still it trains"))
+    name = changed[0].removeprefix("--")
+    complaint = f"regression-none.json' has other settings ({name} "
+    SWEEP.assert_refused(capsys, complaint, *SHORT, *changed, "--out", finished.folder)
+    assert files(finished.folder) == before
+
+
+# Resumed. What trains is replaced, so that these compile nothing.
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """The names of the methods that were trained, in order; the losses depend on the method's name."""
+    names = []
+
+    def losses(prepared, method, rates):
+        names.append(method.name)
+        rng = np.random.default_rng(list(method.name.encode()))
+        shape = (len(rates), len(prepared.seen.bad))
+        return Losses(
+            rng.uniform(1, 2, shape), np.where(rng.random(shape) < 0.2, np.nan, rng.uniform(1, 2, shape)), None
+        )
+
+    monkeypatch.setattr(job, "losses", losses)
+    return names
+
+
+def test_cut_off_and_resumed_gives_what_an_uncut_sweep_gives(capsys, monkeypatch, trained, ctrl_c, tmp_path):
+    asked = ("--tasks", "regression", "--clippers", "none,clip,zclip,adagc", "--steps", 3)
+    code, uncut, _ = SWEEP.run(capsys, *asked, "--out", tmp_path / "uncut")
+    assert (code, trained) == (0, ["none", "clip", "zclip", "adagc"])
+    trained.clear()
+
+    losses = job.losses
+    with monkeypatch.context() as patch:
+
+        def interrupted(prepared, method, rates):
+            if method.name == "clip":
+                ctrl_c()
+            return losses(prepared, method, rates)
+
+        patch.setattr(job, "losses", interrupted)
+        code, out, err = SWEEP.run(capsys, *asked, "--out", tmp_path / "cut")
+    assert (code, trained) == (130, ["none", "clip"])  # the program under way is finished, and kept
+    assert err.splitlines()[-1] == "interrupted; 2 of 4 programs finished; the same command goes on from there"
+    assert "decades" not in out
+    assert set(files(tmp_path / "cut")) == {"programs/regression-none.json", "programs/regression-clip.json"}
+
+    code, resumed, _ = SWEEP.run(capsys, *asked, "--out", tmp_path / "cut")
+    assert (code, trained) == (0, ["none", "clip", "zclip", "adagc"])
+    assert contents(tmp_path / "cut") == contents(tmp_path / "uncut")
+    assert resumed.replace("2 of 4", "0 of 4").replace("/cut", "/uncut") == uncut
+
+
+def test_more_methods_and_tasks_can_be_added(capsys, trained, tmp_path):
+    asked = ("--steps", 3, "--out", tmp_path)
+    SWEEP.run(capsys, "--tasks", "regression", "--clippers", "none", *asked)
+    code, out, _ = SWEEP.run(capsys, "--tasks", "characters,regression", "--clippers", "clip,none", *asked)
+    assert (code, trained) == (0, ["none", "clip", "none", "clip"])
+    assert "1 of 4 programs finished before" in out
+    table = read(tmp_path / "table.csv")
+    assert [(line["task"], line["row"]) for line in table] == [
+        ("characters", "clip"),
+        ("characters", "none"),
+        ("regression", "clip"),
+        ("regression", "none"),
+    ]
+
+
+def test_interrupted_at_once_leaves_no_folder(capsys, monkeypatch, tmp_path):
+    def interrupted(*_args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(job, "losses", interrupted)
+    code, _, err = SWEEP.run(capsys, *SHORT, "--out", tmp_path / "new" / "out")
+    assert (code, list(tmp_path.iterdir())) == (130, [])
+    assert "0 of 2 programs finished" in err
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"task": "regression"}', "half a fi", "[" * 200_000], ids=lambda each: each[:9]
+)
+def test_a_file_of_something_else_is_refused(capsys, trained, tmp_path, content):
+    path = tmp_path / "programs" / "regression-none.json"
+    path.parent.mkdir()
+    path.write_text(content, encoding="utf-8")
+    SWEEP.assert_refused(capsys, "regression-none.json' is no result of a sweep", *SHORT, "--out", tmp_path)
+    assert (trained, path.read_text(encoding="utf-8")) == ([], content)
+
+
+def test_a_method_that_has_other_arguments_now_is_refused(capsys, monkeypatch, trained, tmp_path):
+    SWEEP.run(capsys, *SHORT, "--out", tmp_path)
+    trained.clear()
+    monkeypatch.setitem(METHODS, "none", METHODS["none"]._replace(shown="no clipping at all"))
+    SWEEP.assert_refused(capsys, "regression-none.json' has other settings (no clipping)", *SHORT, "--out", tmp_path)
+    assert trained == []
+
+
+def with_rows_missing(found):
+    return found | {"held_out": found["held_out"][:3]}
+
+
+def with_a_number_beyond_floats(found):
+    return found | {"held_out": [[10**400] * 2, *found["held_out"][1:]]}
+
+
+@pytest.mark.parametrize("spoilt", [with_rows_missing, with_a_number_beyond_floats])
+def test_a_file_with_other_numbers_is_refused(capsys, trained, tmp_path, spoilt):
+    SWEEP.run(capsys, *SHORT, "--out", tmp_path)
+    path = tmp_path / "programs" / "regression-none.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(spoilt(content)), encoding="utf-8")
+    trained.clear()
+    SWEEP.assert_refused(capsys, "regression-none.json' is no result of a sweep", *SHORT, "--out", tmp_path)
+    assert trained == []
+
+
+def test_another_precision_is_refused(capsys, trained, tmp_path):
+    SWEEP.run(capsys, *SHORT, "--out", tmp_path)
+    trained.clear()
+    with jax.enable_x64(True):
+        SWEEP.assert_refused(capsys, "now optaxclip", *SHORT, "--out", tmp_path)
+    assert trained == []
+
+
+# Bad input: one line, code 2, and no training.
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    monkeypatch.setattr(job, "losses", lambda *_args: pytest.fail("the input is bad, and still it trains"))
+
+
+@pytest.mark.usefixtures("no_training")
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ("--steps 0", "--steps: must be at least 1"),
+        ("--steps many", "--steps: must be a whole number, got 'many'"),
+        ("--seeds 0", "--seeds: must be at least 1"),
+        ("--seeds 4294967296", "--seeds: must be at least 1 and less than 2**31"),
+        ("--tasks digit", "no task is called 'digit' (did you mean digits?)"),
+        ("--clippers clipy", "no clipper is called 'clipy' (did you mean clippy?)"),
+        ("--clippers none,", "no clipper is called ''"),
+        ("--out=", "--out: must not be empty"),
+        ("--rates 3", "unrecognized arguments"),
+    ],
+)
+def test_a_bad_command_line_gives_one_line(capsys, monkeypatch, tmp_path, arguments, complaint):
+    monkeypatch.chdir(tmp_path)
+    SWEEP.assert_refused(capsys, complaint, *arguments.split())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("no_training")
+@pytest.mark.parametrize(
+    ("module", "complaint"),
+    [
+        ("tqdm", "tqdm: pip install 'optaxclip[demo]'"),
+        ("matplotlib", "matplotlib: pip install 'optaxclip[demo]'"),
+        ("sklearn.datasets", "the digits need scikit-learn: pip install -e '.[notebooks]'"),
+        ("pydoc_data.topics", "this Python has no pydoc_data.topics"),
+    ],
+)
+def test_a_missing_module_gives_one_line(capsys, monkeypatch, tmp_path, module, complaint):
+    for each in (module, module.partition(".")[0]) if module.startswith("sklearn") else (module,):
+        monkeypatch.setitem(sys.modules, each, None)
+    task = {"pydoc_data.topics": "characters"}.get(module, "spikes" if "sklearn" in module else "regression")
+    SWEEP.assert_refused(capsys, complaint, "--tasks", task, "--out", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_task_without_digits_needs_no_scikit_learn(capsys, monkeypatch, trained, tmp_path):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    assert SWEEP.run(capsys, *SHORT, "--out", tmp_path)[0] == 0
+    assert trained == ["none", "clip_by_global_norm"]
+
+
+def test_an_out_that_is_a_file_gives_one_line(capsys, tmp_path):
+    (tmp_path / "file").write_text("untouched", encoding="utf-8")
+    SWEEP.assert_refused(capsys, "file': it is not a folder", *SHORT, "--out", tmp_path / "file")
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "untouched"
+
+
+@pytest.mark.slow
+def test_as_a_process_with_warnings_as_errors(tmp_path):
+    command_line = [sys.executable, "-W", "error", "-m", "tests.benchmarks.sweep", *map(str, SHORT)]
+    done = subprocess.run(
+        command_line, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in (tmp_path / "sweep").iterdir()} == {*FILES, "programs"}  # the default folder
+
+
+def test_list_names_every_task_and_method(capsys):
+    code, out, err = SWEEP.run(capsys, "--list")
+    assert (code, err) == (0, "")
+    named = [line.split()[0] for line in out.splitlines() if line]
+    assert named == ["Tasks", *TASKS, "Clippers", *METHODS]
+
+
+# Scores, by hand.
+
+RATE = np.array([0.01, 0.1, 1.0, 10.0])
+
+
+def program(held_out, train=None, unspiked=None):
+    arrays = (held_out if train is None else train, held_out, unspiked)
+    return Losses(*(None if each is None else np.array(each, float) for each in arrays))
+
+
+def test_a_range_ends_where_the_line_between_two_rates_crosses_the_limit():
+    low, high, open_ended = scores.good_range(np.array([3.0, 1.0, 1.0, 1.4]), RATE, 1.2)
+    assert low == pytest.approx(0.1 * 10**-0.1)  # a tenth of the way from 1 to 3
+    assert high == pytest.approx(10**0.5)  # halfway from 1 to 1.4
+    assert not open_ended
+
+
+@pytest.mark.parametrize(
+    ("medians", "expected"),
+    [
+        ([1.0, 1.0, 1.0, 1.0], (0.01, 10.0, True)),
+        ([1.0, np.inf, np.inf, np.inf], (0.01, 0.01, True)),
+        ([np.inf, 1.0, np.inf, np.inf], (0.1, 0.1, False)),  # it stays at the rate itself
+        ([np.inf, 1.2, 1.0, np.inf], (0.1, 1.0, False)),  # at the limit is good
+        ([1.0, np.inf, 1.1, np.inf], (0.01, 0.01, True)),  # what is good beyond a gap does not count
+        ([1.2, 1.1, 1.0, np.inf], (0.01, 1.0, True)),  # to the first rate from elsewhere
+        ([np.inf, 1.0, 1.1, 1.2], (0.1, 10.0, True)),  # and to the last
+        ([1.3, 1.3, 1.3, 1.3], None),
+        ([np.inf] * 4, None),
+    ],
+)
+def test_ranges_at_the_ends_with_gaps_and_without_anything_good(medians, expected):
+    low, high, open_ended = scores.good_range(np.array(medians), RATE, 1.2)
+    if expected is None:
+        assert (np.isnan(low), np.isnan(high), open_ended) == (True, True, False)
+    else:
+        assert (low, high, open_ended) == expected
+
+
+def test_nothing_is_good_where_every_loss_of_every_method_is_lost():
+    lost = scores.scores({"a": program([[np.nan]] * 4), "b": program([[np.inf]] * 4)}, RATE, None)
+    for score in lost.values():
+        assert (score.best_loss, score.decades, score.open_ended, score.survived) == (np.inf, 0.0, False, None)
+        assert np.isnan([score.best_rate, score.spread, score.low, score.high, score.gap]).all()
+
+
+def test_a_seed_that_is_lost_is_the_worst_of_the_median():
+    np.testing.assert_array_equal(
+        scores.median(np.array([[1.0, 2.0, 3.0], [1.0, np.nan, 3.0], [1.0, np.nan, np.inf]])), [2.0, 3.0, np.inf]
+    )
+
+
+def test_scores_of_two_methods_share_one_limit():
+    found = scores.scores(
+        {
+            "good": program(
+                [[9, 9, 9], [2, 1, 3], [2, 2, 2], [np.nan] * 3], train=[[9, 9, 9], [1, 1, 1], [0, 0, 0], [0] * 3]
+            ),
+            "bad": program([[9, 9, 9], [3, 3, 3], [9, 9, 9], [9, 9, 9]]),
+            "lame": program([[9, 9, 9], [9, 9, 9], [2.05, np.nan, 2.05], [9, 9, 9]], train=[[1] * 3] * 4),
+        },
+        RATE,
+        None,
+    )
+    good, bad, lame = found["good"], found["bad"], found["lame"]
+    assert (good.best_loss, good.best_rate, good.spread, good.gap) == (2.0, 0.1, 2.0, 1.0)  # of two rates the smaller
+    assert good.low == pytest.approx(0.1 * 10 ** (-0.1 / 7))  # the limit is 2.1
+    assert good.high == 1.0
+    assert good.decades == pytest.approx(1 + 0.1 / 7)
+    assert (bad.best_loss, bad.decades) == (3.0, 0.0)
+    assert (lame.best_loss, lame.best_rate, lame.spread, lame.gap) == (2.05, 1.0, np.inf, pytest.approx(1.05))
+    assert 0 < lame.decades < 0.02
+
+
+def test_survived_counts_the_runs_that_learn_without_spikes():
+    spiked = program(
+        held_out=[[1.4, 1.6], [np.nan, np.inf], [1.5, 0.1]],
+        unspiked=[[1.0, 1.0], [1.0, 1.0], [2.0, np.nan]],  # the last two do not learn: a guess is 4
+    )
+    assert scores.survived(spiked, 4.0) == 1 / 4
+    assert scores.survived(spiked, 1.0) is None  # none learns
+    assert scores.survived(program(held_out=[[0.7, 0.8]], unspiked=[[0.5, 0.5]]), 4.0) == 1 / 2
+
+
+# What is compared.
+
+
+def transformations():
+    return {name for name in optaxclip.__all__ if callable(getattr(optaxclip, name))} - set(NOT_TRANSFORMATIONS)
+
+
+def test_every_transformation_of_the_library_is_in_a_row_or_has_a_reason(monkeypatch):
+    built = record_calls(monkeypatch, optaxclip, transformations())
+    recorded = runpy.run_path(methods.__file__)["METHODS"]  # again, with what records
+    for method in recorded.values():
+        method.optimizer(optax.identity(), 0.1)
+    assert transformations() - built == set(EXCEPTIONS)
+
+
+def test_optax_is_compared_too():
+    names = ["clip", "clip_by_global_norm", "clip_by_block_rms", "adaptive_grad_clip", "apply_if_finite"]
+    assert [name for name in METHODS if name.startswith("optax.")] == [f"optax.{name}" for name in names]
+
+
+def test_a_method_stands_where_it_says():
+    """What reaches the parameters, by the place of a clip of values at 1; the scaling multiplies by 10."""
+    grads, params = {"layer": jnp.full(4, 3.0)}, {"layer": jnp.ones(4)}
+    expected = {"before": 1.0, "between": 0.1, "last": 1.0, "instead": 0.1}
+    found = {}
+    for name in expected:
+        clip = getattr(methods, f"_{name}")("name", "shown", lambda: optax.clip(1.0))
+        assert clip.place == name
+        optimizer = clip.optimizer(optax.scale(10.0), 0.1)
+        updates, _ = optimizer.update(grads, optimizer.init(params), params)
+        found[name] = -float(updates["layer"][0])
+    assert found == pytest.approx(expected)
+    assert {method.place for method in METHODS.values()} == set(PLACES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_every_method_can_be_traced_in_every_task(task):
+    if task.name in {"digits", "spikes"}:
+        pytest.importorskip("sklearn", reason="the digits: pip install -e '.[notebooks]'")
+    prepared = programs.prepare(task, seeds=1, steps=2)
+    one_seed = jax.tree.map(lambda leaf: leaf[0], prepared.seen)
+    for method in METHODS.values():
+        run = programs._run(task, method)
+        out = jax.eval_shape(run, jnp.asarray(True), jnp.asarray(0.1), one_seed)
+        shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), (out, one_seed.params))
+        assert shapes[0] == shapes[1], method.name
+
+
+# A task whose gradient is what a seed sees: its parameter ends at minus the learning rate times the sum of that.
+
+EVERY = Task(
+    name="sum",
+    about="",
+    loss="",
+    steps=1,
+    optimizer="SGD",
+    scaling=optax.identity,
+    load=lambda: np.arange(1.0, 101.0) / 100,
+    data=lambda rng, loaded: rng.permutation(loaded),
+    init=lambda _rng, _data: {"layer": np.zeros(())},
+    examples=len,
+    batch_size=2,
+    batch=lambda places, data: data[places].mean(),
+    objective=lambda params, batch: params["layer"] * batch,
+    measure=lambda params, data: Measured(params["layer"], params["layer"]),
+)
+SPIKY = EVERY._replace(spikes=Spikes(every=5, factor=100.0, spoil=lambda batch: -batch, guess=1.0))
+
+
+def test_equal_seeds_see_equal_batches_whatever_the_method_and_the_rate():
+    # Neither bound is reached in so few steps: what differs is the state, and what goes into the program.
+    prepared = programs.prepare(EVERY, seeds=3, steps=7)
+    rates = [0.001, 0.01, 0.1]
+    sums = {}
+    for name in ("none", "clip_by_history", "clip"):
+        held_out = programs.losses(prepared, METHODS[name], rates).held_out
+        sums[name] = -held_out / np.array(rates)[:, None]
+    for found in sums.values():
+        np.testing.assert_allclose(found, np.broadcast_to(sums["none"][:1], (3, 3)), rtol=1e-5)
+    seeds = sums["none"][0]
+    assert len(np.unique(seeds)) == 3
+    data, places = np.asarray(prepared.seen.data), np.asarray(prepared.seen.places)
+    by_hand = [data[seed][places[seed]].mean(axis=1).sum() for seed in range(3)]
+    np.testing.assert_allclose(seeds, by_hand, rtol=1e-5)
+
+
+def test_one_after_the_other_gives_what_together_gives():
+    together = METHODS["clip"]
+    prepared = programs.prepare(SPIKY, seeds=2, steps=6)
+    expected, found = (
+        programs.losses(prepared, method, [0.01, 0.1, 1.0]) for method in (together, together._replace(together=False))
+    )
+    assert expected.held_out.shape == (3, 2)
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-6), found, expected)
+
+
+def test_a_seed_sees_the_same_again_and_beside_more_seeds():
+    few, many = (programs.prepare(TASKS["regression"], seeds=seeds, steps=5).seen for seeds in (1, 3))
+    jax.tree.map(lambda one, other: np.testing.assert_array_equal(one[0], other[0]), few, many)
+
+
+def test_one_step_in_so_many_is_bad_and_only_where_there_are_spikes():
+    prepared = programs.prepare(SPIKY, seeds=2, steps=12)
+    bad = np.asarray(prepared.seen.bad)
+    np.testing.assert_array_equal(bad[:, :10].reshape(2, 2, 5).sum(axis=-1), 1)
+    found = programs.losses(prepared, METHODS["none"], [0.1])
+    seen = prepared.seen.data[jnp.arange(2)[:, None, None], prepared.seen.places].mean(axis=-1)
+    np.testing.assert_allclose(found.unspiked[0], -0.1 * seen.sum(axis=1), rtol=1e-5)
+    np.testing.assert_allclose(found.held_out[0], -0.1 * (seen * np.where(bad, -100.0, 1.0)).sum(axis=1), rtol=1e-5)
+
+
+def test_what_is_not_finite_is_nan():
+    prepared = programs.prepare(EVERY, seeds=1, steps=9)
+    found = programs.losses(prepared, METHODS["none"], [3e38, 0.1])  # nine times a half of it overflows
+    assert (np.isnan(found.held_out[0, 0]), np.isfinite(found.held_out[1, 0])) == (True, True)
+
+
+# The tasks.
+
+
+def test_the_convolution_is_that_of_jax(rng):
+    images = jnp.asarray(rng.normal(size=(2, 8, 8, 3)), jnp.float32)
+    layer = {"kernel": jnp.asarray(rng.normal(size=(3, 3, 3, 4)), jnp.float32), "bias": jnp.arange(4.0)}
+    expected = jax.lax.conv_general_dilated(
+        images, layer["kernel"], (2, 2), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    expected = jax.nn.relu(expected + layer["bias"][None, None, None])
+    np.testing.assert_allclose(digits._convolved(images, layer), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_network_predicts_each_character_from_those_before_it():
+    data = {"train": np.arange(100) % 5, "held_out": np.arange(90) % 5, "alphabet": np.arange(5)}
+    params = jax.tree.map(jnp.asarray, characters._init(np.random.default_rng(0), data))
+    batch = characters.CHARACTERS.batch(jnp.array([3, 0]), jax.tree.map(jnp.asarray, data))
+    assert batch[:, :3].tolist() == [[3, 4, 0], [0, 1, 2]]
+    assert batch.shape == (2, characters.SEQUENCE + 1)
+    loss = characters._objective(params, batch)
+    assert float(loss) == pytest.approx(np.log(5), rel=1e-3)  # it has learnt nothing
+    # The last character is predicted, and read by none.
+    gradient = jax.grad(lambda read: characters._objective(params | {"read": read}, batch[:1, :3]))(params["read"])
+    assert np.flatnonzero(np.abs(gradient).sum(axis=1)).tolist() == [3, 4]
+
+
+def test_the_digits_of_a_seed_are_split_and_a_tenth_of_the_labels_is_wrong():
+    loaded = {"images": np.arange(1797), "labels": np.arange(1797) % 10}
+    first, second = (digits._data(np.random.default_rng(seed), loaded) for seed in range(2))
+    assert sorted([*first["train"][0], *first["held_out"][0]]) == list(range(1797))
+    assert first["train"][0].tolist() != second["train"][0].tolist()
+    for images, labels in first.values():
+        assert 0.07 < np.mean(labels != images % 10) < 0.13
+        assert set(labels) == set(range(10))
+
+
+# Tables and figures.
+
+
+def shown(found):
+    """A report on hand-made losses: by task, by method."""
+    tasks = [TASKS[name] for name in found]
+    compared = [METHODS[name] for name in next(iter(found.values()))]
+    return report.report(tasks, compared, RATE, found)
+
+
+@pytest.fixture
+def mixed():
+    lost = [[np.nan] * 3] * 4
+    tables_ = {
+        "none": program(lost, lost),
+        "clip": program([[9, 9, 9], [1, 1, 1.4], [1, 1, 1], [1, 1, 1]], train=[[0.5] * 3] * 4),
+        "zclip": program([[9, 9, 9], [1.2, 1.2, 1.2], [1e5] * 3, [np.nan] * 3]),
+    }
+    spikes = {name: losses._replace(unspiked=np.ones((4, 3))) for name, losses in tables_.items()}
+    return shown({"regression": tables_, "spikes": spikes})
+
+
+def test_the_table_says_plainly_what_is_lost_and_what_is_open(mixed):
+    lines = [re.split(r"\s{2,}", line.strip()) for line in tables.text(mixed).splitlines()]
+    assert lines[0] == ["regression", "spikes"]
+    assert lines[1] == ["method", *["decades", "loss", "gap"] * 2, "survived"]
+    assert lines[3] == ["no clipping", "-", "lost", "-", "-", "lost", "-", "0%"]
+    assert lines[4] == ["clip(1.0)", ">=2.01", "1.000", "+0.500", ">=2.01", "1.000", "+0.500", "75%"]
+    assert lines[5] == ["zclip(2.5)", "-", "1.200", "+0.000", "-", "1.200", "+0.000", "25%"]
+    widths = {len(line) for line in tables.text(mixed).splitlines()[1:]}
+    assert len(widths) == 1
+
+
+def test_the_markdown_table_has_the_same_numbers(mixed):
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in tables.markdown(mixed).splitlines()]
+    assert lines[0] == ["method", "regression", "spikes", "gap, regression", "survived, spikes"]
+    assert lines[2] == ["no clipping", "- (lost)", "- (lost)", "-", "0%"]
+    assert lines[3] == ["`clip(1.0)`", ">=2.01 (1.000)", ">=2.01 (1.000)", "+0.500", "75%"]
+
+
+def test_the_csv_has_them_unrounded(mixed, tmp_path):
+    tables.write_csv(tmp_path / "table.csv", mixed)
+    lines = read(tmp_path / "table.csv")
+    assert [(line["task"], line["row"]) for line in lines] == list(
+        itertools.product(["regression", "spikes"], ["none", "clip", "zclip"])
+    )
+    assert (lines[0]["best_loss"], lines[0]["survived"], lines[1]["open_ended"]) == ("inf", "", "1")
+    assert float(lines[4]["decades"]) == mixed.scores["spikes"]["clip"].decades
+    assert float(lines[4]["survived"]) == 0.75
+
+
+@pytest.fixture
+def drawn(monkeypatch, tmp_path):
+    """The figures that are drawn, by the name of the file."""
+    saved = {}
+    save = Figure.savefig
+
+    def saving(figure, path, **kwargs):
+        saved[Path(path).name] = figure
+        save(figure, path, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", saving)
+
+    def draw(found):
+        figures.write_ranges(tmp_path / "ranges.png", found)
+        figures.write_losses(tmp_path / "losses.png", found)
+        return saved["ranges.png"], saved["losses.png"]
+
+    return draw
+
+
+def test_the_figures_show_ranges_and_losses(drawn, mixed):
+    ranges, losses = drawn(mixed)
+    first = ranges.axes[0]
+    assert [label.get_text() for label in first.get_yticklabels()] == ["no clipping", "clip(1.0)", "zclip(2.5)"]
+    (good,) = (line for line in first.lines if line.get_label() == "good")
+    score = mixed.scores["regression"]["clip"]
+    assert (list(good.get_xdata()), list(good.get_ydata())) == ([score.low, score.high], [1, 1])
+    crosses = [line for line in first.lines if line.get_label() == "not finite"]
+    assert [len(line.get_xdata()) for line in crosses] == [4, 0, 1]
+    seeds = [list(line.get_xdata()) for line in losses.axes[0].lines if line.get_label() == "seeds"]
+    assert seeds == [[1.0, 1.4], [1.2, 1.2]]
+    assert "beyond the axis" in {text.get_text() for text in losses.legends[0].get_texts()}
+
+
+@pytest.mark.parametrize("value", [np.nan, 0.0, 1e-30, 3e38], ids=str)
+def test_any_loss_can_be_drawn(drawn, value):
+    for figure in drawn(shown({"regression": {"none": program([[value]] * 4)}})):
+        low, high = figure.axes[0].get_xlim()
+        assert -np.inf < low < high < np.inf

@@ -1,0 +1,254 @@
+"""`contrib.qk_clip` against a transcription of algorithm 1 of the report of Kimi K2, in NumPy's float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optaxclip as oc
+from optaxclip.contrib import Projection, qk_clip
+from tests.support.meshes import AUTO, EXPLICIT, P, put
+
+MODEL, HEADS, DIM, ROTARY = 3, 4, 6, 2
+LOGITS = np.array([400.0, 50.0, 1e4, 100.0], np.float32)
+QUERY, KEY = Projection("query"), Projection("key")
+
+
+def reference(w, kind, logits, axis, bound=100.0, alpha=0.5, queries_per_key=1, tail=0):
+    """arXiv:2507.20534, algorithm 1, for weights with an axis of heads, and one of their entries behind it."""
+    w = np.array(w, np.float64)
+    etas = np.minimum(1.0, bound / np.max(np.reshape(np.float64(logits), (-1, queries_per_key)), axis=1))
+    etas = np.repeat(etas, queries_per_key) if kind == "query" else etas
+    for head, eta in enumerate(etas):
+        at = (slice(None),) * axis + (head,)
+        own, rest = (eta**alpha, eta) if kind == "query" else (eta ** (1 - alpha), 1.0)
+        size = w.shape[axis + 1]
+        w[at] *= np.reshape([own] * (size - tail) + [rest] * tail, (size,) + (1,) * (w.ndim - axis - 2))
+    return w
+
+
+def numbers(rng, *shape, dtype=jnp.float32):
+    return jnp.asarray(rng.normal(size=shape), dtype)
+
+
+def after(tx, params, updates, logits):
+    updates, _ = tx.update(updates, tx.init(params), params, max_logits=logits)
+    return jax.tree.map(lambda w, u: np.float64(w) + np.float64(u), params, updates)
+
+
+@pytest.mark.parametrize("alpha", [0.5, 0.0, 0.3, 1.0])
+def test_multi_head(rng, alpha):
+    params = {"q": numbers(rng, MODEL, HEADS, DIM), "k": numbers(rng, MODEL, HEADS, DIM), "v": numbers(rng, 5)}
+    updates = jax.tree.map(lambda w: 0.1 * numbers(rng, *w.shape), params)
+    tx = qk_clip(100.0, projections={"q": QUERY, "k": KEY, "v": None}, alpha=alpha)
+    found = after(tx, params, updates, LOGITS)
+    moved = jax.tree.map(lambda w, u: np.float64(w) + np.float64(u), params, updates)
+    np.testing.assert_allclose(found["q"], reference(moved["q"], "query", LOGITS, 1, alpha=alpha), atol=1e-6)
+    np.testing.assert_allclose(found["k"], reference(moved["k"], "key", LOGITS, 1, alpha=alpha), atol=1e-6)
+    np.testing.assert_array_equal(found["v"], moved["v"])
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_grouped_queries(rng, merged):
+    """Two query heads to a key head: the group has the factor of the larger logit."""
+    q, k = numbers(rng, MODEL, HEADS, DIM), numbers(rng, MODEL, HEADS // 2, DIM)
+    params = {"q": q.reshape(MODEL, -1) if merged else q, "k": k.reshape(MODEL, -1) if merged else k}
+    axis = -1 if merged else -2
+    specs = {"q": Projection("query", axis), "k": Projection("key", axis)}
+    tx = qk_clip(projections=specs, queries_per_key=2)
+    found = after(tx, params, jax.tree.map(jnp.zeros_like, params), LOGITS)
+    for name, kind, whole in (("q", "query", q), ("k", "key", k)):
+        expected = reference(whole, kind, LOGITS, 1, queries_per_key=2)
+        np.testing.assert_allclose(found[name].reshape(whole.shape), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["heads", "merged", "torch"])
+def test_latent_attention(rng, layout):
+    """Rotary queries get the whole factor, values and the shared rotary key none."""
+    q, kv = numbers(rng, MODEL, HEADS, DIM + ROTARY), numbers(rng, MODEL, HEADS, DIM + 5)
+    lay = {
+        "heads": lambda w: w,
+        "merged": lambda w: w.reshape(MODEL, -1),
+        "torch": lambda w: w.reshape(MODEL, -1).T,
+    }[layout]
+    axis = {"heads": -2, "merged": -1, "torch": 0}[layout]
+    params = {"q_up": lay(q), "kv_up": lay(kv), "k_rotary": numbers(rng, MODEL, ROTARY)}
+    specs = {"q_up": Projection("query", axis, ROTARY), "kv_up": Projection("key", axis, 5)}
+    found = after(qk_clip(projections=specs.get), params, jax.tree.map(jnp.zeros_like, params), LOGITS)
+    for name, kind, whole, tail in (("q_up", "query", q, ROTARY), ("kv_up", "key", kv, 5)):
+        expected = lay(jnp.asarray(reference(whole, kind, LOGITS, 1, tail=tail), jnp.float32))
+        np.testing.assert_allclose(found[name], expected, atol=1e-6)
+    np.testing.assert_array_equal(found["k_rotary"], params["k_rotary"])
+
+
+def test_the_largest_logit_comes_to_the_bound(rng):
+    """The same batch again, with the weights afterwards, in attention itself; biases are weights, too."""
+    shapes = {"w": (MODEL, HEADS, DIM), "b": (HEADS, DIM)}
+    params = {name: {at: 20 * numbers(rng, *shape) for at, shape in shapes.items()} for name in "qk"}
+    x = numbers(rng, 8, MODEL)
+
+    def largest(params):
+        q, k = (jnp.einsum("nm,mhd->hnd", x, params[name]["w"]) + params[name]["b"][:, None] for name in "qk")
+        return jnp.max(jnp.einsum("hnd,hmd->hnm", q, k), axis=(1, 2))
+
+    before = largest(params)
+    tx = qk_clip(float(jnp.sort(before)[1]), projections={"q": QUERY, "k": KEY})
+    found = after(tx, params, jax.tree.map(jnp.zeros_like, params), before)
+    expected = jnp.minimum(before, jnp.sort(before)[1])
+    np.testing.assert_allclose(largest(jax.tree.map(jnp.float32, found)), expected, rtol=1e-5)
+
+
+def test_layers(rng):
+    """A dict has logits for each layer, stacked layers have them in one array; None and other layers are left."""
+    layers = {f"layer_{i}": {"q": numbers(rng, MODEL, HEADS, DIM), "out": numbers(rng, 3)} for i in range(3)}
+    zeros = jax.tree.map(jnp.zeros_like, layers)
+    tx = qk_clip(projections=lambda path: QUERY if path.endswith("q") else None)
+    found = after(tx, layers, zeros, {"layer_0": LOGITS, "layer_1": None, "layer_2": {"q": LOGITS[::-1].copy()}})
+    for i, logits in enumerate([LOGITS, np.ones(HEADS), LOGITS[::-1]]):
+        expected = reference(layers[f"layer_{i}"]["q"], "query", logits, 1)
+        np.testing.assert_allclose(found[f"layer_{i}"]["q"], expected, atol=1e-6)
+    stacked = jnp.stack([layers["layer_0"]["q"], layers["layer_2"]["q"]])
+    both = after(qk_clip(projections=QUERY), stacked, jnp.zeros_like(stacked), np.stack([LOGITS, LOGITS[::-1]]))
+    np.testing.assert_allclose(both, np.stack([found["layer_0"]["q"], found["layer_2"]["q"]]), atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, -5.0, 0.0, 1e-40])
+def test_logits_that_ask_for_nothing(rng, bad):
+    w, u = numbers(rng, MODEL, HEADS, DIM), numbers(rng, MODEL, HEADS, DIM)
+    logits = LOGITS.copy()
+    logits[2] = bad
+    tx = qk_clip(projections=QUERY)
+    found, _ = tx.update(u, tx.init(w), w, max_logits=logits)
+    np.testing.assert_array_equal(found[:, [1, 2, 3]], u[:, [1, 2, 3]])  # bit for bit
+    np.testing.assert_allclose(w[:, 0] + found[:, 0], 0.5 * (w[:, 0] + u[:, 0]), atol=1e-6)
+
+
+def test_no_logits_at_a_step(rng):
+    w, u = numbers(rng, MODEL, HEADS, DIM), numbers(rng, MODEL, HEADS, DIM)
+    tx = qk_clip(projections=QUERY)
+    np.testing.assert_array_equal(tx.update(u, tx.init(w), w, max_logits=None)[0], u)
+
+
+@pytest.mark.parametrize("size", [1e38, 3e38])
+def test_extreme_logits(rng, size):
+    w = numbers(rng, MODEL, HEADS, DIM)
+    found = after(qk_clip(1e-3, projections=QUERY), w, jnp.zeros_like(w), np.full(HEADS, size, np.float32))
+    assert np.all(np.isfinite(found))
+    np.testing.assert_allclose(found, 0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_narrow_weights(rng, dtype):
+    w, u = numbers(rng, MODEL, HEADS, DIM, dtype=dtype), 0.1 * numbers(rng, MODEL, HEADS, DIM, dtype=dtype)
+    tx = qk_clip(projections=QUERY)
+    found, _ = tx.update(u, tx.init(w), w, max_logits=jnp.asarray(LOGITS))
+    assert found.dtype == w.dtype
+    expected = reference(np.float64(w) + np.float64(u), "query", LOGITS, 1)
+    np.testing.assert_allclose(np.float64(w) + np.float64(found), expected, atol=4 * float(jnp.finfo(dtype).eps))
+
+
+def test_none_updates_are_left_and_a_chain_hands_the_logits_on(rng):
+    params = {"q": numbers(rng, MODEL, HEADS, DIM), "k": numbers(rng, MODEL, HEADS, DIM)}
+    tx = optax.chain(oc.clip_by_global_norm(1.0), optax.adam(0.1), qk_clip(projections={"q": QUERY, "k": KEY}))
+    grads = jax.tree.map(jnp.ones_like, params)
+    _, state = tx.update(grads, tx.init(params), params, max_logits=LOGITS)
+    step = jax.jit(lambda logits: tx.update(grads, state, params, max_logits=logits)[0])
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(step(jnp.asarray(LOGITS))))
+    alone = qk_clip(projections={"q": QUERY, "k": KEY})
+    assert alone.update({"q": grads["q"], "k": None}, alone.init(params), params, max_logits=LOGITS)[0]["k"] is None
+
+
+@pytest.mark.parametrize("split", [True, False], ids=["heads on several devices", "the model"])
+def test_in_shard_map(rng, split):
+    w, u = numbers(rng, 8, HEADS, DIM), numbers(rng, 8, HEADS, DIM)
+    tx = qk_clip(projections=QUERY)
+    spec, logits = (P(None, "data"), P("data")) if split else (P("data"), P())
+    step = jax.shard_map(
+        lambda u, w, logits: tx.update(u, tx.init(w), w, max_logits=logits)[0],
+        mesh=AUTO,
+        in_specs=(spec, spec, logits),
+        out_specs=spec,
+    )
+    expected, _ = tx.update(u, tx.init(w), w, max_logits=LOGITS)
+    np.testing.assert_allclose(jax.jit(step)(u, w, LOGITS), expected, atol=1e-6)
+
+
+def test_logits_that_differ_between_devices_are_refused(rng):
+    w = numbers(rng, MODEL, HEADS, DIM)
+    tx = qk_clip(projections=QUERY)
+    step = jax.shard_map(
+        lambda w, logits: tx.update(w, tx.init(w), w, max_logits=logits)[0],
+        mesh=AUTO,
+        in_specs=(P(), P("data")),
+        out_specs=P(),
+    )
+    with pytest.raises(ValueError, match=r"max_logits differ between the devices along mesh axes \('data',\).*pmax"):
+        jax.eval_shape(step, w, jnp.ones(4 * HEADS))
+
+
+@pytest.mark.parametrize("on", [AUTO, EXPLICIT], ids=["auto", "explicit"])
+@pytest.mark.parametrize("logits_spec", [P(), P("data")], ids=str)
+def test_under_jit_on_a_mesh(rng, on, logits_spec):
+    w, u = numbers(rng, MODEL, HEADS, DIM), numbers(rng, MODEL, HEADS, DIM)
+    tx = qk_clip(projections=QUERY)
+    expected, _ = tx.update(u, tx.init(w), w, max_logits=LOGITS)
+    spec = P(None, "data")
+    laid_out = put((u, w, jnp.asarray(LOGITS)), (spec, spec, logits_spec), on)
+    with jax.set_mesh(on):
+        found = jax.jit(lambda u, w, logits: tx.update(u, tx.init(w), w, max_logits=logits)[0])(*laid_out)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert found.sharding.is_equivalent_to(laid_out[0].sharding, 3)
+
+
+BAD = {
+    "a word": (lambda: Projection("value"), "kind must be one of 'query', 'key', got 'value'"),
+    "an axis": (lambda: Projection("key", 1.5), "axis must be a whole number, got 1.5"),
+    "a tail": (lambda: Projection("key", tail=-1), "tail must be a whole number of at least 0, got -1"),
+    "a bound of 0": (lambda: qk_clip(0.0, projections=QUERY), "max_logit must be more than 0, got 0.0"),
+    "alpha": (lambda: qk_clip(projections=QUERY, alpha=1.5), "alpha must be at least 0 and at most 1, got 1.5"),
+    "names": (lambda: qk_clip(projections={"q": "query"}), "projections must be Projections and None.*got 'query'"),
+    "nothing": (lambda: qk_clip(projections={"q": None}), "names no leaf"),
+    "no group": (lambda: qk_clip(projections=QUERY, queries_per_key=0), "queries_per_key must be a whole number"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments(name):
+    build, words = BAD[name]
+    with pytest.raises(ValueError, match=words):
+        build()
+
+
+@pytest.mark.parametrize(
+    ("options", "logits", "words"),
+    [
+        ({}, np.ones(3), r"leaf 'q' of shape \(3, 4, 6\) has no heads of shape \(3,\)"),
+        ({}, np.ones((2, HEADS)), r"no heads of shape \(2, 4\)"),
+        ({"queries_per_key": 3}, LOGITS, "max_logits has 4 heads, which queries_per_key=3 does not divide"),
+        ({}, 400.0, "max_logits must hold arrays of real numbers, one per head, got 400.0"),
+        ({}, {"k": LOGITS}, "max_logits has no entry for the leaf 'q'; it has 'k'"),
+        ({}, {"q": LOGITS, "k": LOGITS}, "max_logits has an entry for 'k', where projections names no leaf"),
+        ({"projections": Projection("query", tail=7)}, LOGITS, "have 6 entries, fewer than in"),
+        (
+            {"projections": lambda path: "query"},
+            LOGITS,
+            "projections must say Projection or None of each leaf, got 'query'",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_bad_logits(rng, options, logits, words):
+    params = {"q": numbers(rng, MODEL, HEADS, DIM)}
+    tx = qk_clip(**{"projections": QUERY} | options)
+    with pytest.raises(ValueError, match=words):
+        tx.update(params, tx.init(params), params, max_logits=logits)
+
+
+def test_missing_logits_and_parameters(rng):
+    w = numbers(rng, MODEL, HEADS, DIM)
+    tx = qk_clip(projections=QUERY)
+    with pytest.raises(ValueError, match=r"qk_clip needs update\(\.\.\., max_logits=\.\.\.\)"):
+        tx.update(w, tx.init(w), w)
+    with pytest.raises(ValueError, match="not passing `params`"):
+        tx.update(w, tx.init(w), max_logits=LOGITS)

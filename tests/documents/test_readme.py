@@ -1,0 +1,69 @@
+"""The code in README.md and in CONTRIBUTING.md runs, and prints and does what is said beside it."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import optaxclip as oc
+
+ROOT = Path(__file__).parents[2]
+
+
+def blocks(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    return re.findall(r"^```python\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def run(block, namespace):
+    exec(compile(block, "a block of code in the documentation", "exec"), namespace)
+    return namespace
+
+
+README = blocks("README.md")
+
+
+def test_the_readme_has_code():
+    assert README
+
+
+@pytest.mark.parametrize("number", range(len(README)))
+def test_a_block_of_the_readme_runs_and_prints_what_it_says(number, capsys):
+    run(README[number], {"__name__": "readme"})
+    said = re.findall(r"^print\(.*\)  # ([^;\n]+)", README[number], flags=re.MULTILINE)
+    assert capsys.readouterr().out.splitlines() == said
+
+
+@pytest.fixture(scope="module")
+def new():
+    """What the code in CONTRIBUTING.md defines."""
+    namespace = {"__name__": "contributing"}
+    for block in blocks("CONTRIBUTING.md"):
+        run(block, namespace)
+    return namespace
+
+
+def test_the_example_of_a_new_clipper_agrees_with_its_reference(new):
+    row = new["row"]
+    assert row.factory.__name__ == row.public
+    updates = {"a": np.array([0.5, -2.0], np.float32), "b": np.array([[0.25]], np.float32)}
+    tx = row.make()
+    clipped, _ = tx.update(updates, tx.init(updates))
+    expected = new["reference"](updates, *row.args)
+    for name, leaf in clipped.items():
+        np.testing.assert_allclose(leaf, expected[name], rtol=1e-6)
+    for measured, low, high in row.measured(clipped, updates).values():
+        assert low <= measured <= high * (1 + 1e-5)
+
+
+def test_the_norm_and_the_threshold_written_there_clip(new):
+    grads = {"a": np.array([0.5, -2.0], np.float32), "b": np.zeros(3, np.float32)}
+    by_norm = oc.clip_by(new["leaf_max"], oc.thresholds.constant(1.0))
+    updates, _ = by_norm.update(grads, by_norm.init(grads))
+    np.testing.assert_array_equal(updates["a"], [0.25, -1.0])
+    by_threshold, state = new["tx"], new["tx"].init(grads)  # the last one there
+    for scale, kept in ((1, 1), (8, 2), (8, 4)):
+        updates, state = by_threshold.update({**grads, "a": scale * grads["a"]}, state)
+        np.testing.assert_allclose(updates["a"], kept * grads["a"], rtol=1e-6)
+    np.testing.assert_array_equal(updates["b"], 0)

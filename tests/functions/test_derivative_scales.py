@@ -1,0 +1,133 @@
+"""Derivatives of every transformation, through three steps and their state, for gradients of every scale.
+
+What leaves the range of floats (the slope of what brings 1e-38 to 1e3) is finite all the same: it saturates, or is 0.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.flatten_util import ravel_pytree
+
+import optaxclip as oc
+from tests import table
+from tests.support import published
+
+STEPS, SIZE = 3, 4
+# These gave NaN.
+QUICK = {"zclip", "spam_clip", "scale_by_adaptive_norm", "scale_by_acclip", "scale_by_stable_adam"}
+ROWS = [
+    pytest.param(row, id=row.name, marks=() if row.name in QUICK else pytest.mark.slow)
+    for row in table.ROWS
+    if "float32" in row.dtypes and not row.bounds_weights
+]
+
+
+def tree(flat):
+    return {"dense": {"kernel": flat[:3]}, "scale": flat[3]}
+
+
+def through_steps(row, dtype):
+    """Gradients of all steps -> what comes out at each."""
+    tx = row.make()
+    params = tree(jnp.asarray([1.5, -0.6, 0.9, 1.2], dtype))
+
+    def run(gradients):
+        def step(state, each):
+            updates, state = tx.update(tree(each), state, params)
+            return state, ravel_pytree(updates)[0]
+
+        return jax.lax.scan(step, tx.init(params), gradients)[1]
+
+    return run
+
+
+def points():
+    """name -> the gradients of all steps."""
+    rng = np.random.default_rng(0)
+    base = rng.uniform(0.5, 2.0, (STEPS, SIZE)) * rng.choice([-1.0, 1.0], (STEPS, SIZE))
+    scales = (2.5e-38, 1e-36, 1e-30, 1e-22, 1e-18, 1e-10, 1.0, 1e10, 1e18, 1e22, 1e30, 1e37)
+    silent = base.copy()
+    silent[1] = 0
+    return {f"{scale:g}": base * scale for scale in scales} | {
+        "a tiny one": base * [1e-22, 1, -2, 1],
+        "far apart": base * [1e30, 1e-30, 0, 1],
+        "all small": base * [4e-38, 1e-19, 1e-3, 0],
+        "a fall": base * [[1e30], [1e-8], [1e-36]],
+        "a rise": base * [[1e-36], [1e-2], [1e36]],
+        "a step of zeros": silent,
+        "zeros": base * 0,
+        "the same": base[[0, 0, 0]],
+        "the same, small": base[[0, 0, 0]] * 1e-20,
+    }
+
+
+POINTS = {name: np.float32(point) for name, point in points().items()}
+
+
+def jacobians(row, dtype=jnp.float32):
+    """At every point, outputs and both Jacobians."""
+
+    @jax.jit
+    @jax.vmap
+    def all_of(gradients):
+        run = through_steps(row, dtype)
+        return run(gradients), jax.jacfwd(run)(gradients), jax.jacrev(run)(gradients)
+
+    return [np.asarray(x, np.float64) for x in all_of(np.stack(list(POINTS.values())).astype(dtype))]
+
+
+float32_jacobians = functools.cache(jacobians)
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_both_modes_are_finite_and_agree(row):
+    results = float32_jacobians(row)
+    for name, out, forward, reverse in zip(POINTS, *results, strict=True):
+        assert np.all(np.isfinite(out)), name
+        assert np.all(np.isfinite(forward)), name
+        assert np.all(np.isfinite(reverse)), name
+        # Below 1e-35 slopes and what they are made of are flushed to 0. A slope is the factor of a coordinate less a
+        # part of it, and where these cancel their rounding is left.
+        given = np.abs(POINTS[name])
+        factor = np.max(np.abs(out) / np.where(given > 0, given, np.inf))
+        room = 1e-4 * np.abs(forward).max() + 1e-6 * factor + 1e-35
+        np.testing.assert_allclose(forward, reverse, rtol=0, atol=room, err_msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", [row for row in table.ROWS if row.name in QUICK], ids=lambda row: row.name)
+def test_they_are_those_of_float64(row):
+    with jax.enable_x64(True):
+        right = jacobians(row, jnp.float64)[1]
+    for name, ours, theirs in zip(POINTS, float32_jacobians(row)[1], right, strict=True):
+        sizes = np.abs(POINTS[name])
+        if np.abs(theirs).max() > 1e38 or np.any((sizes > 0) & (sizes < 1e-37)):
+            continue  # no float32, or a state that is none
+        if name.startswith("the same"):
+            continue  # the kink of `max(1, excess)`
+        room = 1e-3 * np.abs(theirs).max() + 1e-35
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=room, err_msg=name)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1.0, 1e20, 1e30])
+def test_the_soft_cap_of_a_vector_has_the_slope_of_its_scale(scale):
+    tx = oc.clip_singular_values(scale, smooth=True)
+    slope = jax.grad(lambda g: tx.update(g, optax.EmptyState())[0][0])
+    np.testing.assert_allclose(slope(jnp.array([1.5 * scale])), [(1 + 1.5**2) ** -1.5], rtol=1e-5)
+    np.testing.assert_allclose(slope(jnp.zeros(1)), [1.0])
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e20, 1e37])
+def test_a_step_that_is_no_spike_has_no_slope_by_the_threshold_of_zclip(scale):
+    def last(z):
+        tx = published.zclip(z, warmup_steps=2, max_norm=None)
+        state = tx.init(jnp.zeros(1))
+        for norm in (1.0, 3.0, 2.0):
+            updates, state = tx.update(jnp.array([norm * scale]), state)
+        return updates[0]
+
+    assert jax.grad(last)(2.5) == 0

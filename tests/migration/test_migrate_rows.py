@@ -1,0 +1,107 @@
+"""`migrate` between every pair of methods, records and wrappings: what has a place is kept, nothing else differs."""
+
+import contextlib
+import inspect
+import itertools
+import warnings
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import optaxclip as oc
+from tests.support.migrating import assert_reported, numbered
+from tests.table import ROWS
+
+PARAMS = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}, "scale": jnp.ones(())}
+WRAPPINGS = {
+    "bare": lambda tx: tx,
+    "chain": lambda tx: optax.chain(tx, optax.adam(1e-3)),
+    "skip": lambda tx: oc.skip_nonfinite(optax.chain(tx, optax.adam(1e-3))),
+}
+BY_NAME = [pytest.param(row, id=row.name) for row in ROWS]
+
+
+def records_of(row):
+    """The lengths of records that a row is built with; its own arguments where it takes no record."""
+    takes = row.public == "clip_by" or "record" in inspect.signature(row.factory).parameters
+    return (0, 10, 100) if takes and row.factory.__name__ != "<lambda>" else (None,)
+
+
+def make(row, record, wrapping="bare"):
+    return WRAPPINGS[wrapping](row.factory(*row.args, **row.kwargs | ({} if record is None else {"record": record})))
+
+
+@contextlib.contextmanager
+def optimizers_may_be_dropped():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the new transformation has no place")
+        yield
+
+
+# What a wrapping adds, by the type or field in the report.
+ADDED = {
+    "bare": set(),
+    "chain": {"ScaleByAdamState"},
+    "skip": {"ScaleByAdamState", "SkipState", "SkipStats", "spikes_in_row"},
+}
+
+
+def words_of(entries):
+    """The type of each part in a list of the report, or its last key."""
+    return {note.split(",")[0] if note else path.rsplit("/", 1)[-1] for path, note in entries.items()}
+
+
+# Of all pairs of a row every fifth, of its neighbour others: what goes wrong with a pair goes wrong with many rows.
+@pytest.mark.parametrize("row", BY_NAME)
+def test_a_method_keeps_its_state_under_every_record_and_wrapping(row):
+    variants = list(itertools.product(records_of(row), WRAPPINGS))
+    built = {variant: make(row, *variant) for variant in variants}
+    initial = {variant: tx.init(PARAMS) for variant, tx in built.items()}
+    states = {variant: numbered(state) for variant, state in initial.items()}
+    pairs = list(itertools.product(variants, variants))
+    for old, new in pairs[ROWS.index(row) % 5 :: 5]:
+        with optimizers_may_be_dropped():
+            state, report = oc.migrate(built[new], PARAMS, states[old])
+        assert_reported(initial[new], states[old], state, report)
+        added = ADDED[new[1]] - ADDED[old[1]]
+        added |= {"ClipStats"} if new[0] and not old[0] else set()
+        assert words_of(report.new) <= added, report
+        if old == new:
+            chex.assert_trees_all_equal(state, states[old])
+
+
+def test_every_method_goes_into_every_other():
+    built = {row.name: make(row, None, "chain") for row in ROWS}
+    initial = {name: tx.init(PARAMS) for name, tx in built.items()}
+    of_its_kind = {str(jax.tree.structure(state)): name for name, state in initial.items()}  # one each
+    initial = {name: initial[name] for name in of_its_kind.values()}
+    states = {name: numbered(state) for name, state in initial.items()}
+    for old, new in itertools.permutations(initial, 2):
+        with optimizers_may_be_dropped():
+            state, report = oc.migrate(built[new], PARAMS, states[old])
+        assert_reported(initial[new], states[old], state, report)
+        assert report.kept["1/0"] == "ScaleByAdamState", (old, new)
+
+
+GRADS = [{"dense": {"kernel": x * jnp.ones((4, 3)), "bias": jnp.full(3, x)}, "scale": 2 * x} for x in (0.5, 0.3, 4.0)]
+
+
+# Of each kind of statistics one; more would take minutes to compile.
+GOING_ON = {"zclip", "autoclip-window", "clip_by_history", "spam_clip", "with_carry"}
+
+
+@pytest.mark.parametrize("row", [row for row in BY_NAME if row.id in GOING_ON])
+def test_the_next_update_is_that_of_a_run_that_was_always_so(row):
+    old, tx = make(row, None, "chain"), make(row, records_of(row)[-1], "skip")
+    step_of_old, step = jax.jit(old.update), jax.jit(tx.update)
+    old_state, always = old.init(PARAMS), tx.init(PARAMS)
+    for grads in GRADS[:-1]:
+        _, old_state = step_of_old(grads, old_state, PARAMS)
+        _, always = step(grads, always, PARAMS)
+    state, _ = oc.migrate(tx, PARAMS, old_state)
+    (one, after), (other, _) = step(GRADS[-1], state, PARAMS), step(GRADS[-1], always, PARAMS)
+    chex.assert_trees_all_close(one, other, rtol=1e-6)
+    assert oc.clip_stats(after)["skip_steps"] == 1

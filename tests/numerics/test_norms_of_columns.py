@@ -1,0 +1,91 @@
+"""Norms over the leading dimensions of arrays of many columns, in the form of every platform."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from optaxclip._numerics import array_norms
+from tests.support.forms import assert_right, form_of, norms, places, signed, without_subnormal
+from tests.support.meshes import AUTO, EXPLICIT
+
+
+@pytest.fixture(scope="module", params=["default", "cpu", "tpu"], autouse=True)
+def form(request):
+    """Float64 sums, in two steps of 16 bits; float32 where that is enough; three scales."""
+    with form_of(request.param):
+        yield request.param
+
+
+COLUMNS = [
+    ((24, 1000), (0,), "float32"),
+    ((24, 1000), (0,), "bfloat16"),  # taken in two steps on a GPU, of 8 blocks of rows
+    ((25, 1000), (0,), "float16"),  # of one block
+    ((2, 6, 1500), (0, 1), "bfloat16"),
+    ((3, 4, 1500), (1,), "bfloat16"),
+    ((3, 2**14 + 2), (0,), "float32"),
+    ((4, 2**14 + 2), (0,), "bfloat16"),
+    ((37, 1000), (0,), "complex64"),
+]
+
+
+@pytest.mark.parametrize(("shape", "dims", "dtype"), COLUMNS, ids=str)
+def test_norms_of_columns(rng, form, shape, dims, dtype):
+    """Every column at its own scale, and all at one."""
+    numbers = signed(rng, shape) * (np.exp(2j * np.pi * rng.uniform(size=shape)) if dtype == "complex64" else 1)
+    all_kept = [1 if i in dims else n for i, n in enumerate(shape)]
+    powers = (-14, 15) if dtype == "float16" else (-37, 37)
+    scales = [10.0 ** rng.uniform(*powers, all_kept), *([1.0] if dtype == "float16" else [1.0, 1e-30, 1e30])]
+    for i, scale in enumerate(scales):
+        x = numbers * scale
+        if i == 0:  # one of zeros, or that underflows, takes the others with it into float64
+            x[..., 3] = 0
+        x = without_subnormal(np.clip(x, -6e4, 6e4).astype(dtype) if dtype == "float16" else x.astype(dtype))
+        assert_right(norms([x], 2, dims)[0], x, places(form, columns=True), 2, dims)
+
+
+def test_float32_sums_of_columns_are_left_where_they_underflow(rng, form):
+    """From a norm of 1e-19 downwards squares are subnormal, first some and then all."""
+    numbers = signed(rng, (64, 300))
+    for power in np.arange(-25, -14, 0.25):
+        x = (numbers * 10**power).astype(np.float32)
+        x[1:32] *= np.float32(1e-3)
+        assert_right(norms([x], 2, (0,))[0], x, places(form, columns=True), 2, (0,))
+
+
+def test_columns_that_are_not_finite(rng):
+    x = signed(rng, (19, 1000)).astype(np.float32)
+    x[18, 4], x[0, 9], x[2, 11] = np.nan, -np.inf, 3e38
+    (found,) = norms([x], 2, (0,))
+    np.testing.assert_array_equal(np.flatnonzero(~np.isfinite(found)), [4, 9])
+    assert found[9] == np.inf
+    (found,) = norms([x.astype(jnp.bfloat16)], 2, (0,))
+    np.testing.assert_array_equal(np.flatnonzero(~np.isfinite(found)), [4, 9])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_columns_under_vmap_and_in_a_derivative(rng, form, dtype):
+    x = signed(rng, (2, 20, 900)).astype(dtype)
+    x[0, :, 5] *= np.asarray(1e-30, dtype)
+
+    def norm(x):
+        return array_norms.norms([x], [(0,)], 2)[0]
+
+    found = jax.jit(jax.vmap(norm))(x)
+    assert_right(found, x, places(form, columns=True), 2, (1,))
+    slope = jax.jit(jax.grad(lambda x: norm(x)[5]))(x[0])
+    within = 1e-5 if dtype == "float32" else 2**-7
+    np.testing.assert_allclose(np.float32(slope[:, 5]), np.float64(x[0, :, 5]) / found[0, 5], rtol=within)
+    assert not jnp.any(slope.at[:, 5].set(0))
+
+
+@pytest.mark.parametrize("mesh", [AUTO, EXPLICIT], ids=["auto", "explicit"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_columns_on_a_mesh(rng, form, mesh, dtype):
+    x = signed(rng, (32, 600)).astype(dtype)
+    for spec in (P("data"), P(None, "data"), P()):
+        with jax.set_mesh(mesh):
+            (found,) = norms([jax.device_put(x, NamedSharding(mesh, spec))], 2, (0,))
+        assert_right(found, x, places(form, columns=True), 2, (0,))
