@@ -166,7 +166,7 @@ def test_leaves_that_are_not_numbers():
     "name", ["clip_by_global_norm", "clip_by_block_rms", "adaptive_grad_clip", "clip_by_leaf_norm"]
 )
 def test_the_derivative_at_zero_gradients(name):
-    # optax: NaN for four transformations. Every other row is in test_conformance.
+    # optax: NaN for four transformations. Every other row is in test_under_jax.py.
     tx = getattr(oc, name)(0.1)
     weights = jnp.array([[1.0, 2.0], [3.0, 4.0]])
     slope = jax.jit(jax.grad(lambda updates: jnp.sum(once(tx, updates, weights))))(jnp.zeros((2, 2)))

@@ -1,0 +1,140 @@
+"""Every row among the transformations of optax."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+from tests.conformance.rows import (
+    MASK,
+    compiled,
+    first_step,
+    rows,
+    rows_and_dtypes,
+    stack,
+    transformation,
+)
+from tests.table import params, tree
+
+
+def compositions(row, dtype="float32"):
+    """Every way in which optax puts a transformation to work, around a fresh one."""
+    tx = row.make()
+    # Left to itself, inject_hyperparams gives a hyperparameter the parameters' dtype, and no bound is complex.
+    bounds_dtype = jnp.float32 if dtype == "complex64" else None
+    inject = optax.inject_hyperparams(row.factory, row.static_args, hyperparam_dtype=bounds_dtype)
+    return {
+        "chain": optax.chain(tx, optax.trace(0.9)),
+        "masked": optax.masked(tx, MASK),
+        "partition": optax.partition({True: tx, False: optax.set_to_zero()}, MASK),
+        "MultiSteps": optax.MultiSteps(
+            tx, 2, accumulator_dtype=jnp.promote_types(dtype, "float32")
+        ).gradient_transformation(),
+        "inject_hyperparams": inject(*row.args, **row.kwargs),
+    }
+
+
+@pytest.mark.slow  # what each way does is tested below in float32
+@pytest.mark.parametrize("way", ["chain", "masked", "partition", "MultiSteps", "inject_hyperparams"])
+@rows_and_dtypes()
+def test_dtypes_survive_composition(row, dtype, way):
+    tx, updates, weights = compositions(row, dtype)[way], tree(0, dtype), params(dtype)
+    state = tx.init(weights)
+    new_updates, new_state = jax.eval_shape(tx.update, updates, state, weights)
+    chex.assert_trees_all_equal_shapes_and_dtypes(new_updates, updates)
+    chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
+
+
+@rows()
+def test_chain_applies_one_after_the_other(row):
+    updates, weights = tree(0, "float32"), params("float32")
+    tx = optax.chain(transformation(row), optax.adam(1e-3))
+    chained, _ = tx.update(updates, tx.init(weights), weights)
+    clipped, _ = first_step(row, updates, weights)
+    adam = optax.adam(1e-3)
+    expected, _ = adam.update(clipped, adam.init(weights), weights)
+    chex.assert_trees_all_close(chained, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("way", ["masked", "partition"])
+@rows(where=lambda row: not row.counts_entries)
+def test_masked_leaves_count_for_nothing(row, way):
+    tx, updates, weights = compositions(row)[way], tree(0, "float32"), params("float32")
+    masked, _ = tx.update(updates, tx.init(weights), weights)
+    alone, _ = transformation(row).update(updates | {"scale": None}, transformation(row).init(weights), weights)
+    chex.assert_trees_all_close(masked["dense"], alone["dense"], rtol=1e-6)
+    assert masked["scale"] == {"masked": updates["scale"], "partition": 0.0}[way]
+
+
+@pytest.mark.slow
+@rows()
+def test_multi_steps_transforms_the_mean(row):
+    weights = params("float32")
+    one, two = tree(0, "float32"), tree(10, "float32")
+    tx = optax.MultiSteps(transformation(row), every_k_schedule=2)
+    # Its cond would be compiled for every row; that it can be traced is tested above.
+    with jax.disable_jit():
+        first, state = tx.update(one, tx.init(weights), weights)
+        second, _ = tx.update(two, state, weights)
+    expected, _ = first_step(row, jax.tree.map(lambda a, b: (a + b) / 2, one, two), weights)
+    chex.assert_trees_all_equal(first, jax.tree.map(jnp.zeros_like, one))
+    chex.assert_trees_all_close(second, expected, rtol=1e-5)
+
+
+@rows()
+def test_injected_hyperparameters_act_like_plain_ones(row):
+    updates, weights = tree(0, "float32"), params("float32")
+    tx = compositions(row)["inject_hyperparams"]
+    state = tx.init(weights)
+    plain_state = transformation(row).init(weights)
+    for _ in range(2):
+        injected, state = tx.update(updates, state, weights)
+        plain, plain_state = compiled(row)(updates, plain_state, weights)
+        chex.assert_trees_all_close(injected, plain, rtol=1e-6)
+
+
+def raised(state, fields):
+    """The state with 1 added to what some of its fields hold."""
+
+    def one(path, leaf):
+        return leaf + 1 if any(getattr(key, "name", None) in fields for key in path) else leaf
+
+    return jax.tree_util.tree_map_with_path(one, state)
+
+
+@rows()
+def test_map_params_finds_the_way_through_the_state(row):
+    tx = optax.chain(transformation(row), optax.trace(0.9))
+    state = tx.init(params("float32"))
+    mapped = optax.tree.map_params(tx, lambda x: x + 1, state)
+    chex.assert_trees_all_equal(mapped[0], raised(state[0], row.param_state))
+    chex.assert_trees_all_equal(mapped[1].trace, jax.tree.map(lambda x: x + 1, state[1].trace))
+
+
+@rows()
+def test_unknown_extra_arguments_are_ignored(row):
+    updates, weights = tree(0, "float32"), params("float32")
+    state = transformation(row).init(weights)
+    with_extras, _ = transformation(row).update(updates, state, weights, value=1.0, something_else=jnp.zeros(2))
+    chex.assert_trees_all_close(with_extras, first_step(row, updates, weights)[0], rtol=1e-6)
+
+
+@rows(where=lambda row: not row.needs_params)
+def test_parameters_are_optional_where_they_are_not_needed(row):
+    updates, weights = tree(0, "float32"), params("float32")
+    tx = transformation(row)
+    without, _ = tx.update(updates, tx.init(weights))
+    chex.assert_trees_all_close(without, first_step(row, updates, weights)[0], rtol=1e-6)
+
+
+@pytest.mark.slow
+@rows()
+def test_vmap_equals_a_loop(row):
+    weights = params("float32")
+    state = transformation(row).init(weights)
+    # One of the three far outside the band, one at zero: under vmap a cond runs both branches.
+    examples = [tree(0, "float32"), tree(10, "float32", 1e25), jax.tree.map(jnp.zeros_like, weights)]
+    batched = jax.jit(jax.vmap(lambda updates: transformation(row).update(updates, state, weights)[0]))(stack(examples))
+    expected = [first_step(row, updates, weights)[0] for updates in examples]
+    chex.assert_trees_all_close(batched, stack(expected), rtol=1e-6, atol=1e-6 if row.sums else 0)
