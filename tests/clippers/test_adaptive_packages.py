@@ -7,6 +7,8 @@ from tests.reference import packages, sequences
 from tests.support import published
 from tests.support.driving import drive, fields
 
+pytestmark = pytest.mark.parity
+
 RTOL = 2e-5
 
 OPTIONS = {"reciprocal": {}, "edge": {"mode": "percentile"}, "mean": {"clip_option": "mean"}}

@@ -67,6 +67,7 @@ def test_the_warm_up_of_zclip(rng, warmup_steps):
     close(after, adaptive.zclip(given, 3.0, 0.9, warmup_steps, 2.0, patience=33).after)
 
 
+@pytest.mark.xla
 def test_zclip_of_several_tensors_is_one_of_each(rng):
     given = sequences.tensors(rng, 1000)
     names = fields("zscore_mean", "zscore_std", "zscore_spikes")

@@ -11,6 +11,8 @@ import pytest
 from optaxclip import contrib
 from tests.support import spiky
 
+pytestmark = pytest.mark.parity
+
 PERIOD, WARMUP = 300, 15
 
 

@@ -16,6 +16,8 @@ from tests.reference import fixed, trees
 
 torch = pytest.importorskip("torch", reason="torch is the oracle here: pip install 'optaxclip[parity]'")
 
+pytestmark = pytest.mark.parity
+
 ROUNDING = 1e-6
 ORDS = [1.0, 2.0, 3.0, float("inf")]
 
@@ -33,6 +35,7 @@ def gradients(parameters):
     return [parameter.grad.numpy() for parameter in parameters]
 
 
+@pytest.mark.xla
 @pytest.mark.parametrize("ord", ORDS)
 def test_clip_grad_norm(rng, ord):
     for _ in range(12):

@@ -235,6 +235,7 @@ def dtype(request):
     return request.param
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("max_norm", [None, 1.0])
 @pytest.mark.parametrize(
     ("clip_to", "theirs", "drift"),
@@ -256,6 +257,7 @@ def test_zclip_is_the_packages(rng, dtype, clip_to, theirs, drift, max_norm):
     assert 20 <= np.sum(run.stats["spikes"] > 0) < 500
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("foreach", [False, True])
 def test_adagc_is_the_packages(rng, dtype, foreach):
     norms = sequences.tensors(rng)
@@ -268,6 +270,7 @@ def test_adagc_is_the_packages(rng, dtype, foreach):
     assert np.all(np.sum(run.bound < norms, axis=0) > 20)
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("window", [1000, 50])
 def test_autoclip_of_the_package_leaves_the_current_norm_out(rng, dtype, window):
     """Its threshold is AutoClip's of one step before, at quantile 0.9 of the last 1,000."""

@@ -227,6 +227,7 @@ def test_a_pipeline_whose_stages_add_their_norms_up_trains_as_one_program():
     assert loss(whole) < 0.8 * loss(stages)
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("order", [1.0, 2.0, np.inf])
 def test_torch_clips_with_a_norm_in_hand_likewise(order):
     torch = imported("torch")

@@ -55,6 +55,7 @@ def test_a_state_would_be_forgotten(tx, words):
         oc.as_function(tx)(GRADS)
 
 
+@pytest.mark.parity
 @pytest.mark.filterwarnings("ignore:optax.global_norm is deprecated:DeprecationWarning")  # which it calls
 def test_as_the_pre_clipping_transform_of_jax_privacy():
     jax_privacy = pytest.importorskip("jax_privacy", reason="pip install jax-privacy==2.0.0")

@@ -135,6 +135,7 @@ def test_shard_map(name, axes, check_vma):
     assert_all_devices_agree(*run(mapped(tx, check_vma=check_vma), tx.init(PARAMS)), name)
 
 
+@pytest.mark.xla
 @pytest.mark.slow
 @pytest.mark.parametrize(("axes", "check_vma"), [("auto", True), (SPECS, True), (SPECS, False)])
 @pytest.mark.parametrize("name", SKIPS)
@@ -144,6 +145,7 @@ def test_shard_map_with_other_norms(name, axes, check_vma):
     assert_all_devices_agree(*run(mapped(tx, check_vma=check_vma), tx.init(PARAMS)), name)
 
 
+@pytest.mark.xla
 @pytest.mark.slow
 def test_shard_map_on_an_explicit_mesh():
     tx = SKIPS["global"]("auto")

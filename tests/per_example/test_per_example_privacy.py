@@ -12,7 +12,10 @@ from optaxclip import per_example
 jax_privacy = pytest.importorskip("jax_privacy", reason="pip install jax-privacy==2.0.0")
 
 # It calls what optax has renamed.
-pytestmark = pytest.mark.filterwarnings("ignore:optax.global_norm is deprecated:DeprecationWarning")
+pytestmark = [
+    pytest.mark.parity,
+    pytest.mark.filterwarnings("ignore:optax.global_norm is deprecated:DeprecationWarning"),
+]
 
 B, BOUND = 32, 3.0
 FORMS = {"one pass": optax.chain(oc.clip_by_global_norm(BOUND)), "two passes": oc.clip_by_global_norm(BOUND)}

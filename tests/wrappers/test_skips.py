@@ -160,6 +160,7 @@ WRAPPERS = {
 }
 
 
+@pytest.mark.xla
 @pytest.mark.parametrize("name", slow_but(INNERS, "clip, adam", "MultiSteps", "every kind of entry"))
 def test_steps_left_out_leave_no_trace_and_the_others_are_those_of_inner(name):
     inner = INNERS[name]()
