@@ -18,7 +18,7 @@ torch = pytest.importorskip("torch", reason="torch is the oracle here: pip insta
 
 pytestmark = pytest.mark.parity
 
-ROUNDING = 1e-6
+ROUNDING = 2e-6  # torch sums in float32, and takes the third root of cubes
 ORDS = [1.0, 2.0, 3.0, float("inf")]
 
 
@@ -35,7 +35,6 @@ def gradients(parameters):
     return [parameter.grad.numpy() for parameter in parameters]
 
 
-@pytest.mark.xla
 @pytest.mark.parametrize("ord", ORDS)
 def test_clip_grad_norm(rng, ord):
     for _ in range(12):
