@@ -90,6 +90,8 @@ def track_quantile(
     See also:
       `per_example.clipped_value_and_grad`, which clips; `contrib.clip_by_tracked_quantile`, for the norm of the
       gradient of a whole batch.
+
+      Notebook: `notebooks/outliers_and_privacy.ipynb`, a bound that follows the examples.
     """
     quantile = checks.number("quantile", quantile, at_most=1.0)
     learning_rate = checks.number("learning_rate", learning_rate, below=np.inf)
