@@ -43,8 +43,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         row = getattr(item, "callspec", None) and item.callspec.params.get("row")
         item.add_marker(pytest.mark.xdist_group(getattr(row, "name", item.path.stem)))
-        if compiling.HAS_OLDER_EMITTERS and not config.option.as_users_compile and item.get_closest_marker("xla"):
-            item.add_marker(pytest.mark.skip(reason="needs --as-users-compile with this jax"))
+        if item.get_closest_marker("xla") and not config.option.as_users_compile:
+            item.add_marker(pytest.mark.skip(reason="needs --as-users-compile"))
 
 
 @pytest.fixture(scope="module", autouse=True)

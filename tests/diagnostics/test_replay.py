@@ -50,6 +50,7 @@ def assert_same(replayed, state):
     np.testing.assert_allclose(replayed.norm_after.reshape(after.shape), after, rtol=1e-6)
 
 
+@pytest.mark.xla
 @pytest.mark.parametrize("name", CLIPPERS)
 def test_a_replay_is_what_the_transformation_does(rng, name):
     state = recorded(given := ugly(rng), CLIPPERS[name](record=len(given)))
