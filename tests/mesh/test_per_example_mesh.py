@@ -70,6 +70,7 @@ def test_one_example_removed_changes_the_sum_by_at_most_the_bound(rng, name):
     assert sum(each > 0.99 * BOUND for each in moved) > 4
 
 
+@pytest.mark.xla
 def test_the_trap(rng):
     """What a user would write clips sums over the devices: one example can move far more than its bound."""
     params, batch = trees(rng)

@@ -126,6 +126,7 @@ def test_an_outer_product_is_calculated(rng, unreadable):
     np.testing.assert_allclose(usual.norm(), jnp.linalg.norm(plain), rtol=1e-6)
 
 
+@pytest.mark.xla
 @pytest.mark.parametrize("microbatch_size", [None, 4])
 def test_gradients_of_examples_are_the_same(rng, unreadable, microbatch_size):
     w, rows = (jnp.asarray(rng.normal(size=(number, SIZE)), jnp.float32) for number in (SIZE, B))

@@ -32,7 +32,7 @@ def follow(threshold, given):
 def with_spikes(rng, level=1.0):
     given = rng.lognormal(0.0, 0.2, 120)
     given[SPIKES] *= 20
-    return np.float32(level * given)
+    return np.float32(np.minimum(level * given, np.finfo(np.float32).max))
 
 
 @pytest.mark.parametrize("clip_to", ["reciprocal", "mean", "edge"])
