@@ -12,7 +12,7 @@ from optaxclip._arrays import mesh, told
 from optaxclip._arrays.leaves import Leaves
 from optaxclip._arrays.parameters import beside, drop_missing
 from optaxclip._arrays.trees import Tree
-from optaxclip.core import Bound, Clip, MadeOf, Norm, Updates
+from optaxclip.core import Bound, Clip, MadeOf, Norm, Threshold, Updates
 
 
 def global_norm(tree: Tree, *, ord: float = 2, include: Any = None, axes: mesh.Axes = "auto") -> jax.Array:
@@ -73,7 +73,8 @@ def clip_tree(
     Args:
       tree: pytree of arrays of any shapes and dtypes; integers and keys pass untouched.
       max_norm: the bound c, at least 0: a number, an array, or a prefix pytree of these where the norm has several
-        groups. Or a clip without state, as `clip_by_leaf_norm(1.0)`, in the place of all that follows but `params`.
+        groups. Or what `clip_by` or a method built on it makes, as `clip_by_leaf_norm(1.0)`, if it has no state; then
+        leave out `norm` and `axes`.
       norm: what to measure, from `optaxclip.norms`.
       known_norm: the norm, if it is known; it is not measured again. In the structure of what `norm` measures.
       params: the parameters, for clips relative to them.
@@ -111,9 +112,11 @@ def clip_tree(
     filled, params = beside(tree, params)
     leaves = Leaves(filled, params, made.axes, told={})
     shapes = core.shapes_of(made.norm, filled, made.axes)
+    if isinstance(max_norm, optax.GradientTransformation):
+        empty_state("clip_tree", max_norm, filled)
     state = made.threshold.init(shapes)
-    if kept := jax.tree.leaves(state):
-        raise ValueError(f"clip_tree needs a clip without state, and this one keeps {len(kept)} arrays, {_FORGOTTEN}")
+    if jax.tree.leaves(state):
+        raise ValueError("max_norm of clip_tree is a number or an array, and this is a schedule: pass schedule(step)")
     measured = made.norm.measure(leaves) if known_norm is None else _told(known_norm, shapes)
     judged = core.permit(made.threshold, measured, state, lambda: made.norm.measure(leaves.params()))
     clipped = core.apply(made.norm, leaves, judged.factors)
@@ -121,6 +124,8 @@ def clip_tree(
 
 
 def _made_of(max_norm: Any, norm: Norm, axes: mesh.Axes) -> MadeOf:
+    if isinstance(max_norm, Threshold):
+        raise ValueError("max_norm is a Threshold: pass clip_by(norm, threshold)")
     if not isinstance(max_norm, optax.GradientTransformation):
         checks.instance("norm", norm, Norm, "norms.global_norm()")
         checks.axes(axes)

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from optaxclip._arrays import layouts
 
@@ -21,7 +22,7 @@ def scalar(name: str, value: Any, what: str) -> jax.Array:
       ValueError: if it is no real scalar, or differs between the devices of a `shard_map`.
     """
     try:
-        number = jnp.asarray(value)
+        number = jnp.asarray(_in_range(value))
     except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{name} must be one {what}, a real scalar, got {reprlib.repr(value)}") from None
     if number.shape or not jnp.issubdtype(number.dtype, jnp.number) or jnp.iscomplexobj(number):
@@ -32,3 +33,12 @@ def scalar(name: str, value: Any, what: str) -> jax.Array:
             f"alike: pass one {what} of all, as of jax.lax.psum or jax.lax.pmean"
         )
     return number if number.dtype == jnp.float64 else number.astype(jnp.float32)
+
+
+def _in_range(value: Any) -> Any:
+    """A finite number of the host; past float32's largest it is the largest, as a measured norm would be."""
+    if not isinstance(value, int | float | np.number) or jax.config.read("jax_enable_x64"):
+        return value
+    number = float(value)
+    largest = float(np.finfo(np.float32).max)
+    return min(max(number, -largest), largest) if np.isfinite(number) else value

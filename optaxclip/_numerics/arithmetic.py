@@ -22,9 +22,9 @@ def quotient(x: jax.Array, whole: jax.Array) -> jax.Array:
     """
     if jnp.iscomplexobj(x):
         return jax.lax.complex(quotient(jnp.real(x), whole), quotient(jnp.imag(x), whole))
-    if x.shape == whole.shape:  # nothing is broadcast
-        return x / whole
     shift = jnp.where(whole > 2.0**100, jnp.full_like(whole, 2.0**-4), jnp.ones_like(whole))
+    if x.shape == whole.shape:  # nothing is broadcast, but perhaps under vmap
+        return (x * shift.astype(x.dtype)) / (whole * shift)
     return x * (1 / (whole * shift)).astype(x.dtype) * shift.astype(x.dtype)
 
 

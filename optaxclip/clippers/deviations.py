@@ -35,7 +35,8 @@ def zclip(
       decay: decay of mean and variance, in [0, 1); 0.97 in the paper.
       warmup_steps: how many norms are averaged before the first can be a spike; at least 1; 25 in the paper.
       warmup_max_norm: bound on the norm in the warm-up, positive. A norm of the warm-up counts for at most this, or ten
-        times the mean so far where that is more, so one huge norm does not spoil the statistics. None, as in the paper,
+        times the mean so far where that is more, so one huge norm does not spoil the statistics. Set it to about the
+        size of your norms: among norms of 0.01 a first one that counts for 1 is a spike itself. None, as in the paper,
         bounds nothing there and averages norms as measured.
       max_norm: a bound for every step, the warm-up included: a number, an array, a schedule, or a prefix pytree of
         these. None is no bound; 1 in the published package.
@@ -129,7 +130,8 @@ def clip_by_history(
       warmup_steps: how many norms must be there before the first is bounded by them; from 1 to `window`; 64 in
         levanter.
       warmup_max_norm: bound on the norm in the warm-up, positive. A norm of the warm-up counts for at most this, or ten
-        times the mean so far where that is more, so one huge norm does not spoil the statistics. None, as in levanter,
+        times the mean so far where that is more, so one huge norm does not spoil the statistics. Set it to about the
+        size of your norms: among norms of 0.01 a first one that counts for 1 is a spike itself. None, as in levanter,
         bounds nothing there and takes norms in as measured.
       take_in: `"clipped"` takes norms in after clipping, so one spike does not make room for the next. `"raw"` takes
         them in as measured, as levanter does.

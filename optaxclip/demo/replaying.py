@@ -2,10 +2,14 @@
 
 import argparse
 import csv
+import dataclasses
 import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
 
 from optaxclip.demo import memory, options
 from optaxclip.demo.ending import InputError
@@ -17,6 +21,7 @@ WORD = "replay"
 COMMAND = f"{options.COMMAND} {WORD}"
 CLIPPERS = "clip_by_global_norm,autoclip,clip_by_history,zclip"  # a bound, and what follows a single norm
 BYTES = 40  # of memory for each byte of a file
+History: TypeAlias = list[tuple[int, float]]  # steps and their norms
 NOT_FINITE = re.compile(r"[+-]?(nan|inf|infinity)", re.IGNORECASE)
 
 
@@ -41,7 +46,9 @@ def run(words: Sequence[str]) -> int:
       InputError: if the file is no history of norms, or a clipper can't be replayed on it.
     """
     asked = _parser().parse_args(words, Options())
-    print(_replayed(asked, _norms(asked.file, asked.row)))
+    history = _norms(asked.file, asked.row)
+    found = _replayed(asked, [norm for _, norm in history])
+    print(dataclasses.replace(found, steps=np.array([step for step, _ in history])))
     return 0
 
 
@@ -79,7 +86,8 @@ def _replayed(asked: Options, norms: list[float]) -> Replay:
 # The file.
 
 
-def _norms(file: Path, row: str | None) -> list[float]:
+def _norms(file: Path, row: str | None) -> History:
+    """Each step and its norm."""
     name = repr(str(file))
     memory.require_file(file, BYTES)
     try:
@@ -92,16 +100,34 @@ def _norms(file: Path, row: str | None) -> list[float]:
     return _chosen(name, found, row)
 
 
-def _by_row(name: str, reader: "csv.DictReader[str]") -> dict[str | None, list[float]]:
+def _by_row(name: str, reader: "csv.DictReader[str]") -> dict[str | None, History]:
     """The norms of each row, in the order of the file; of the row None if there is no such column."""
-    if "norm" not in (header := reader.fieldnames or []):
-        raise InputError(f"{name} must have a column 'norm', got {shown(', '.join(header))}")
-    found: dict[str | None, list[float]] = {}
+    header = [each.strip() for each in reader.fieldnames or []]
+    if not header:
+        raise InputError(f"{name} is empty")
+    if header.count("norm") != 1:
+        raise InputError(f"{name} must have one column 'norm', got {shown(', '.join(header))}")
+    reader.fieldnames = header
+    found: dict[str | None, History] = {}
     for line in reader:
-        found.setdefault(line.get("row"), []).append(_norm(f"{name}, line {reader.line_num}", line["norm"]))
+        where = f"{name}, line {reader.line_num}"
+        if None in line:  # where DictReader puts what has no column
+            raise InputError(f"{where}: more cells than the header has columns, {len(header)}")
+        steps = found.setdefault(line.get("row"), [])
+        steps.append((_step(where, line.get("step"), len(steps) + 1), _norm(where, line["norm"])))
     if not found:
         raise InputError(f"{name} has no line below its header")
     return found
+
+
+def _step(where: str, text: str | None, counted: int) -> int:
+    """The number of a step; counted where the file has none."""
+    if text is None:
+        return counted
+    try:
+        return int(text)
+    except ValueError:
+        raise InputError(f"{where}: the step must be a whole number, got {shown(text.strip())}") from None
 
 
 def _norm(where: str, text: str) -> float:
@@ -113,7 +139,7 @@ def _norm(where: str, text: str) -> float:
     return math.nan if math.isnan(norm) else norm
 
 
-def _chosen(name: str, found: dict[str | None, list[float]], row: str | None) -> list[float]:
+def _chosen(name: str, found: dict[str | None, History], row: str | None) -> History:
     if row is None and len(found) == 1:
         return next(iter(found.values()))
     if row is not None and None in found:

@@ -126,7 +126,11 @@ def _order(name: str, paths: list[str], groups: tuple[str, ...] | None) -> list[
     if groups is None:
         raise ValueError("this record does not know the names of its groups; migrate and the next step bring them back")
     if set(paths) != set(groups):
-        came = "one" if groups == ONE_GROUP else trees.listed(list(groups))
-        measures = "several" if groups == ONE_GROUP else trees.listed(paths)
-        raise ValueError(f"{name} can't be replayed on these norms: its groups are {measures}, and theirs {came}")
+        if groups == ONE_GROUP:
+            differs = "it measures several per step, and there is one"
+        elif len(paths) == 1:
+            differs = f"it measures one per step, and there is one for each of {trees.listed(list(groups))}"
+        else:
+            differs = f"its groups are {trees.listed(paths)}, and theirs {trees.listed(list(groups))}"
+        raise ValueError(f"{name} can't be replayed on these norms: {differs}")
     return [groups.index(path) for path in paths]

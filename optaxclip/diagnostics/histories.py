@@ -98,7 +98,7 @@ def checked(norms: Tree) -> np.ndarray:
     if history.ndim != 1 or not (history.dtype.kind in "fiu" or history.dtype.name == "bfloat16"):
         raise ValueError(
             f"norms must be a vector of real numbers, got shape {history.shape} of {history.dtype}; "
-            "from_state(opt_state) takes them out of the state of a clipper with record="
+            "from_state(opt_state) takes them out of the state of a clipper that was built with record="
         )
     history = history.astype(np.float64)
     if (history < 0).any():

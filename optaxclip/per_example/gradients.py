@@ -60,9 +60,10 @@ def clipped_value_and_grad(
       examples; `aux` has a batch axis, with what `fun` returned for each example. With `return_norms` a third result
       follows, the 2-norm of each example's gradient before `tx`, in an array of the length of the batch: right over
       the whole float range, and not finite where the gradient is not. (Norms are not a part of `aux`, so that the first
-      two results do not depend on whether anyone wants them.) It also takes a
-      keyword argument, weights: an array of one real number or boolean per example, 0 for padding, or how much the
-      example is worth. `aux` and norms are not weighted.
+      two results do not depend on whether anyone wants them.)
+
+      Weights: the function takes one more keyword argument, `weights=`, an array of one real number or boolean per
+      example: 0 for padding, or how much the example is worth. `aux` and norms are not weighted.
 
     Raises:
       ValueError: if an argument is none of the above, or `argnums` and `batch_argnums` overlap; when called, if `tx`

@@ -92,8 +92,9 @@ def zscore(
       decay: decay of mean and variance, in [0, 1). They take in the bound of a spike, and other norms as they are.
       warmup_steps: how many norms are averaged before the first can be a spike; at least 1.
       warmup_max_norm: bound on the norm in the warm-up, positive. A norm of the warm-up then counts for at most this,
-        or ten times the mean so far where that is more, so one huge norm does not spoil the statistics. None bounds
-        nothing there and takes norms in as measured.
+        or ten times the mean so far where that is more, so one huge norm does not spoil the statistics. Set it to about
+        the size of your norms: among norms of 0.01 a first one that counts for 1 is a spike itself. None bounds nothing
+        there and takes norms in as measured.
       patience: after this many spikes in a row the statistics take norms in as measured, so that they follow a lasting
         rise. None never does, as in the published method.
       clip_to: what a spike is clipped to. `"reciprocal"` is the formula above: the larger the spike, the lower its
@@ -308,8 +309,9 @@ def mean_std(
       warmup_steps: how many norms must be there before the first is bounded, from 1 to `window`. With `include_current`
         the current one counts.
       warmup_max_norm: bound on the norm in the warm-up, positive. A norm of the warm-up then counts for at most this,
-        or ten times the mean so far where that is more, so one huge norm does not spoil the statistics. None bounds
-        nothing there and takes norms in as measured.
+        or ten times the mean so far where that is more, so one huge norm does not spoil the statistics. Set it to about
+        the size of your norms: among norms of 0.01 a first one that counts for 1 is a spike itself. None bounds nothing
+        there and takes norms in as measured.
       ddof: the variance divides by the number of norms minus this; 0 or 1.
       include_current: whether the current norm counts in mean and deviation.
       take_in: `"clipped"` takes norms in after clipping, so one spike does not make room for the next. `"raw"` takes

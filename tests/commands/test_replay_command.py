@@ -78,7 +78,10 @@ def test_every_row_with_a_clipper_is_replayed_or_refused_in_one_line(capsys, fil
         ("--clippers zclp", "no clipper is called 'zclp' (did you mean zclip?); python -m optaxclip --list names"),
         ("--clippers none", "argument --clippers: 'none' does not clip"),
         ("--clippers clip_by_value", "clip_by_value(-0.1, 0.1) must be a clipper that clip_by makes"),
-        ("--clippers adagc", "adagc(1.05) can't be replayed on these norms: its groups are several, and theirs one"),
+        (
+            "--clippers adagc",
+            "adagc(1.05) can't be replayed on these norms: it measures several per step, and there is one",
+        ),
         ("--row none", "steps.csv' has no column 'row'"),
         ("--steps 3", "unrecognized arguments: --steps 3"),
     ],
@@ -90,8 +93,11 @@ def test_a_bad_command_line_gives_one_line(capsys, file, arguments, complaint):
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("", "must have a column 'norm', got ''"),
-        ("step,loss\n1,2\n", "must have a column 'norm', got 'step, loss'"),
+        ("", "steps.csv' is empty"),
+        ("step,loss\n1,2\n", "must have one column 'norm', got 'step, loss'"),
+        ("norm,norm\n1,2\n", "must have one column 'norm', got 'norm, norm'"),
+        ("norm\n1,5\n", "line 2: more cells than the header has columns, 1"),
+        ("step,norm\nx,1\n", "line 2: the step must be a whole number, got 'x'"),
         ("x" * 9999, "characters)"),
         ("norm\n", "has no line below its header"),
         ("step,norm\n1,2\n2,x\ty\n", r"line 3: the norm must be a number, got 'x\ty'"),
@@ -102,10 +108,32 @@ def test_a_bad_command_line_gives_one_line(capsys, file, arguments, complaint):
         (b"norm\n\xff\n", "is no CSV file in UTF-8"),
         ('norm\n"' + "1" * 200_000, "is no CSV file in UTF-8: field larger than field limit"),
     ],
-    ids=["empty", "other", "long", "header", "word", "short", "digits", "negative", "minus inf", "latin", "huge"],
+    ids=[
+        "empty",
+        "other",
+        "twice",
+        "comma",
+        "step",
+        "long",
+        "header",
+        "word",
+        "short",
+        "digits",
+        "negative",
+        "minus inf",
+        "latin",
+        "huge",
+    ],
 )
 def test_a_bad_file_gives_one_line(capsys, file, text, complaint):
     REPLAY.assert_refused(capsys, complaint, file(text))
+
+
+def test_steps_are_those_of_the_file(capsys, file):
+    spiky = "".join(f"{step},{100 if step == 5030 else 1}\n" for step in range(5000, 5060))
+    lines = REPLAY.run(capsys, file(f"step, norm\n{spiky}"))[1].splitlines()
+    assert lines[0] == "Steps 5000 to 5059."
+    assert [line.split()[:2] for line in lines if line.startswith("50")] == [["5030", "100"]]
 
 
 def test_a_file_that_can_not_be_read_gives_one_line(capsys, tmp_path):

@@ -190,7 +190,7 @@ GLOBAL = optaxclip.clip_by_global_norm(1.0)
 @pytest.mark.parametrize(
     ("clipper", "complaint"),
     [
-        (optaxclip.clip_by_leaf_norm(1.0), "its groups are several, and theirs one"),
+        (optaxclip.clip_by_leaf_norm(1.0), "it measures several per step, and there is one"),
         (optaxclip.adaptive_grad_clip(0.1), "measures parts of leaves"),
         (optaxclip.clip_by(norms.global_norm(), thresholds.relative_to_params(0.1)), "asks for the parameters"),
         (optaxclip.clip_by(norms.global_norm(include={"w": True}), thresholds.constant(1.0)), "include does not fit"),
@@ -207,9 +207,9 @@ def test_what_can_not_be_replayed_is_named(clipper, complaint):
 
 def test_other_groups_are_refused():
     state = recorded([[1.0, 2.0]], optaxclip.clip_by_leaf_norm(1.0, record=1))
-    with pytest.raises(ValueError, match=r"its groups are a single leaf, and theirs 'a', 'b'"):
+    with pytest.raises(ValueError, match=r"it measures one per step, and there is one for each of 'a', 'b'"):
         diagnostics.replay(state, optaxclip.zclip())
-    with pytest.raises(ValueError, match=r"its groups are 'both', and theirs 'a', 'b'"):
+    with pytest.raises(ValueError, match=r"it measures one per step, and there is one for each of 'a', 'b'"):
         diagnostics.replay(state, optaxclip.clip_by(norms.group_norm("both"), thresholds.constant(1.0)))
 
 

@@ -95,7 +95,9 @@ def test_norms_of_several_groups_are_plain_numbers():
     [
         ({"max_norm": -1.0}, "max_norm must be"),
         ({"max_norm": oc.zclip()}, "without state, and this one keeps"),
-        ({"max_norm": lambda step: 1.0}, "without state, and this one keeps 1 arrays"),
+        ({"max_norm": lambda step: 1.0}, r"this is a schedule: pass schedule\(step\)"),
+        ({"max_norm": oc.clip_by_leaf_norm(1.0, record=10)}, "without state, and this one keeps"),
+        ({"max_norm": oc.thresholds.constant(1.0)}, r"is a Threshold: pass clip_by\(norm, threshold\)"),
         ({"max_norm": optax.clip_by_global_norm(1.0)}, "what clip_by or a method built on it makes"),
         ({"max_norm": oc.clip_by_global_norm(1.0), "norm": norms.leaf_norm()}, r"leave out norm= and axes="),
         ({"max_norm": 1.0, "norm": 2}, "norm must be"),
@@ -113,6 +115,15 @@ def test_what_it_refuses(arguments, words):
 
 
 # A norm that is known.
+
+
+@pytest.mark.parametrize("norm", [4.2426406e38, 10**39, np.float64(1e300)])
+def test_a_known_norm_past_the_largest_float_clips_as_a_measured_one(norm):
+    grads = jnp.array([3e38, 3e38])
+    measured, largest = clip_tree(grads, 1.0)
+    clipped, known = clip_tree(grads, 1.0, known_norm=norm)
+    assert_same_bits((clipped, known), (measured, largest))
+    assert not np.isfinite(clip_tree(grads, 1.0, known_norm=float("inf"))[1])
 
 
 def reductions(function, *arguments):
