@@ -5,10 +5,9 @@ Ctrl-C inside a compilation can make jax crash when the process ends, so it wait
 
 import _thread
 import contextlib
-import functools
 import signal
 import sys
-import threading
+import time
 from collections.abc import Callable, Generator
 from types import FrameType
 
@@ -90,17 +89,10 @@ def not_lost_in_callbacks() -> Generator[None, None, None]:
 
     def once_more(unraisable: "sys.UnraisableHookArgs") -> None:
         error = unraisable.exc_value
-        if isinstance(error, Terminated):
-            signal.signal(error.signal_number, functools.partial(_raise, error))  # which is ignored by now
-            number = error.signal_number
-        elif isinstance(error, KeyboardInterrupt):
-            number = signal.SIGINT
+        if isinstance(error, KeyboardInterrupt | Terminated):
+            _raise_later(error, sys._getframe())
         else:
             before(unraisable)
-            return
-        later = threading.Timer(0.01, _thread.interrupt_main, [number])  # when the callback has returned
-        later.daemon = True
-        later.start()
 
     sys.unraisablehook = once_more
     try:
@@ -109,7 +101,23 @@ def not_lost_in_callbacks() -> Generator[None, None, None]:
         sys.unraisablehook = before
 
 
-def _raise(error: BaseException, signal_number: int, frame: FrameType | None) -> None:
-    del frame
-    signal.signal(signal_number, signal.SIG_IGN)
-    raise error
+def _raise_later(error: KeyboardInterrupt | Terminated, hook: FrameType) -> None:
+    """Raises the error in the main thread again, when the frame `hook` has returned."""
+    number: int = error.signal_number if isinstance(error, Terminated) else signal.SIGINT
+    handler = signal.getsignal(number)
+
+    def again(signal_number: int, frame: FrameType | None) -> None:
+        while frame is not None and frame is not hook:
+            frame = frame.f_back
+        if frame is hook:  # on a busy machine it may take long
+            _thread.start_new_thread(send, ())
+            return
+        signal.signal(signal_number, handler)
+        raise error
+
+    def send() -> None:
+        time.sleep(0.01)
+        _thread.interrupt_main(number)
+
+    signal.signal(number, again)
+    _thread.start_new_thread(send, ())

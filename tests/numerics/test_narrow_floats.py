@@ -86,6 +86,7 @@ def test_finite_numbers_stay_finite_under_ends_past_the_largest_of_a_16_bit_dtyp
             )
 
 
+@pytest.mark.xla
 @pytest.mark.parametrize("tx", [oc.clip_by_global_norm(np.inf), oc.zero_nonfinite()], ids=["norm", "zero_nonfinite"])
 def test_numbers_that_are_not_touched_keep_every_bit(tx):
     finite = {name: x[np.isfinite(wide(x))] for name, x in TREE.items()}
