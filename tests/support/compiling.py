@@ -15,8 +15,8 @@ AS_USERS_DO = {
     "xla_llvm_disable_expensive_passes": False,
 }
 # The older emitters of XLA, which compile in half the time and make NaN of a float8_e4m3b11fnuz that rounds to -0.
-# They also compute one number twice, rounded once and rounded twice. After jax 0.10 there is one kind of emitters only;
-# all of this can go with that version.
+# They also compute one number twice, rounded once and rounded twice. jax 0.12 has one kind of emitters only:
+# all of this can go when no older one is supported.
 HAS_OLDER_EMITTERS = importlib.metadata.version("jax").startswith(("0.8.", "0.9.", "0.10."))
 if HAS_OLDER_EMITTERS:
     QUICK["xla_cpu_use_fusion_emitters"] = False
