@@ -478,8 +478,8 @@ def _or_nothing(factor: Factor) -> Factor:
 def _is_beyond(leaf: jax.Array, high: jax.Array) -> jax.Array:
     if jnp.iscomplexobj(leaf):
         return arithmetic.modulus(leaf) > high
-    # Not by the moduli, which XLA for CPUs (jax 0.10) would calculate once for here and for the maximum, and write to
-    # memory between.
+    # Not by the moduli, which XLA for CPUs (jax 0.10 and 0.12) would calculate once for here and for the maximum, and
+    # write to memory between.
     wide = leaf.astype(high.dtype)
     return (wide > high) | (wide < -high)
 

@@ -60,7 +60,7 @@ def what_is_wrong(dtype: Any) -> str:
     info = jnp.finfo(dtype)
     if float(info.min) >= 0:  # float8_e8m0fnu: powers of two
         return "which holds neither 0 nor negative numbers"
-    if info.bits == 6:  # XLA for CPUs crashes at a conversion (jax 0.12). This can go when it no longer does.
+    if info.bits == 6:  # XLA for CPUs (jax 0.10 and 0.12) does not compile a conversion. This can go when it does.
         return "which XLA can't calculate with"
     return ""
 

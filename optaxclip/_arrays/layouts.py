@@ -26,7 +26,7 @@ def varying(leaf: Any) -> frozenset[str]:
     if not hasattr(leaf, "aval") and not isinstance(leaf, jax.ShapeDtypeStruct):
         return frozenset()  # a NumPy array or a Python number is the same everywhere
     kind: Any = jax.typeof(leaf)
-    manual = getattr(kind, "manual_axis_type", None)  # jax >= 0.10
+    manual = getattr(kind, "manual_axis_type", None)  # None before jax 0.10
     return frozenset(kind.vma if manual is None else manual.varying)
 
 
@@ -37,7 +37,7 @@ def varying_over(value: jax.Array, names: Iterable[str]) -> jax.Array:
         return value
     if hasattr(jax.lax, "pcast"):
         return jax.lax.pcast(value, missing, to="varying")
-    return jax.lax.pvary(value, missing)  # pyright: ignore[reportAttributeAccessIssue]  # jax < 0.9
+    return jax.lax.pvary(value, missing)  # pyright: ignore[reportAttributeAccessIssue]  # before jax 0.8.2
 
 
 def unreduced(leaf: Any) -> tuple[str, ...]:
@@ -97,4 +97,5 @@ def spec_of(array: jax.Array) -> PartitionSpec:
 
 def dims_of(spec: PartitionSpec) -> tuple[Any, ...]:
     """What a spec says of each dimension. With `reduced` axes in it, newer jax refuses to iterate over it."""
+    # There are no `partitions` before jax 0.10.2.
     return spec.partitions if hasattr(spec, "partitions") else tuple(spec)

@@ -39,7 +39,7 @@ class Leaf:
         """The largest of what each device has of this leaf, likewise; a NaN among them comes out as inf."""
         if not self.axes:
             return part
-        # XLA's maximum for CPUs (jax 0.10, 0.12) may lose a NaN.
+        # XLA's maximum over CPUs (jax 0.8 to 0.12) may lose a NaN.
         return jax.lax.pmax(jnp.where(jnp.isnan(part), jnp.full_like(part, jnp.inf), part), self.axes)
 
     @property

@@ -1,6 +1,6 @@
 """An update whose state can be held back, at the cost of one select per entry of the state.
 
-It is for XLA on CPUs (jax 0.10 and 0.12). There a plain `jnp.where(hold, old, new)` on the state is slow: the updates
+It is for XLA on CPUs (jax 0.8 to 0.12). There a plain `jnp.where(hold, old, new)` on the state is slow: the updates
 read the old state, the new one is written in its place, and XLA copies all of the old state first. An
 `optimization_barrier` does not change that, and a `lax.cond` around the step writes the updates to memory.
 

@@ -12,7 +12,7 @@ def traced(function: Callable[..., Any], *args: Any) -> Callable[..., Any]:
     """`function` for arguments of the structure and types of `args`. Its Python code runs here, and never again.
 
     `jax.closure_convert` would do, but it keeps every function that it is given, with the arrays of its closure (jax
-    0.8 to 0.12). So would `jax.jit`, which compiles each function anew where it is called eagerly.
+    0.8 to 0.12). `jax.jit` would compile each function anew where it is called eagerly.
     """
     if not reading.IS_POSSIBLE:
         return function

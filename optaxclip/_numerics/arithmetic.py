@@ -17,8 +17,9 @@ def root(x: jax.Array) -> jax.Array:
 def quotient(x: jax.Array, whole: jax.Array) -> jax.Array:
     """x / whole for positive wholes, over the whole range, and so its derivative.
 
-    XLA turns a division by a broadcast number into a multiplication by its reciprocal, and that is subnormal, so 0,
-    from 8e37 on. And the derivative of a plain division squares the denominator, which underflows below 1e-19.
+    XLA (jax 0.10 and 0.12) turns a division by a broadcast number into a multiplication by its reciprocal, and that is
+    subnormal, so 0, from 8e37 on. And the derivative of a plain division squares the denominator, which underflows
+    below 1e-19.
     """
     if jnp.iscomplexobj(x):
         return jax.lax.complex(quotient(jnp.real(x), whole), quotient(jnp.imag(x), whole))
@@ -48,8 +49,9 @@ def largest(x: jax.Array, dims: tuple[int, ...] | None = None) -> jax.Array:
 def has_nonfinite(x: jax.Array, dims: tuple[int, ...] | None = None) -> jax.Array:
     """Whether an entry is infinite or NaN: x - x is 0 unless it is NaN.
 
-    XLA fuses this sum into one pass, where it would write a mask of flags to memory. A sum over devices keeps NaN; a
-    maximum over them need not, and XLA's for CPUs (jax 0.10, 0.12) loses it on one device as well.
+    XLA fuses this sum into one pass (not that of jax 0.8), where it would write a mask of flags to memory (jax 0.8 to
+    0.12). A sum over devices keeps NaN; a maximum over them need not, and XLA's for CPUs (jax 0.10 and 0.12) loses it
+    on one device as well.
     """
     return jnp.isnan(jnp.sum(x - x, axis=dims))
 

@@ -21,7 +21,7 @@ def worst_ratio(update: jax.Array, param: jax.Array, relative: Any, absolute: An
     dtype = dtypes.accumulator(update.dtype)
     relative, absolute = jnp.asarray(relative, dtype), jnp.asarray(absolute, dtype)
     # Blocks of an array that is split over devices would have to be gathered. Those of 16 bits do not pay: XLA for CPUs
-    # (jax 0.10) converts the whole array before the loop.
+    # (jax 0.8 and 0.10) converts the whole array before the loop. The last condition can go with jax 0.10.
     has_blocks = update.size > _BLOCK and update.dtype == param.dtype and layouts.is_whole(update)
     on_cpu = _by_blocks if has_blocks and dtypes.wide(update.dtype) == update.dtype else _at_once
     worst = jax.lax.platform_dependent(update, param, relative, absolute, cpu=on_cpu, default=_at_once)
@@ -36,7 +36,7 @@ def _at_once(update: jax.Array, param: jax.Array, relative: jax.Array, absolute:
 
 
 def _by_blocks(update: jax.Array, param: jax.Array, relative: jax.Array, absolute: jax.Array) -> jax.Array:
-    """In blocks that fit into the cache, since XLA for CPUs (jax 0.10, 0.12) writes the ratios to memory.
+    """In blocks that fit into the cache, since XLA for CPUs (jax 0.8 to 0.12) writes the ratios to memory.
 
     At once `clippy` takes 2 to 3 times as long, and temporary memory of the size of the gradients.
     """

@@ -51,7 +51,7 @@ def _row_by_row(f: Callable[..., jax.Array], *arrays: Any) -> jax.Array:
     length = min(rows, _BLOCK)
 
     def row(i: jax.Array | int) -> jax.Array:
-        # One slice per row: XLA (jax 0.10) writes a slice of several to memory.
+        # One slice per row: XLA for CPUs (jax 0.8 to 0.12) writes a slice of several to memory.
         return f(*jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i), arrays))[0]
 
     def block(start: jax.Array | int, length: int) -> jax.Array:

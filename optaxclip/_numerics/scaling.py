@@ -52,7 +52,7 @@ def factor(norm: jax.Array, permitted: jax.Array) -> Factor:
     ratio = roots[1] / roots[0]
     # Of what is no quotient of floats there is the quotient of roots, which is one.
     extreme = ((ratio < 2.0**-50) & (permitted > 0)) | (ratio > 2.0**50)
-    # They end in a division because XLA for CPUs takes that for too dear to repeat for every coordinate.
+    # They end in a division: XLA for CPUs (jax 0.8 to 0.12) would repeat anything cheaper for every coordinate.
     first = jnp.where(extreme, roots[1], one) / jnp.where(extreme, roots[0], one)
     second = jnp.where(extreme, roots[1], given[1]) / jnp.where(extreme, roots[0], given[0])
     return Factor(first, second, norm, permitted)
@@ -71,8 +71,8 @@ def rescale(leaf: jax.Array, factor: Factor) -> jax.Array:
     # Beside a float64 leaf a factor may be no float32.
     dtype = np.promote_types(dtypes.wide(leaf.dtype), factor.norm.dtype)
     if leaf.dtype != dtype:
-        # Otherwise XLA for CPUs (still in jax 0.12: twice the temporary memory) converts it once for the norm and for
-        # here, and writes the wide array to memory.
+        # Otherwise XLA for CPUs (jax 0.8 to 0.12) converts it once for the norm and for here, and writes the wide array
+        # to memory. For jax 0.8 it does so all the same.
         leaf = jax.lax.platform_dependent(leaf, cpu=jax.lax.optimization_barrier, default=lambda leaf: leaf)
     wide = leaf.astype(dtype)
     scaled = _scaled(wide, factor.first, factor.second, factor.norm, factor.goal)

@@ -222,7 +222,7 @@ def of_rank(end: jax.Array, ndim: int) -> jax.Array:
 
 
 def _usable_end(end: Any, largest: float) -> jax.Array:
-    """An end that a leaf can hold, 0 for a subnormal one: XLA takes that for 0 where it compares."""
+    """An end that a leaf can hold, 0 for a subnormal one: XLA (jax 0.8 to 0.12) compares that as 0."""
     end = arithmetic.saturated(jnp.asarray(end), largest)
     return jnp.where(jnp.abs(end) < jnp.finfo(end.dtype).tiny, jnp.zeros_like(end), end)
 

@@ -5,6 +5,7 @@ Ctrl-C inside a compilation can make jax crash when the process ends, so it wait
 
 import _thread
 import contextlib
+import inspect
 import signal
 import sys
 import time
@@ -90,7 +91,7 @@ def not_lost_in_callbacks() -> Generator[None, None, None]:
     def once_more(unraisable: "sys.UnraisableHookArgs") -> None:
         error = unraisable.exc_value
         if isinstance(error, KeyboardInterrupt | Terminated):
-            _raise_later(error, sys._getframe())
+            _raise_later(error, inspect.currentframe())
         else:
             before(unraisable)
 
@@ -101,7 +102,7 @@ def not_lost_in_callbacks() -> Generator[None, None, None]:
         sys.unraisablehook = before
 
 
-def _raise_later(error: KeyboardInterrupt | Terminated, hook: FrameType) -> None:
+def _raise_later(error: KeyboardInterrupt | Terminated, hook: FrameType | None) -> None:
     """Raises the error in the main thread again, when the frame `hook` has returned."""
     number: int = error.signal_number if isinstance(error, Terminated) else signal.SIGINT
     handler = signal.getsignal(number)
@@ -109,7 +110,7 @@ def _raise_later(error: KeyboardInterrupt | Terminated, hook: FrameType) -> None
     def again(signal_number: int, frame: FrameType | None) -> None:
         while frame is not None and frame is not hook:
             frame = frame.f_back
-        if frame is hook:  # on a busy machine it may take long
+        if frame is not None:  # on a busy machine it may take long
             _thread.start_new_thread(send, ())
             return
         signal.signal(signal_number, handler)
@@ -117,7 +118,7 @@ def _raise_later(error: KeyboardInterrupt | Terminated, hook: FrameType) -> None
 
     def send() -> None:
         time.sleep(0.01)
-        _thread.interrupt_main(number)
+        _thread.interrupt_main(signal.Signals(number))
 
     signal.signal(number, again)
     _thread.start_new_thread(send, ())

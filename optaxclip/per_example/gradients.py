@@ -136,7 +136,7 @@ def clipped_value_and_grad(
       Written by hand this goes wrong: `jax.vmap(jax.grad(fun), (None, 0))(w, rows)` of a replicated `w` does not give
       gradients of single examples there. jax adds up what all devices find for a replicated argument, so row i is the
       sum over the i-th examples of all devices, and a clip bounds groups of examples instead of examples. Here the
-      parameters are made each device's own first (`jax.lax.pcast(w, axes, to="varying")`, before jax 0.9
+      parameters are made each device's own first (`jax.lax.pcast(w, axes, to="varying")`, before jax 0.8.2
       `jax.lax.pvary`), and `tx` takes no norm over these axes. Parameters that vary over such an axis already stay
       as they are, and so do their gradients, which are not reduced over it. `fun` must not exchange anything between
       examples, so it must not gather split parameters along the axis: gather them before.

@@ -31,8 +31,8 @@ def summed(problem: Problem, batch: Batch, weights: Weights) -> tuple[Grads, See
     weight = jnp.where(finite, scaling.rescale(given, factor), jnp.zeros_like(norm))
     counted = finite & (given != 0)
     # A factor outside the normal range is applied in two steps, which a weight can't be, and weights that lie too far
-    # apart do not fit into one sum. The weighted gradient stays outside the branch: XLA for CPUs (jax 0.10) runs
-    # convolutions in a branch many times slower.
+    # apart do not fit into one sum. The weighted gradient stays outside the branch: XLA for CPUs (jax 0.8
+    # to 0.12) runs convolutions in a branch many times slower.
     size, moves = jnp.abs(weight), counted & (factor.second != 0)  # where the weight is 0 all the same, it underflowed
     together = jnp.min(jnp.where(moves, size, jnp.inf)) > jnp.max(size) * 2.0**-100
     in_one_step = jnp.all((factor.first == one) | ~counted) & (together | ~jnp.any(moves))

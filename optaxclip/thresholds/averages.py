@@ -91,7 +91,8 @@ def ema_ratio(
         together = jnp.full_like(norm, bounds.highest(norm.dtype))
         if warmup_max_norm is not None:
             most = jnp.asarray(warmup_max_norm, norm.dtype)
-            # XLA multiplies by the reciprocal of what all groups share. That of the largest floats is subnormal, so 0.
+            # XLA (jax 0.10 and 0.12) multiplies by the reciprocal of what all groups share. That of the largest floats
+            # is subnormal, so 0.
             down = jnp.where(total > 2.0**100, 2.0**-8 * jnp.ones_like(total), jnp.ones_like(total))
             share = arithmetic.quotient(norm * down, (total + least) * down)
             together = jnp.where(most < total + least, most * share, together)

@@ -46,7 +46,8 @@ def of_logarithms(rule: Rule) -> Rule:
     """
 
     def limit(norm: jax.Array, state: RuleState, *shared: Any) -> tuple[tuple[float, jax.Array], RuleState]:
-        log_norm = jnp.log(jnp.maximum(norm, float(jnp.finfo(norm.dtype).tiny)))  # XLA's of a subnormal loss is -inf
+        # XLA's logarithm of a subnormal loss (jax 0.8 to 0.12) is -inf.
+        log_norm = jnp.log(jnp.maximum(norm, float(jnp.finfo(norm.dtype).tiny)))
         (_, upper), after = rule.limit(log_norm, state, *shared)
         # The exponential of the logarithm may round below the norm, which would be clipped by an ulp.
         bound = jnp.where(log_norm <= upper, jnp.maximum(exponential(upper), norm), exponential(upper))

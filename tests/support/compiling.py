@@ -15,7 +15,7 @@ AS_USERS_DO = {
     "xla_llvm_disable_expensive_passes": False,
 }
 # The older emitters of XLA, which compile in half the time and make NaN of a float8_e4m3b11fnuz that rounds to -0.
-# After jax 0.10 there is one kind only, and this can go with that version.
+# jax 0.12 has one kind only, and this can go when no older one is supported.
 if importlib.metadata.version("jax").startswith(("0.8.", "0.9.", "0.10.")):
     QUICK["xla_cpu_use_fusion_emitters"] = False
     AS_USERS_DO["xla_cpu_use_fusion_emitters"] = True

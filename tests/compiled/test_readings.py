@@ -1,4 +1,4 @@
-"""A skip around a clip that measures the same norm reads the gradients as often as the clip alone."""
+"""How often a compiled step reads the gradients to measure them, and how often it chooses what to do."""
 
 import math
 import re
@@ -20,16 +20,20 @@ SHAPES = {
 LARGE = 8000
 
 
-def reductions(tx):
-    """How many reductions over large arrays the compiled step has: `reduce-window` in the XLA of jax 0.8."""
+def compiled(tx, tree=SHAPES):
+    """The text of the compiled step."""
     tx = optax.with_extra_args_support(tx)
 
     def step(params, state, grads):
         updates, state = tx.update(grads, state, params, value=jnp.sum(params["c"][:2]))
         return optax.apply_updates(params, updates), state
 
-    state = jax.eval_shape(tx.init, SHAPES)
-    text = jax.jit(step, donate_argnums=(0, 1)).lower(SHAPES, state, SHAPES).compile().as_text()
+    state = jax.eval_shape(tx.init, tree)
+    return jax.jit(step, donate_argnums=(0, 1)).lower(tree, state, tree).compile().as_text()
+
+
+def reductions(text):
+    """How many reductions over large arrays a program has: `reduce-window` in the XLA of jax 0.8."""
     shapes = re.findall(r"(%[\w.-]+) = \w+\[([\d,]*)\]", text)
     sizes = {name: math.prod(int(n) for n in dims.split(",") if n) for name, dims in shapes}
     reduced = re.findall(r" reduce(?:-window)?\((?:\w+\[\S+ )?(%[\w.-]+)", text)
@@ -57,9 +61,27 @@ SKIPS = {
 @pytest.mark.parametrize("name", SKIPS)
 def test_a_skip_reads_the_gradients_no_more_than_the_clip_inside(name):
     skip, clip = SKIPS[name]
-    assert 0 < reductions(skip()) == reductions(adam(clip))
+    assert 0 < reductions(compiled(skip())) == reductions(compiled(adam(clip)))
 
 
 def test_another_norm_is_another_reading():
     largest = oc.skip_spikes(adam(GLOBAL), SIX, norm=norms.global_norm(jnp.inf))
-    assert reductions(largest) > reductions(adam(GLOBAL))
+    assert reductions(compiled(largest)) > reductions(compiled(adam(GLOBAL)))
+
+
+# Each is large enough to be reduced alone: a matrix and a vector.
+LEAVES = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in (("a", (128, 256)), ("c", (20_000,)))}
+
+
+@pytest.mark.parametrize("clip", [GLOBAL, LEAF, oc.zclip()], ids=["global", "leaf", "zclip"])
+def test_a_norm_reads_each_leaf_once(clip):
+    text = compiled(clip, LEAVES)
+    assert reductions(text) == len(LEAVES)
+    assert " conditional(" not in text
+
+
+def test_norms_of_columns_are_read_again_only_where_float32_is_too_narrow():
+    # Of parameters and gradients, a vector once, a matrix in float32 and, in a branch, in float64.
+    text = compiled(oc.adaptive_grad_clip(0.01), LEAVES)
+    assert reductions(text) == 2 * (1 + 2)
+    assert text.count(" conditional(") == 2
