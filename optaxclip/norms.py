@@ -150,8 +150,8 @@ def known(name: str) -> Norm:
         if leaves.told.get(name) is None:
             raise ValueError(
                 f"norms.known({name!r}) measures nothing and must be told: call "
-                f"tx.update(updates, state, params, {name}=norm). Thresholds that need norms of the parameters need "
-                "another Norm"
+                f"tx.update(updates, state, params, {name}=norm), or clip_tree(..., known_norm=norm) without norm=. It "
+                "does not measure parameters either: a threshold relative to these needs another Norm"
             )
         return told.scalar(name, leaves.told[name], "norm")
 
