@@ -181,7 +181,7 @@ def test_what_a_known_norm_needs():
     with pytest.raises(ValueError, match="name must be"):
         norms.known("grad norm")
     relative = clip_by(norms.known("n"), thresholds.relative_to_params(0.1))
-    with pytest.raises(ValueError, match="need another Norm"):
+    with pytest.raises(ValueError, match="needs another Norm"):
         relative.update(FLOATS, relative.init(FLOATS), FLOATS, n=1.0)
 
 
