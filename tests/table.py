@@ -262,7 +262,7 @@ def told_its_norm(max_norm: Any, record: int = 0) -> optax.GradientTransformatio
 def told_its_logits(max_logit: Any) -> optax.GradientTransformationExtraArgs:
     """`qk_clip` of a kernel with three heads, with its caller: who measures their logits."""
     query = contrib.Projection("query", axis=1)
-    tx = contrib.qk_clip(max_logit, projections=lambda path: query if path.endswith("kernel") else None)
+    tx = contrib.qk_clip(max_logit, projections=lambda path: query if path.endswith("kernel") else None, alpha=1.0)
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
         leaves = jax.tree_util.tree_leaves_with_path(updates)
