@@ -94,7 +94,7 @@ def centered_clip(
     checks.axes(axes)
     threshold = thresholds.constant(max_norm)
 
-    # Many small steps add up only where each is more than half the distance to the next number: not in 16 bits.
+    # A step below half the distance to the next number is lost, and in 16 bits small steps soon are.
     def init(params: Tree) -> CenteredClipState:
         return CenteredClipState(zeros_like(parameters(params), dtype, min_bits=32), bounds.init(max_norm))
 

@@ -381,7 +381,7 @@ def test_heads_that_fit(rng, name):
 )
 @pytest.mark.parametrize("moving", [0.0, 0.01])
 def test_no_head_rounds_to_0(rng, dtypes, moving):
-    """However large its logit; and steps that follow bring it to where the factor would have."""
+    """However large its logit. What is left of it is at most the precision of the weights, plus rounding."""
     kind, update_kind = dtypes
     w = numbers(rng, MODEL, HEADS, DIM, dtype=kind)
     u = (moving * numbers(rng, MODEL, HEADS, DIM)).astype(update_kind)
