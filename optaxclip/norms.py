@@ -93,9 +93,7 @@ def _norm_of_all(p: float) -> Norm:
 def _norm_of_some(p: float, include: Any) -> Norm:
     def chosen(leaves: Leaves) -> list[bool]:
         wanted = leaves.lookup("include", include)
-        # A misspelt path would turn clipping off, unnoticed.
-        if trees.is_function(include) and wanted and not any(wanted):
-            raise ValueError(f"include chooses no leaf of {trees.listed(leaves.paths)}")
+        leaves.require_any(wanted, include, "include chooses no leaf of")
         return wanted
 
     def measure(leaves: Leaves) -> Norms:
@@ -199,9 +197,7 @@ def group_norm(labels: Any, ord: float = 2) -> Norm:
         for leaf, label in zip(leaves, found, strict=True):
             if not (label is None or isinstance(label, str)):
                 raise ValueError(f"labels must be strings or None, got {label!r} for {leaf.path!r}")
-        # Where no leaf has a label nothing is clipped, unnoticed.
-        if trees.is_function(labels) and found and all(label is None for label in found):
-            raise ValueError(f"labels gives no label to any of {trees.listed(leaves.paths)}")
+        leaves.require_any([label is not None for label in found], labels, "labels gives no label to any of")
         return found
 
     def measure(leaves: Leaves) -> Norms:

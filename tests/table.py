@@ -262,11 +262,16 @@ def told_its_norm(max_norm: Any, record: int = 0) -> optax.GradientTransformatio
 def told_its_logits(max_logit: Any) -> optax.GradientTransformationExtraArgs:
     """`qk_clip` of a kernel with three heads, with its caller: who measures their logits."""
     query = contrib.Projection("query", axis=1)
-    tx = contrib.qk_clip(max_logit, projections=lambda path: query if path.endswith("kernel") else None)
+
+    def is_query(path: str) -> bool:
+        return "kernel" in path or "dense/float" in path  # those of narrow floats are named by their dtypes
+
+    tx = contrib.qk_clip(max_logit, projections=lambda path: query if is_query(path) else None, alpha=1.0)
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
         leaves = jax.tree_util.tree_leaves_with_path(updates)
-        heads = [leaf.shape[1] for path, leaf in leaves if "kernel" in jax.tree_util.keystr(path)]
+        paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+        heads = [leaf.shape[1] for path, (_, leaf) in zip(paths, leaves, strict=True) if is_query(path)]
         return tx.update(updates, state, params, max_logits=jnp.full(heads[0], 400.0) if heads else None, **extra_args)
 
     return optax.GradientTransformationExtraArgs(tx.init, update)

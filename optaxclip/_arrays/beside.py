@@ -65,15 +65,16 @@ class _Row:
         self.entries = entries
 
 
-def zeros_like(params: Tree, dtype: Any = None) -> Any:
+def zeros_like(params: Tree, dtype: Any = None, *, min_bits: int = 16) -> Any:
     """Zeros beside every parameter, in `dtypes.of_state` of its dtype or in `dtype`; a scalar beside what can't be one.
 
-    Beside a complex parameter they are complex, whatever the dtype.
+    Beside a complex parameter they are complex, whatever the dtype. Where `dtype` is None and a parameter has
+    fewer than `min_bits`, its zeros are float32.
     """
 
     def zeros(param: Any) -> jax.Array:
         if dtypes.is_inexact(param):
-            own = dtypes.of_state(jnp.result_type(param)) if dtype is None else dtype
+            own = dtypes.of_state(jnp.result_type(param), min_bits) if dtype is None else dtype
             if dtype is not None and jnp.iscomplexobj(param):
                 own = np.promote_types(dtypes.accumulator(dtype), np.complex64)
             return jnp.zeros_like(param, dtype=own)

@@ -65,6 +65,6 @@ def what_is_wrong(dtype: Any) -> str:
     return ""
 
 
-def of_state(dtype: Any) -> Any:
+def of_state(dtype: Any, min_bits: int = 16) -> Any:
     """The dtype of an average of floats of `dtype` where nothing else is said: narrower than 16 bits, none moves."""
-    return jnp.float32 if jnp.finfo(dtype).bits < 16 else dtype
+    return jnp.float32 if jnp.finfo(dtype).bits < min_bits else dtype

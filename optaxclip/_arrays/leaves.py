@@ -172,6 +172,20 @@ class Leaves(list[Leaf]):
 
         return self.once(value, look, name)
 
+    def require_any(self, chosen: Sequence[bool], value: Any, problem: str) -> None:
+        """Refuses a function of a path that chooses no leaf: a misspelt path would turn clipping off, unnoticed.
+
+        Args:
+          chosen: what the argument says of each leaf. For a tree without leaves it says nothing.
+          value: the argument: a function, or a prefix pytree, of which the structure is checked elsewhere.
+          problem: the message, to which the paths are added.
+
+        Raises:
+          ValueError: with the paths that there are.
+        """
+        if trees.is_function(value) and chosen and not any(chosen):
+            raise ValueError(f"{problem} {trees.listed(self.paths)}")
+
     def once(self, key: Any, look: Callable[[], list[Any]], name: str = "") -> list[Any]:
         """What `look` finds of these leaves and of their parameters alike; it is called once for each key."""
         place = (name, id(key))

@@ -108,8 +108,17 @@ def _first_start(path: tuple[str, ...], entries: Any) -> tuple[str, ...] | None:
 
 def _at_empty(tree: Tree, entries: Any) -> set[Any]:
     """The entries for what is there and holds no leaf: None, or what a mask hides."""
+    return {_first_start(path, entries) for path, _ in _empty_nodes(tree)} - {None}
+
+
+def empty_nodes(tree: Tree) -> list[tuple[str, Any]]:
+    """What is there and holds no leaf, with its path: None, or what a mask hides."""
+    return [("/".join(path), node) for path, node in _empty_nodes(tree)]
+
+
+def _empty_nodes(tree: Tree) -> list[tuple[tuple[str, ...], Any]]:
     flat = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: not jax.tree.leaves(node))
-    return {_first_start(_simple(path), entries) for path, node in flat if not jax.tree.leaves(node)} - {None}
+    return [(_simple(path), node) for path, node in flat if not jax.tree.leaves(node)]
 
 
 def aligned(tree: Tree, other: Any) -> Any:

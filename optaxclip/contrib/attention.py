@@ -1,8 +1,9 @@
 """Bounds on the logits of attention, by the weights that they are made of."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -31,15 +32,16 @@ class Projection:
       axis: the axis of the heads. Either each index is a head, or the heads follow each other along it in blocks. The
         default -2 fits kernels of shape (model, heads, entries) and their biases; -1 is for kernels of shape
         (model, heads * entries), 0 for PyTorch's.
-      tail: how many of the last entries of each head are something else. In a query they meet a key that all heads
-        share (the rotary part of multi-head latent attention). In a key they are the values.
+      tail: the number of entries at the end of each head that get another factor. In a query they are the rotary part
+        of multi-head latent attention, whose key all heads share: they get the whole factor. In a key they are the
+        values: they stay.
 
     Example:
       The up-projections of latent attention, with 64 rotary entries and 128 values per head:
 
       >>> from optaxclip.contrib import Projection, qk_clip
       >>> specs = {"q_up": Projection("query", tail=64), "kv_up": Projection("key", tail=128)}
-      >>> tx = qk_clip(projections=specs.get)  # a function of the path
+      >>> tx = qk_clip(projections=lambda path: specs.get(path.split("/")[-1]))  # of "layers/0/q_up"
 
     See also:
       `qk_clip`, which takes it.
@@ -71,7 +73,8 @@ def qk_clip(
       max_logit: the bound :math:`\tau` on the logits before the softmax, more than 0: a number or a scalar array. The
         report of Kimi K2 has 100.
       projections: which leaves make queries and keys: a prefix pytree of `Projection` and None (for all other leaves),
-        or a function of a leaf's path that returns one of them.
+        or a function of a leaf's whole path ("layers/0/q/kernel") that returns one of them. A function that names no
+        leaf is an error, except where `optax.masked` hides some.
       alpha: the share of the query in the factor, from 0 to 1: a number or a scalar array.
       queries_per_key: how many query heads share a key head: 1, or more in grouped-query attention. Query heads that
         share a key head follow each other.
@@ -85,7 +88,8 @@ def qk_clip(
 
     Raises:
       ValueError: if an argument is none of the above; at update, without `params` or logits, where the logits do not
-        fit the leaves, or where they differ between devices that share a leaf.
+        fit the leaves, or where they differ between devices that share a leaf; if `projections` names no leaf, or only
+        queries or only keys while `alpha` splits the factor between both; if heads of queries and keys differ in size.
 
     Example:
       >>> import jax.numpy as jnp
@@ -102,7 +106,13 @@ def qk_clip(
     Notes:
       - Guarantees: a head within the bound is returned bit for bit. Factors are applied in float32 or wider.
       - Edge cases: a logit that is NaN or infinite changes nothing: the factor would be 0, and a head of zeros never
-        learns again. Skip such a step with `skip_nonfinite`. A leaf whose update is None is left.
+        learns again. Skip such a step with `skip_nonfinite`. For the same reason no factor is below the precision of
+        the updates or the weights: 1/128 in bfloat16. What is left is clipped at the next step. A leaf whose update is
+        None is left.
+      - Micro-batches: `optax.MultiSteps` passes on the logits of the last micro-batch only. Keep the largest of all
+        yourself, and pass that.
+      - Name queries and keys of each layer: a layer with only one of the two gets only its share of the factor. That is
+        an error only if all layers lack the same one. For queries alone pass `alpha=1`, for keys alone `alpha=0`.
       - Placement: the last in the chain, after the learning rate. Nothing behind it may scale the updates.
       - Meshes: inside `shard_map`, take the largest logits of all devices (`jax.lax.pmax`) over each axis that the
         leaves are not split over. Where heads are split, pass the logits of the heads of this device.
@@ -133,11 +143,14 @@ def qk_clip(
         filled, params = beside(updates, params)
         mesh.require_reduced(filled, params)
         leaves = Leaves(filled, params, axes=None)  # nothing is measured
+        weights = leaves.params()
         named = leaves.lookup("projections", projections)
         if others := [spec for spec in named if spec is not None and not _is_projection(spec)]:
             raise ValueError(f"projections must say Projection or None of each leaf, got {others[0]!r}")
+        _require_all_of_the_factor(leaves, filled, named, projections, alpha)
         paths = [path if spec else None for path, spec in zip(leaves.paths, named, strict=True)]
         by_leaf = _logits_of(paths, extra_args["max_logits"])
+        _require_heads_of_one_size(leaves, named, by_leaf, queries_per_key)
 
         def scaled(leaf: Leaf, param: Leaf, spec: Projection | None, logits: jax.Array | None) -> jax.Array:
             if spec is None or logits is None:
@@ -149,9 +162,9 @@ def qk_clip(
                 )
             logs = _logs(logits, max_logit, queries_per_key)
             heads = jnp.repeat(logs, queries_per_key, axis=-1) if spec.kind == "query" else logs
-            return _rescaled(leaf.value, param.value, jnp.expm1(_exponents(leaf, spec, heads, alpha)))
+            return _rescaled(leaf.value, param.value, _exponents(leaf, spec, heads, alpha))
 
-        clipped = leaves.updated(list(map(scaled, leaves, leaves.params(), named, by_leaf)))
+        clipped = leaves.updated(list(map(scaled, leaves, weights, named, by_leaf)))
         return clipped if filled is updates else drop_missing(updates, clipped), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
@@ -161,6 +174,57 @@ def _is_projection(value: Any) -> bool:
     return isinstance(value, Projection)
 
 
+def _require_all_of_the_factor(leaves: Leaves, tree: Tree, named: list[Any], projections: Any, alpha: Any) -> None:
+    """Refuses projections that turn the clip off, or a share of it, unnoticed.
+
+    Leaves that are not there (None, say of frozen parameters) count as named.
+    """
+    missing = trees.empty_nodes(tree)
+    if not leaves or any(isinstance(node, optax.MaskedNode) for _, node in missing):
+        return  # the other leaves may be another transformation's, as in `optax.multi_transform`
+    if trees.is_function(projections):
+        specs = [*named, *(projections(path) for path, _ in missing)]
+    else:
+        specs = jax.tree.leaves(projections)
+    leaves.require_any([spec is not None for spec in specs], projections, "projections names no leaf of")
+    specs = list(filter(_is_projection, specs))
+    kinds = {spec.kind for spec in specs}
+    has_rotary = any(spec.kind == "query" and spec.tail for spec in specs)  # they get the whole factor
+    if len(kinds) != 1 or has_rotary or not isinstance(alpha, float):
+        return
+    named_kind, other, whole = ("queries", "keys", 1.0) if "query" in kinds else ("keys", "queries", 0.0)
+    if alpha != whole:
+        raise ValueError(
+            f"projections names {named_kind} and no {other}, and at alpha={alpha:g} these get only a share of the "
+            f"factor: name the leaves of both, or pass alpha={whole:g}"
+        )
+
+
+def _require_heads_of_one_size(
+    leaves: Leaves, named: Sequence[Projection | None], by_leaf: Sequence[jax.Array | None], queries_per_key: int
+) -> None:
+    """Refuses blocks that are parts of heads: query and key have a product only if they are of one size."""
+    sizes: dict[tuple[int, str], dict[int, str]] = {}  # by logits and kind: from size to the path of a leaf
+    for leaf, spec, logits in zip(leaves, named, by_leaf, strict=True):
+        if spec is not None and logits is not None:
+            layout = _layout(leaf, spec, _heads(logits.shape, spec, queries_per_key))
+            own = layout.size - spec.tail
+            # Where each index is a head, without a tail, nothing says which axis has the entries.
+            if own and (layout.block > 1 or spec.tail):
+                sizes.setdefault((id(logits), spec.kind), {}).setdefault(own, leaf.path)
+    for (of, kind), queries in sizes.items():
+        keys = sizes.get((of, "key"), {}) if kind == "query" else {}
+        # Layers with heads of several sizes may share an array.
+        if keys and queries.keys() != keys.keys():
+            size, path = next(((n, at) for n, at in queries.items() if n not in keys), next(iter(queries.items())))
+            other, beside = next(((n, at) for n, at in keys.items() if n not in queries), next(iter(keys.items())))
+            raise ValueError(
+                f"query heads of the leaf {path!r} have {size} entries, key heads of the leaf {beside!r} have {other} "
+                f"(without tails), at queries_per_key={queries_per_key}: pass the number of query heads per key head "
+                "there, and max_logits of each query head"
+            )
+
+
 def _logits_of(paths: Sequence[str | None], max_logits: Tree) -> list[jax.Array | None]:
     """The logits for each path that is not None: of the entry at the path of the leaf, or at the beginning of it.
 
@@ -168,11 +232,12 @@ def _logits_of(paths: Sequence[str | None], max_logits: Tree) -> list[jax.Array 
       ValueError: if a leaf has no entry, an entry no leaf, or an entry is no array of real numbers.
     """
     marked = jax.tree.map(lambda entry: _NO_LOGITS if entry is None else entry, max_logits, is_leaf=trees.is_none)
-    entries = dict(zip(trees.paths(marked), jax.tree.leaves(marked), strict=True))
+    flat = zip(trees.paths(marked), jax.tree.leaves(marked), strict=True)
+    entries = {path: _as_logits(path, entry) for path, entry in flat}
     places = [None if path is None else _place(path, entries) for path in paths]
     if unused := sorted(entries.keys() - set(places) - {""}):
         raise ValueError(f"max_logits has an entry for {unused[0]!r}, where projections names no leaf")
-    return [None if place is None else _as_logits(place, entries[place]) for place in places]
+    return [None if place is None else entries[place] for place in places]
 
 
 def _place(path: str, entries: Mapping[str, Any]) -> str:
@@ -189,7 +254,7 @@ def _as_logits(path: str, entry: Any) -> jax.Array | None:
     is_real = isinstance(entry, jax.Array | np.ndarray) and checks.is_real(entry)
     if not is_real or entry.ndim == 0:
         got = f"{entry.dtype} of shape {entry.shape}" if hasattr(entry, "dtype") else repr(entry)
-        where = f" at {path!r}" if path else ""
+        where = f" at {path!r}; pass a list of numbers as an array, jnp.asarray(max_logits)" if path else ""
         raise ValueError(f"max_logits must hold arrays of real numbers, one per head, got {got}{where}")
     array = jnp.asarray(entry)
     return array.astype(dtypes.accumulator(array.dtype))
@@ -198,37 +263,63 @@ def _as_logits(path: str, entry: Any) -> jax.Array | None:
 def _logs(logits: jax.Array, max_logit: Any, queries_per_key: int) -> jax.Array:
     """The logarithm of the factor of each key head."""
     logits = layouts.whole(logits)  # there are few, and heads are grouped and repeated
-    number = logits.shape[-1]
-    if number % queries_per_key:
-        raise ValueError(f"max_logits has {number} heads, which queries_per_key={queries_per_key} does not divide")
     known = jnp.where(jnp.isfinite(logits), logits, jnp.zeros_like(logits))
-    largest = jnp.max(known.reshape(*logits.shape[:-1], number // queries_per_key, queries_per_key), axis=-1)
+    largest = jnp.max(known.reshape(*logits.shape[:-1], logits.shape[-1] // queries_per_key, queries_per_key), axis=-1)
     bound = jnp.asarray(max_logit, largest.dtype)
     beyond = largest > bound
     eta = jnp.where(beyond, bound / jnp.where(beyond, largest, jnp.ones_like(largest)), jnp.ones_like(largest))
     return jnp.log(jnp.maximum(eta, jnp.finfo(eta.dtype).tiny))
 
 
-def _exponents(leaf: Leaf, spec: Projection, heads: jax.Array, alpha: Any) -> jax.Array:
-    """The logarithm of the factor of each entry, in a shape that broadcasts to the leaf.
+class _Layout(NamedTuple):
+    """Where the heads of a leaf are: `block` indices of `axis` each, with `size` entries along the axis `along`."""
+
+    axis: int
+    block: int
+    along: int
+    size: int
+
+
+def _heads(shape: tuple[int, ...], spec: Projection, queries_per_key: int) -> tuple[int, ...]:
+    """The shape of the heads of a leaf, from that of the logits."""
+    *front, number = shape
+    if number % queries_per_key:
+        raise ValueError(f"max_logits has {number} heads, which queries_per_key={queries_per_key} does not divide")
+    return shape if spec.kind == "query" else (*front, number // queries_per_key)
+
+
+def _layout(leaf: Leaf, spec: Projection, heads: tuple[int, ...]) -> _Layout:
+    """Where heads of this shape lie in a leaf.
 
     Raises:
       ValueError: if the heads, or their tails, do not fit the leaf.
     """
-    shape, (*front, number) = jnp.shape(leaf.value), heads.shape
+    shape, (*front, number) = jnp.shape(leaf.value), heads
     axis = spec.axis + len(shape) if spec.axis < 0 else spec.axis
-    fits = len(front) <= axis < len(shape) and list(shape[: len(front)]) == front and shape[axis] % number == 0
+    fits = (
+        len(front) <= axis < len(shape)
+        and list(shape[: len(front)]) == front
+        and number > 0
+        and shape[axis] % number == 0
+    )
     if not fits:
         raise ValueError(
-            f"leaf {leaf.path!r} of shape {shape} has no heads of shape {heads.shape} at {spec}: its axes in front "
+            f"leaf {leaf.path!r} of shape {shape} has no heads of shape {heads} at {spec}: its axes in front "
             "must be those of max_logits, and its axis of heads a multiple of their number"
         )
     block = shape[axis] // number
-    logs = jnp.expand_dims(jnp.repeat(heads, block, axis=-1), range(len(front), axis))
-    logs = jnp.expand_dims(logs, range(axis + 1, len(shape)))
     along, size = (axis, block) if block > 1 else (axis + 1, shape[axis + 1] if axis + 1 < len(shape) else 0)
     if spec.tail > size:
         raise ValueError(f"heads of the leaf {leaf.path!r} of shape {shape} have {size} entries, fewer than in {spec}")
+    return _Layout(axis, block, along, size)
+
+
+def _exponents(leaf: Leaf, spec: Projection, heads: jax.Array, alpha: Any) -> jax.Array:
+    """The logarithm of the factor of each entry, in a shape that broadcasts to the leaf."""
+    shape, front = jnp.shape(leaf.value), heads.ndim - 1
+    axis, block, along, size = _layout(leaf, spec, heads.shape)
+    logs = jnp.expand_dims(jnp.repeat(heads, block, axis=-1), range(front, axis))
+    logs = jnp.expand_dims(logs, range(axis + 1, len(shape)))
     own, rest = (alpha, 1.0) if spec.kind == "query" else (1 - alpha, 0.0)
     if not spec.tail:
         return logs * own
@@ -237,9 +328,12 @@ def _exponents(leaf: Leaf, spec: Projection, heads: jax.Array, alpha: Any) -> ja
     return logs * jnp.expand_dims(power, (*range(along), *range(along + 1, len(shape)))).astype(logs.dtype)
 
 
-def _rescaled(update: jax.Array, param: jax.Array, minus: jax.Array) -> jax.Array:
-    """The update after which the parameter is 1 + `minus` times what it would be."""
+def _rescaled(update: jax.Array, param: jax.Array, exponents: jax.Array) -> jax.Array:
+    """The update after which the parameter is exp(`exponents`) times what it would be."""
     dtype = np.promote_types(dtypes.wide(update.dtype), dtypes.wide(param.dtype))
+    # The update is rounded: with a factor below eps it can become -w, and the head 0. A factor of eps keeps it apart.
+    smallest = max(float(jnp.finfo(kind.dtype).eps) for kind in (update, param))
+    minus = jnp.expm1(jnp.maximum(exponents, math.log(smallest)))
     wide = update.astype(dtype)
     minus = minus.astype(dtype) + jnp.zeros_like(wide)  # laid out as the leaf is
     moved = wide + (param.astype(dtype) + wide) * minus

@@ -221,13 +221,35 @@ def test_the_state_has_the_dtype_that_is_asked_for():
     ]
     for factory in factories:
         shaped = [leaf for leaf in jax.tree.leaves(factory().init(params)) if leaf.shape == (3,)]
-        assert {leaf.dtype for leaf in shaped} == {jnp.dtype("bfloat16"), jnp.dtype("float32")}
+        narrow = set() if factory is factories[-1] else {jnp.dtype("bfloat16")}  # see the test below
+        assert {leaf.dtype for leaf in shaped} == narrow | {jnp.dtype("float32")}
         tx = factory(state_dtype=jnp.float32)
         state = tx.init(params)
         updates, after = tx.update(params, state, params)
         assert {leaf.dtype for leaf in jax.tree.leaves(state) if leaf.shape == (3,)} == {jnp.dtype("float32")}
         assert dtypes(updates) == dtypes(params)
         assert dtypes(after) == dtypes(state)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_center_of_narrow_parameters_does_not_stall(dtype):
+    """Steps of 0.01 are below half the distance to the next number from 4 (bfloat16), or from 32 on (float16)."""
+    goal = jnp.full(1, 64.0, dtype)
+    tx = contrib.centered_clip(0.01)
+    state = tx.init(goal)
+    assert state.clip_center.dtype == jnp.float32
+    state = state._replace(clip_center=jnp.full(1, 48.0))
+    step = jax.jit(lambda state: tx.update(goal, state, goal))
+    for _ in range(100):
+        update, state = step(state)
+    assert update.dtype == goal.dtype
+    np.testing.assert_allclose(np.float64(update), 49.0, rtol=float(jnp.finfo(dtype).eps) / 2 + 1e-5)
+    np.testing.assert_allclose(state.clip_center, 49.0, rtol=1e-5)
+
+
+def test_a_center_is_as_wide_as_its_parameter():
+    params = {str(dtype): jnp.zeros(2, dtype) for dtype in (jnp.float32, jnp.complex64)}
+    assert dtypes(contrib.centered_clip(1.0).init(params)) == dtypes(params)
 
 
 # Around an optimizer.

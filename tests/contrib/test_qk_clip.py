@@ -103,13 +103,15 @@ def test_layers(rng):
     """A dict has logits for each layer, stacked layers have them in one array; None and other layers are left."""
     layers = {f"layer_{i}": {"q": numbers(rng, MODEL, HEADS, DIM), "out": numbers(rng, 3)} for i in range(3)}
     zeros = jax.tree.map(jnp.zeros_like, layers)
-    tx = qk_clip(projections=lambda path: QUERY if path.endswith("q") else None)
+    tx = qk_clip(projections=lambda path: QUERY if path.endswith("q") else None, alpha=1.0)
     found = after(tx, layers, zeros, {"layer_0": LOGITS, "layer_1": None, "layer_2": {"q": LOGITS[::-1].copy()}})
     for i, logits in enumerate([LOGITS, np.ones(HEADS), LOGITS[::-1]]):
-        expected = reference(layers[f"layer_{i}"]["q"], "query", logits, 1)
+        expected = reference(layers[f"layer_{i}"]["q"], "query", logits, 1, alpha=1.0)
         np.testing.assert_allclose(found[f"layer_{i}"]["q"], expected, atol=1e-6)
     stacked = jnp.stack([layers["layer_0"]["q"], layers["layer_2"]["q"]])
-    both = after(qk_clip(projections=QUERY), stacked, jnp.zeros_like(stacked), np.stack([LOGITS, LOGITS[::-1]]))
+    both = after(
+        qk_clip(projections=QUERY, alpha=1.0), stacked, jnp.zeros_like(stacked), np.stack([LOGITS, LOGITS[::-1]])
+    )
     np.testing.assert_allclose(both, np.stack([found["layer_0"]["q"], found["layer_2"]["q"]]), atol=1e-6)
 
 
@@ -118,22 +120,22 @@ def test_logits_that_ask_for_nothing(rng, bad):
     w, u = numbers(rng, MODEL, HEADS, DIM), numbers(rng, MODEL, HEADS, DIM)
     logits = LOGITS.copy()
     logits[2] = bad
-    tx = qk_clip(projections=QUERY)
+    tx = qk_clip(projections=QUERY, alpha=1.0)
     found, _ = tx.update(u, tx.init(w), w, max_logits=logits)
     np.testing.assert_array_equal(found[:, [1, 2, 3]], u[:, [1, 2, 3]])  # bit for bit
-    np.testing.assert_allclose(w[:, 0] + found[:, 0], 0.5 * (w[:, 0] + u[:, 0]), atol=1e-6)
+    np.testing.assert_allclose(w[:, 0] + found[:, 0], 0.25 * (w[:, 0] + u[:, 0]), atol=1e-6)
 
 
 def test_no_logits_at_a_step(rng):
     w, u = numbers(rng, MODEL, HEADS, DIM), numbers(rng, MODEL, HEADS, DIM)
-    tx = qk_clip(projections=QUERY)
+    tx = qk_clip(projections=QUERY, alpha=1.0)
     np.testing.assert_array_equal(tx.update(u, tx.init(w), w, max_logits=None)[0], u)
 
 
 @pytest.mark.parametrize("size", [1e38, 3e38])
 def test_extreme_logits(rng, size):
     w = numbers(rng, MODEL, HEADS, DIM)
-    found = after(qk_clip(1e-3, projections=QUERY), w, jnp.zeros_like(w), np.full(HEADS, size, np.float32))
+    found = after(qk_clip(1e-3, projections=QUERY, alpha=1.0), w, jnp.zeros_like(w), np.full(HEADS, size, np.float32))
     assert np.all(np.isfinite(found))
     np.testing.assert_allclose(found, 0, atol=1e-6)
 
@@ -141,10 +143,10 @@ def test_extreme_logits(rng, size):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_narrow_weights(rng, dtype):
     w, u = numbers(rng, MODEL, HEADS, DIM, dtype=dtype), 0.1 * numbers(rng, MODEL, HEADS, DIM, dtype=dtype)
-    tx = qk_clip(projections=QUERY)
+    tx = qk_clip(projections=QUERY, alpha=1.0)
     found, _ = tx.update(u, tx.init(w), w, max_logits=jnp.asarray(LOGITS))
     assert found.dtype == w.dtype
-    expected = reference(np.float64(w) + np.float64(u), "query", LOGITS, 1)
+    expected = reference(np.float64(w) + np.float64(u), "query", LOGITS, 1, alpha=1.0)
     np.testing.assert_allclose(np.float64(w) + np.float64(found), expected, atol=4 * float(jnp.finfo(dtype).eps))
 
 
@@ -162,7 +164,7 @@ def test_none_updates_are_left_and_a_chain_hands_the_logits_on(rng):
 @pytest.mark.parametrize("split", [True, False], ids=["heads on several devices", "the model"])
 def test_in_shard_map(rng, split):
     w, u = numbers(rng, 8, HEADS, DIM), numbers(rng, 8, HEADS, DIM)
-    tx = qk_clip(projections=QUERY)
+    tx = qk_clip(projections=QUERY, alpha=1.0)
     spec, logits = (P(None, "data"), P("data")) if split else (P("data"), P())
     step = jax.shard_map(
         lambda u, w, logits: tx.update(u, tx.init(w), w, max_logits=logits)[0],
@@ -176,7 +178,7 @@ def test_in_shard_map(rng, split):
 
 def test_logits_that_differ_between_devices_are_refused(rng):
     w = numbers(rng, MODEL, HEADS, DIM)
-    tx = qk_clip(projections=QUERY)
+    tx = qk_clip(projections=QUERY, alpha=1.0)
     step = jax.shard_map(
         lambda w, logits: tx.update(w, tx.init(w), w, max_logits=logits)[0],
         mesh=AUTO,
@@ -191,7 +193,7 @@ def test_logits_that_differ_between_devices_are_refused(rng):
 @pytest.mark.parametrize("logits_spec", [P(), P("data")], ids=str)
 def test_under_jit_on_a_mesh(rng, on, logits_spec):
     w, u = numbers(rng, MODEL, HEADS, DIM), numbers(rng, MODEL, HEADS, DIM)
-    tx = qk_clip(projections=QUERY)
+    tx = qk_clip(projections=QUERY, alpha=1.0)
     expected, _ = tx.update(u, tx.init(w), w, max_logits=LOGITS)
     spec = P(None, "data")
     laid_out = put((u, w, jnp.asarray(LOGITS)), (spec, spec, logits_spec), on)
@@ -235,20 +237,167 @@ def test_bad_arguments(name):
             LOGITS,
             "projections must say Projection or None of each leaf, got 'query'",
         ),
+        (
+            {},
+            [400.0, 50.0, 1e4, 100.0],
+            r"got 400.0 at '0'; pass a list of numbers as an array, jnp.asarray\(max_logits\)",
+        ),
+        ({}, {"q": [400.0]}, "got 400.0 at 'q/0'; pass a list of numbers"),
+        ({}, np.ones(0), r"no heads of shape \(0,\)"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_bad_logits(rng, options, logits, words):
     params = {"q": numbers(rng, MODEL, HEADS, DIM)}
-    tx = qk_clip(**{"projections": QUERY} | options)
+    tx = qk_clip(**{"projections": QUERY, "alpha": 1.0} | options)
     with pytest.raises(ValueError, match=words):
         tx.update(params, tx.init(params), params, max_logits=logits)
 
 
 def test_missing_logits_and_parameters(rng):
     w = numbers(rng, MODEL, HEADS, DIM)
-    tx = qk_clip(projections=QUERY)
+    tx = qk_clip(projections=QUERY, alpha=1.0)
     with pytest.raises(ValueError, match=r"qk_clip needs update\(\.\.\., max_logits=\.\.\.\)"):
         tx.update(w, tx.init(w), w)
     with pytest.raises(ValueError, match="not passing `params`"):
         tx.update(w, tx.init(w), max_logits=LOGITS)
+
+
+# Projections that would clip nothing, or a part, unnoticed.
+
+
+def nested(rng, **leaves):
+    return {"layers": {"attn": {name: numbers(rng, *shape) for name, shape in leaves.items()}}}
+
+
+HEADED = {"q": (MODEL, HEADS, DIM), "k": (MODEL, HEADS, DIM)}
+SPECS = {"q": QUERY, "k": KEY}
+
+
+def once(tx, params, updates=None, logits=LOGITS):
+    return tx.update(params if updates is None else updates, tx.init(params), params, max_logits=logits)[0]
+
+
+@pytest.mark.parametrize("logits", [LOGITS, None], ids=["logits", "none"])
+def test_a_function_that_names_no_leaf_is_refused(rng, logits):
+    tx = qk_clip(projections=SPECS.get)  # the paths are whole
+    with pytest.raises(ValueError, match="projections names no leaf of 'layers/attn/k', 'layers/attn/q'"):
+        once(tx, nested(rng, **HEADED), logits=logits)
+
+
+def test_named_leaves_may_be_missing(rng):
+    """None, masked one by one or with all of a layer, or no leaf at all."""
+    tx = qk_clip(projections=lambda path: SPECS.get(path.split("/")[-1]))
+    params = nested(rng, **HEADED, out=(3,))
+    out = params["layers"]["attn"]["out"]
+    frozen = {"layers": {"attn": {"q": None, "k": None, "out": out}}}
+    hidden = optax.MaskedNode()
+    trees = [{"layers": {"attn": {"q": hidden, "k": hidden, "out": out}}}, {"layers": hidden, "out": out}, {}]
+    for tree in [frozen, *trees]:
+        assert jax.tree.all(jax.tree.map(np.array_equal, once(tx, tree, logits=None), tree))
+    found = once(tx, params, frozen)
+    assert found["layers"]["attn"]["q"] is None
+    np.testing.assert_array_equal(found["layers"]["attn"]["out"], out)
+
+
+@pytest.mark.parametrize(
+    ("names", "alpha", "words"),
+    [
+        ("q", 0.5, "names queries and no keys, and at alpha=0.5 .* pass alpha=1"),
+        ("q", 0.0, "names queries and no keys"),
+        ("k", 0.5, "names keys and no queries, and at alpha=0.5 .* pass alpha=0"),
+        ("k", 1.0, "names keys and no queries"),
+        ("q", 1.0, None),
+        ("k", 0.0, None),
+        ("qk", 0.5, None),
+    ],
+)
+@pytest.mark.parametrize("by_path", [False, True], ids=["tree", "function"])
+def test_queries_or_keys_alone_need_all_of_the_factor(rng, names, alpha, words, by_path):
+    params = {name: numbers(rng, *shape) for name, shape in HEADED.items()}
+    specs = {name: SPECS[name] if name in names else None for name in params}
+    tx = qk_clip(projections=specs.get if by_path else specs, alpha=alpha)
+    if words:
+        with pytest.raises(ValueError, match=words):
+            once(tx, params)
+    else:
+        found = after(tx, params, jax.tree.map(jnp.zeros_like, params), LOGITS)
+        for name, kind in (("q", "query"), ("k", "key")):
+            expected = reference(params[name], kind, LOGITS, 1, alpha=alpha) if name in names else params[name]
+            np.testing.assert_allclose(found[name], expected, atol=1e-6)
+
+
+def test_queries_alone_where_something_else_is_there(rng):
+    """A rotary tail, keys that are frozen or another transformation's, and an alpha that is traced."""
+    q = {"q": numbers(rng, *HEADED["q"])}
+    once(qk_clip(projections={"q": Projection("query", tail=2)}), q)
+    once(qk_clip(projections=SPECS.get), q | {"k": None})
+    once(qk_clip(projections=lambda path: SPECS["q"]), q | {"k": optax.MaskedNode()})
+    jax.eval_shape(lambda alpha: once(qk_clip(projections={"q": QUERY}, alpha=alpha), q), 0.5)
+
+
+def test_entries_of_the_logits_may_be_as_fine_as_the_leaves(rng):
+    params = {name: numbers(rng, *shape) for name, shape in HEADED.items()}
+    tx = qk_clip(projections=SPECS)
+    one, each = once(tx, params), once(tx, params, logits={"q": LOGITS, "k": LOGITS.copy()})
+    assert jax.tree.all(jax.tree.map(np.array_equal, one, each))
+
+
+FLAT_QUERY, FLAT_KEY = Projection("query", -1), Projection("key", -1)
+
+
+@pytest.mark.parametrize("number", [4, 8])
+@pytest.mark.parametrize("stacked", [False, True])
+def test_flat_heads_of_two_sizes_are_refused(rng, number, stacked):
+    """Eight query heads and four key heads of four entries each, and nobody says so."""
+    front = (2,) if stacked else ()
+    params = {"q": numbers(rng, *front, MODEL, 32), "k": numbers(rng, *front, MODEL, 16)}
+    logits = np.full((*front, number), 400.0)
+    sizes = {4: "8 entries, .* 'k' have 4", 8: "4 entries, .* 'k' have 2"}[number]
+    tx = qk_clip(projections={"q": FLAT_QUERY, "k": FLAT_KEY})
+    with pytest.raises(ValueError, match=rf"leaf 'q' have {sizes} \(without tails\), at queries_per_key=1"):
+        once(tx, params, logits=logits)
+
+
+@pytest.mark.parametrize("name", ["grouped", "two sizes of layers", "tails", "all tail", "biases", "entries in front"])
+def test_heads_that_fit(rng, name):
+    """What has heads of one size in a layer, or heads of which the size is not known."""
+    shapes, specs, options = {
+        "grouped": ([(3, 32), (3, 16)], [FLAT_QUERY, FLAT_KEY], {"queries_per_key": 2}),
+        "two sizes of layers": ([(3, 16), (3, 32), (3, 16), (3, 32)], [FLAT_QUERY, FLAT_QUERY, FLAT_KEY, FLAT_KEY], {}),
+        "tails": ([(3, 32), (3, 40)], [Projection("query", -1, 2), Projection("key", -1, 4)], {}),
+        "all tail": ([(3, 16), (3, 8), (3, 16)], [FLAT_QUERY, Projection("query", -1, 2), FLAT_KEY], {}),
+        "biases": ([(3, 16), (16,), (4, 2)], [FLAT_QUERY, FLAT_QUERY, KEY], {}),
+        "entries in front": ([(4, 3, 2), (3, 16)], [Projection("query", 0), FLAT_KEY], {}),
+    }[name]
+    logits = np.full(8 if name in ("grouped", "tails", "all tail") else 4, 400.0)
+    logits = logits[:4] if name in ("tails", "all tail") else logits
+    params = [numbers(rng, *shape) for shape in shapes]
+    assert jax.tree.map(jnp.shape, once(qk_clip(projections=specs, **options), params, logits=logits)) == shapes
+
+
+@pytest.mark.parametrize(
+    "dtypes", [("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "bfloat16")], ids=str
+)
+@pytest.mark.parametrize("moving", [0.0, 0.01])
+def test_no_head_rounds_to_0(rng, dtypes, moving):
+    """However large its logit. What is left of it is at most the precision of the weights, plus rounding."""
+    kind, update_kind = dtypes
+    w = numbers(rng, MODEL, HEADS, DIM, dtype=kind)
+    u = (moving * numbers(rng, MODEL, HEADS, DIM)).astype(update_kind)
+    tx = qk_clip(projections=QUERY, alpha=1.0)
+    for factor in (1e-3, 1e-6, 1e-30):
+        found = once(tx, w, u, np.full(HEADS, 100 / factor, np.float32))
+        left = np.abs(np.float64(optax.apply_updates(w, found)))
+        assert np.all(np.max(left, axis=(0, 2)) > 0)
+        size = np.abs(np.float64(w) + np.float64(u))
+        assert np.all(left <= 2 * size / 128 + np.abs(np.float64(w)) / 256)
+
+
+def test_the_logits_of_the_last_micro_batch_count(rng):
+    params = {name: numbers(rng, *shape) for name, shape in HEADED.items()}
+    tx = optax.MultiSteps(qk_clip(projections=SPECS), 2)
+    zeros, state = jax.tree.map(jnp.zeros_like, params), tx.init(params)
+    for logits in (LOGITS, np.full(HEADS, 400.0, np.float32)):
+        updates, state = tx.update(zeros, state, params, max_logits=jnp.asarray(logits))
+    np.testing.assert_allclose(params["q"] + updates["q"], 0.5 * params["q"], atol=1e-6)
