@@ -57,6 +57,12 @@ def test_two_hundred_random_trees_agc(rng, block):
         assert_agree(oc.adaptive_grad_clip(clipping, eps), optax.adaptive_grad_clip(clipping, eps), updates, params)
 
 
+def test_agc_of_every_rank(rng):
+    shapes = [(3,), (3, 4), (2, 3, 4), (2, 2, 3, 4)]
+    updates = trees.shuffled_tree(rng, np.float32, shapes)
+    assert_agree(oc.adaptive_grad_clip(0.1), optax.adaptive_grad_clip(0.1), updates, trees.like(rng, updates))
+
+
 @pytest.mark.parametrize("axis", [-1, (0, 1)])
 def test_agc_axis(rng, axis):
     for scale in (1e-2, 1.0, 1e3):
