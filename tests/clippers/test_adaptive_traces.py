@@ -69,6 +69,13 @@ def test_autoclip_of_the_whole_history():
     np.testing.assert_allclose(after, [1, 10.9], rtol=0.009)
 
 
+def test_autoclip_beyond_the_norms_that_it_has_exactly(rng):
+    given = np.float32(rng.lognormal(size=200))
+    after, _ = drive(published.autoclip(30), given)
+    bounds = [np.quantile(given[: i + 1], 0.3) for i in range(200)]
+    np.testing.assert_allclose(after, np.minimum(given, bounds), rtol=0.009)
+
+
 PERCENTILE_CLIP = [2, 1, 4, 1, 1, 1, 1, 1, 3, 0.5]
 
 
@@ -138,3 +145,27 @@ def test_clip_by_tracked_quantile():
 def test_clip_norm_growth():
     after, _ = drive(contrib.clip_norm_growth(), [1, 1.005, 2, 2, 0.5, 0.6])
     np.testing.assert_allclose(after, [1, 1.005, 1.01505001, 1.02520052, 0.5, 0.50500001], rtol=3e-7)
+
+
+def test_zclip_takes_a_lasting_rise_for_a_new_level():
+    """From the third spike in a row on, which the mean takes in as it is; two that stood alone do not count."""
+    given = [1, 1.2, 0.8, 1, 3, 1, 3, 1, 3, 3, 3, 3]
+    tx = published.zclip(warmup_steps=4, max_norm=None, patience=2)
+    after, seen = drive(tx, given, fields("zscore_mean", "zscore_spikes"))
+    close(after[4:], [1.0625, 1, 1.061014, 1, 1.059531, 1.059855, 1.060163, 1.482472])
+    close(seen["zscore_mean"][8:, 0], [1.005168, 1.006809, 1.066604, 1.124606])
+    np.testing.assert_array_equal(seen["zscore_spikes"][:, 0], [0, 0, 0, 0, 1, 0, 1, 0, 1, 2, 3, 4])
+
+
+def test_adagc_stands_still_where_a_tensor_is_not_finite():
+    tx = published.adagc(warmup_steps=4)
+    after, seen = drive(tx, np.array([(3, 4), (np.nan, 0.1), (1, 2)]), fields("norm_average"))
+    close(after, [(0.6, 0.8), (np.nan, 0.1), (1 / np.sqrt(5), 2 / np.sqrt(5))])
+    close(seen["norm_average"], [(0.6, 0.8), (0.6, 0.8), (1 / np.sqrt(5), 0.8)])
+
+
+def test_aggc_raises_past_an_upper_end_that_is_lower():
+    tx = contrib.aggc("all", 1.5, decay=0.5, min_norm=2.0, initial=1.0)
+    after, seen = drive(tx, [0.5, 3, 1], fields("norm_average"))
+    close(after, [2, 2.25, 2])
+    close(seen["norm_average"][:, 0], [1.5, 1.875, 1.9375])

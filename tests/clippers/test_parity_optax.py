@@ -57,6 +57,13 @@ def test_two_hundred_random_trees_agc(rng, block):
         assert_agree(oc.adaptive_grad_clip(clipping, eps), optax.adaptive_grad_clip(clipping, eps), updates, params)
 
 
+def test_agc_of_every_rank(rng):
+    shapes = [(3,), (3, 4), (2, 3, 4), (2, 2, 3, 4)]
+    updates = trees.shuffled_tree(rng, np.float32, shapes)
+    params = trees.like(rng, updates, scale=7e-4)  # units on both sides of the floor, 1e-3
+    assert_agree(oc.adaptive_grad_clip(0.1), optax.adaptive_grad_clip(0.1), updates, params)
+
+
 @pytest.mark.parametrize("axis", [-1, (0, 1)])
 def test_agc_axis(rng, axis):
     for scale in (1e-2, 1.0, 1e3):

@@ -49,6 +49,13 @@ def test_24_group_norm_bounds_each_part_without_partition():
     assert size(clipped) == pytest.approx(1.0, rel=1e-6)
 
 
+def test_a_label_whose_leaves_are_all_masked_keeps_its_bound():
+    tx = oc.clip_by(norms.group_norm(LABELS), thresholds.constant({"a": 0.6, "b": 0.8}))
+    clipped = once(optax.masked(tx, {"body": True, "head": False}), gradients())
+    assert size(clipped["body"]) == pytest.approx(0.6, rel=1e-6)
+    np.testing.assert_array_equal(clipped["head"], gradients()["head"])
+
+
 def test_24_the_trap_is_documented_with_both_ways_out():
     text = " ".join(oc.clip_by_global_norm.__doc__.split())
     for word in ("optax.partition", "outside", "group_norm"):

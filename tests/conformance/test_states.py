@@ -127,6 +127,15 @@ def test_states_of_plain_numbers_go_on_as_jax_arrays_do_eagerly(tx, bring):
     assert oc.clip_stats(bring(plain)) == oc.clip_stats(ours)
 
 
+def test_counts_of_python_have_32_bits_where_there_are_64():
+    tx = oc.skip_nonfinite(optax.identity())
+    with jax.enable_x64(True):
+        grads = {"w": jnp.ones(2, jnp.float32)}
+        state = tx.init(grads)
+        _, after = tx.update(grads, as_python_numbers(state), grads)
+    chex.assert_trees_all_equal_dtypes(after, state)
+
+
 # A ring that was restored into one of another length.
 
 

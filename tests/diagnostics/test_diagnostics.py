@@ -84,6 +84,18 @@ def test_steady_growth_is_no_spike():
     assert diagnostics.summary(1.1 ** np.arange(1000)).spikes == ()
 
 
+def test_spikes_stand_out_from_the_64_norms_before_them(rng):
+    norms = np.exp(np.clip(rng.standard_t(1.5, 3000), -50, 50))
+    logs, expected = np.log(norms), []
+    for i, log in enumerate(logs):
+        window = logs[max(i - 64, 0) : max(i, 64)]
+        deviation = np.median(np.abs(window - np.median(window)))
+        if log > np.median(window) + max(6 * deviation, math.log(2)):
+            expected.append(i + 1)
+    assert diagnostics.summary(norms).spikes == tuple(expected)
+    assert len(expected) > 30
+
+
 @pytest.mark.parametrize("factor", [0.1, 1.0, 10.0])
 def test_drift(rng, factor):
     norms = lognormal(rng, 400) * np.repeat([1.0, factor], 200)

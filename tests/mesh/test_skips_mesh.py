@@ -253,6 +253,17 @@ def test_one_collective_per_set_of_axes_with_a_clipper_and_adam_inside():
     assert collectives(text) == ["all-reduce"] * 2
 
 
+@pytest.mark.parametrize("large", [50.0, np.nan])
+def test_a_unit_that_one_device_has_is_one_decision_of_all(large):
+    tx = oc.skip_spikes(optax.identity(), thresholds.constant(9.0), norm=norms.unit_norm("oi"), axes=P("data"))
+    grads = jnp.ones((8, 4)).at[2, 1].set(large)
+    step = jax.shard_map(tx.update, mesh=AUTO, in_specs=(P("data"), P()), out_specs=(P("data"), P()), check_vma=False)
+    updates, state = jax.jit(step)(grads, tx.init(grads))
+    np.testing.assert_array_equal(updates, np.zeros((8, 4)))
+    skipped = clip_stats(state)
+    assert (skipped["skipped_norm"], skipped["skipped_nonfinite"]) == ((1, 0) if np.isfinite(large) else (0, 1))
+
+
 @pytest.mark.parametrize("losses", [(0.5, 5.0), (0.5, np.nan), (np.inf, 0.5)], ids=str)
 def test_devices_with_losses_of_their_own_decide_alike(losses):
     tx = oc.skip_spikes(

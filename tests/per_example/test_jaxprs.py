@@ -62,7 +62,8 @@ def update(updates, state):
     return updates - after["mean"], after
 
 
-STATE = {name: np.full(2, 3, np.float32) for name in ("mean", "again", "old", "one")} | {"steps": np.int32(4)}
+STATE = {name: np.full(2, i, np.float32) for i, name in enumerate(("mean", "again", "old", "one"), 3)}
+STATE |= {"steps": np.int32(4)}
 
 
 @pytest.mark.parametrize("hold", [False, True])

@@ -374,6 +374,13 @@ def test_a_factor_beyond_the_normal_range(rng, form, bound):
     np.testing.assert_allclose(grads[0, :2], [0.6 * bound, 0.8 * bound], rtol=1e-5)
 
 
+def test_a_factor_beyond_the_largest_number():
+    tx = oc.clip_by(norms.global_norm(), thresholds.exactly(1e4))
+    tiny = {"x": jnp.asarray([[3e-37, 4e-37, 0, 0, 0]]), "d": jnp.asarray([[1.0, 0, 0]])}
+    _, grads = step_of(linear_in_a_matrix, tx, form="two_pass")(jnp.ones((WIDE, 5)), tiny)
+    np.testing.assert_allclose(grads[0, :2], [6e3, 8e3], rtol=1e-5)
+
+
 @two_passes
 def test_no_example_counts(form):
     rows = {"x": jnp.full((3, 5), jnp.nan), "d": jnp.ones((3, WIDE))}

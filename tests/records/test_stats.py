@@ -478,9 +478,10 @@ def on_mesh(tx, sequence, *, check_vma):
     return state
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("kind", CLIPPERS)
+@pytest.mark.parametrize("check_vma", [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.parametrize(
+    "kind", ["units", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("global", "leaf"))]
+)
 def test_every_device_records_the_same(rng, kind, check_vma):
     sequence = [
         {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in SHARDED.items()} for _ in range(4)

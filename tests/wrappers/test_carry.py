@@ -185,6 +185,14 @@ def test_a_missing_gradient_keeps_its_carry_and_counts_for_nothing():
     np.testing.assert_allclose(out["b"]["c"], [0.6], rtol=1e-5)
 
 
+def test_what_a_clip_makes_of_a_missing_gradient_is_not_taken_from_its_carry():
+    tx = oc.with_carry(oc.clip_by_value(0.5, 1.0))  # 0 becomes 0.5
+    _, state = tx.update([jnp.array([3.0])], tx.init([jnp.ones(1)]))
+    out, state = tx.update([None], state)
+    assert out == [None]
+    np.testing.assert_array_equal(state.carry[0], [2.0])
+
+
 def test_leaves_of_other_kinds_pass():
     given = {
         "w": jnp.array([3.0]), "steps": jnp.arange(3), "flag": jnp.asarray(True), "masked": optax.MaskedNode(),
