@@ -37,7 +37,8 @@ def scalar(name: str, value: Any, what: str) -> jax.Array:
 
 def _in_range(value: Any) -> Any:
     """A finite number of the host; past float32's largest it is the largest, as a measured norm would be."""
-    if not isinstance(value, int | float | np.number) or jax.config.read("jax_enable_x64"):
+    is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    if not is_number or jax.config.read("jax_enable_x64"):
         return value
     number = float(value)
     largest = float(np.finfo(np.float32).max)

@@ -187,8 +187,8 @@ RANGE = {
     "aggc": (lambda: contrib.aggc("all", 1.5, min_ratio=0.8), lambda given: adaptive.aggc(given, 1.5, 0.8)),
     "clip_by_history": (published.clip_by_history, adaptive.clip_by_history),
     "clip_by_tracked_quantile": (
-        lambda: contrib.clip_by_tracked_quantile(learning_rate=10.0),
-        lambda given: adaptive.tracked_quantile(given, learning_rate=10.0),
+        lambda: contrib.clip_by_tracked_quantile(learning_rate=2.0),
+        lambda given: adaptive.tracked_quantile(given, learning_rate=2.0),
     ),
     "clip_norm_growth": (contrib.clip_norm_growth, adaptive.clip_norm_growth),
 }
