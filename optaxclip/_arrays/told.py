@@ -37,7 +37,7 @@ def scalar(name: str, value: Any, what: str) -> jax.Array:
 
 def _in_range(value: Any) -> Any:
     """A finite number of the host; past float32's largest it is the largest, as a measured norm would be."""
-    is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    is_number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
     if not is_number or jax.config.read("jax_enable_x64"):
         return value
     number = float(value)
