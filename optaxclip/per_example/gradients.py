@@ -62,7 +62,7 @@ def clipped_value_and_grad(
       the whole float range, and not finite where the gradient is not. (Norms are not a part of `aux`, so that the first
       two results do not depend on whether anyone wants them.)
 
-      Weights: the function takes one more keyword argument, `weights=`, an array of one real number or boolean per
+      Weights: the function takes one more keyword argument, weights=, an array of one real number or boolean per
       example: 0 for padding, or how much the example is worth. `aux` and norms are not weighted.
 
     Raises:
