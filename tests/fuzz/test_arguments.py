@@ -347,7 +347,7 @@ SPECIAL: dict[str, Kind] = {
 GIVEN: dict[str, dict[str, Any]] = {
     "": {
         "max_delta": 1.0, "max_norm": 1.0, "max_value": 1.0, "clipping": 0.1, "min_norm": 0.0, "labels": "a",
-        "projections": oc.contrib.Projection("query", 0),
+        "projections": {"a": oc.contrib.Projection("query", 0), "b": oc.contrib.Projection("key", 0, tail=1)},
         "inner": optax.identity(), "tx": oc.clip(1.0), "target_norm": 1.0, "quantile": 0.5, "ratio": 1.0,
         "norm": norms.leaf_norm(), "relative": 0.1, "k": 2.0, "min_limit": 0.1, "absolute": 0.1, "l2_norm_clip": 1.0,
         "global_l2_norm_clip": 1.0, "grads": jnp.ones((2, 3)), "fun": jnp.vdot, "x": jnp.ones(2), "tree": jnp.ones(2),
@@ -365,6 +365,7 @@ GIVEN: dict[str, dict[str, Any]] = {
     "thresholds.mean_std.warmup_steps": {"window": 200},
     "thresholds.mean_std.window": {"warmup_steps": 1},
     "contrib.arcsinh_clip": {"scale": 1.0},
+    "contrib.qk_clip.projections": {"alpha": 1.0},
     "per_example.track_quantile": {"bound": 1.0, "norms": jnp.ones(2)},
     "per_example.clipped_value_and_grad.argnums": {"batch_argnums": 7},
     "per_example.clipped_value_and_grad.batch_argnums": {"argnums": 7},
