@@ -112,9 +112,8 @@ def clip_tree(
     filled, params = beside(tree, params)
     leaves = Leaves(filled, params, made.axes, told={})
     shapes = core.shapes_of(made.norm, filled, made.axes)
-    if isinstance(max_norm, optax.GradientTransformation):
-        empty_state("clip_tree", max_norm, filled)
-    state = made.threshold.init(shapes)
+    is_clip = isinstance(max_norm, optax.GradientTransformation)
+    state = empty_state("clip_tree", max_norm, filled) if is_clip else made.threshold.init(shapes)
     if jax.tree.leaves(state):
         raise ValueError("max_norm of clip_tree is a number or an array, and this is a schedule: pass schedule(step)")
     measured = made.norm.measure(leaves) if known_norm is None else _told(known_norm, shapes)

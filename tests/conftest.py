@@ -19,6 +19,7 @@ import pytest
 from tests.support import compiling
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# For the same reason as `set_aside_what_is_kept`, below.
 gc.set_threshold(100_000, 50, 100)
 
 # Compiling takes longer than any deadline; a failure in CI must come back with the same examples.

@@ -110,7 +110,7 @@ def _raise_later(error: KeyboardInterrupt | Terminated, hook: FrameType | None) 
     def again(signal_number: int, frame: FrameType | None) -> None:
         while frame is not None and frame is not hook:
             frame = frame.f_back
-        if frame is not None:  # on a busy machine it may take long
+        if frame is not None:  # the hook has not returned yet: on a busy machine it may take longer than `send` waits
             _thread.start_new_thread(send, ())
             return
         signal.signal(signal_number, handler)

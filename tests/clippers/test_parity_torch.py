@@ -18,7 +18,7 @@ torch = pytest.importorskip("torch", reason="torch is the oracle here: pip insta
 
 pytestmark = pytest.mark.parity
 
-ROUNDING = 2e-6  # torch sums in float32, and takes the third root of cubes
+ROUNDING = 1e-6
 ORDS = [1.0, 2.0, 3.0, float("inf")]
 
 
@@ -37,6 +37,7 @@ def gradients(parameters):
 
 @pytest.mark.parametrize("ord", ORDS)
 def test_clip_grad_norm(rng, ord):
+    rounding = 2 * ROUNDING if ord == 3 else ROUNDING  # torch takes the third root of float32 cubes
     for _ in range(12):
         updates = trees.random_tree(rng, np.float32, scale=10 ** rng.uniform(-3, 6), spread=1.0)
         parameters = as_parameters(updates)
@@ -44,11 +45,11 @@ def test_clip_grad_norm(rng, ord):
         bound = norm * 10 ** rng.uniform(-3, 0.5)
         theirs_norm = torch.nn.utils.clip_grad_norm_(parameters, bound, norm_type=ord)
         ours = trees.numpy_leaves(trees.update(oc.clip_by_global_norm(bound, ord=ord), updates))
-        np.testing.assert_allclose(float(oc.global_norm(updates, ord=ord)), float(theirs_norm), rtol=ROUNDING)
+        np.testing.assert_allclose(float(oc.global_norm(updates, ord=ord)), float(theirs_norm), rtol=rounding)
         for mine, theirs in zip(ours, gradients(parameters), strict=True):
-            np.testing.assert_allclose(mine, theirs, rtol=1e-6 / norm + ROUNDING)
-            if bound < norm * (1 - ROUNDING):
-                np.testing.assert_allclose(mine * (norm / (norm + 1e-6)), theirs, rtol=ROUNDING)
+            np.testing.assert_allclose(mine, theirs, rtol=1e-6 / norm + rounding)
+            if bound < norm * (1 - rounding):
+                np.testing.assert_allclose(mine * (norm / (norm + 1e-6)), theirs, rtol=rounding)
 
 
 @pytest.mark.parametrize("ord", ORDS)

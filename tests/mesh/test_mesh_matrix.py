@@ -17,7 +17,6 @@ from jax.sharding import NamedSharding
 
 import optaxclip as oc
 from optaxclip import contrib
-from tests.support import compiling
 from tests.support.collectives import collectives, collectives_under_branches
 from tests.support.meshes import AUTO, EXPLICIT, P, is_spec, over_steps, pieces, put, with_specs
 from tests.support.public import NAMES, public
@@ -166,9 +165,6 @@ def axes_of(row, specs):
     return specs if row.name in PARTS else "auto"
 
 
-jit = functools.partial(jax.jit, compiler_options=compiling.QUICK)  # in slow tests, too
-
-
 def steps(tx, state, params, grads):
     """The updates of all steps, and the state after them."""
 
@@ -195,7 +191,7 @@ def state_specs(tx, specs):
 def one_device(row):
     """The compiled steps, which every test of this row is held against."""
     tx = row.make()
-    return jit(functools.partial(steps, tx))
+    return jax.jit(functools.partial(steps, tx))
 
 
 @functools.cache
@@ -266,7 +262,7 @@ def under_jit(row, layout, mesh):
     out_specs = (layout.specs, state_specs(tx, layout.specs))
     updates, state, traced = [], put(first_state(tx), out_specs[1], mesh), []
 
-    @jit
+    @jax.jit
     def update(*arguments):
         traced.append(arguments)
         return tx.update(*arguments)
@@ -287,7 +283,7 @@ def mapped(row, layout, axes, **options):
     manual = functools.partial(renamed, names={name: name for name in names})
     whole = (over_steps(layout.specs), state_specs(tx, layout.specs))
     bound = (over_steps(manual(layout.specs)), manual(whole[1]))
-    program = jit(
+    program = jax.jit(
         jax.shard_map(
             functools.partial(steps, tx),
             mesh=AUTO,
@@ -326,7 +322,7 @@ def along_one_axis(row, layout, transform):
         with_specs(lambda spec, leaf: pieces(leaf, spec), *each)
         for each in ((states, first_state(tx)), (over_steps(param_specs), WEIGHTS), (over_steps(specs), GRADS))
     ]
-    outputs = jit(transform(functools.partial(steps, tx), axis_name="device"))(*arguments)
+    outputs = jax.jit(transform(functools.partial(steps, tx), axis_name="device"))(*arguments)
     return outputs, with_specs(lambda spec, leaf: pieces(leaf, spec), (over_steps(specs), states), expected(row))
 
 
@@ -478,7 +474,7 @@ def test_a_whole_leaf_beside_a_split_one_of_its_shape_stays_whole(make):
     specs = {"split": P("model"), "whole": P()}
     grads = put({name: np.ones(8, np.float32) for name in specs}, specs, AUTO)
     tx = make(1.0)
-    outputs = jit(tx.update)(grads, tx.init(grads), grads)
+    outputs = jax.jit(tx.update)(grads, tx.init(grads), grads)
     beside_params = [
         tree for tree in jax.tree.leaves(outputs, is_leaf=lambda node: isinstance(node, dict)) if isinstance(tree, dict)
     ]

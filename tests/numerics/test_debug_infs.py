@@ -1,6 +1,5 @@
 """Under `jax_debug_infs` an infinity in any intermediate result is an error: there is none on ordinary gradients."""
 
-import functools
 import inspect
 
 import jax
@@ -97,8 +96,7 @@ def test_no_transformation_makes_one_under_jit(part):
     """A third of the rows in one program: one for each row takes twice the time."""
     all_of_them = {row.name: recorded(row) for row in ROWS[part::3]}
 
-    # To compile for speed takes longer than to run.
-    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    @jax.jit
     def update(updates, state, weights):
         both = {name: tx.update(updates, state[name], weights) for name, tx in all_of_them.items()}
         return {name: one for name, (one, _) in both.items()}, {name: one for name, (_, one) in both.items()}

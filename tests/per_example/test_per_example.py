@@ -27,8 +27,7 @@ def one_pass(bound=BOUND):
 
 
 def step_of(fun, tx, **options):
-    quickly = {"xla_backend_optimization_level": 0}
-    return jax.jit(per_example.clipped_value_and_grad(fun, tx, **options), compiler_options=quickly)
+    return jax.jit(per_example.clipped_value_and_grad(fun, tx, **options))
 
 
 FORMS = {"one pass": one_pass, "two passes": lambda bound=BOUND: oc.clip_by_global_norm(bound)}
