@@ -58,7 +58,7 @@ nitpick_ignore_regex = [
     ("py:class", r"(collections|jax|np|numpy|optax|optaxclip\._(arrays|numerics)|pathlib|typing)\b.*"),
 ]
 
-# Looks. Nothing is loaded from another host: tests/documents/site.py checks the built pages.
+# Looks. Nothing is loaded from another host: tests/documents/built_site.py checks the built pages.
 html_theme = "sphinx_book_theme"
 html_title = f"optaxclip {release}"
 html_static_path = ["_static"]
@@ -68,10 +68,11 @@ html_show_sourcelink = False
 html_show_copyright = False
 html_last_updated_fmt = None
 html_theme_options = {
+    "navbar_persistent": [],  # the search is in the sidebar
     "show_navbar_depth": 1,
     "show_toc_level": 2,
     "use_download_button": False,
     "use_fullscreen_button": False,
-    "pygments_light_style": "a11y-high-contrast-light",
-    "pygments_dark_style": "a11y-high-contrast-dark",
+    "pygments_light_style": "github-light",
+    "pygments_dark_style": "github-dark",
 }

@@ -1,6 +1,7 @@
 """Formulas as MathML, which browsers draw themselves: no script, nothing to load but one font of this site's own."""
 
 import html
+import re
 from pathlib import Path
 
 import ziamath
@@ -26,9 +27,21 @@ def _display(self: HTML5Translator, node: nodes.Element) -> None:
     raise nodes.SkipNode
 
 
+# The spaces of TeX, which MathML leaves to tables of operators that suit other writing.
+SPACES = [
+    (r"<mo( stretchy=\"false\")?>(&#x0007C;|&#x0002F;)</mo>", r'<mo\1 lspace="0" rspace="0">\2</mo>'),  # | and /
+    (r"<mo>&#x02202;</mo>", "<mi>&#x02202;</mi>"),  # the sign of a derivative
+    (r"(<mo stretchy=\"false\">&#x00028;</mo>)<mo>&#x02212;", r'\1<mo form="prefix">&#x02212;'),  # (-x)
+    (r"<mo>([a-z]{2,})</mo>(?=<mo stretchy=\"false\">&#x00028;)", r'<mo lspace="0.17em" rspace="0">\1</mo>'),  # max(x)
+]
+
+
 def _mathml(latex: str, display: str) -> str:
-    """What a browser draws, with the LaTeX for whoever copies or listens."""
-    return convert(latex, display=display).replace("<math ", f'<math aria-label="{html.escape(latex)}" ', 1)
+    """What a browser draws, with the LaTeX for whoever listens."""
+    drawn = convert(latex, display=display).replace("<math ", f'<math aria-label="{html.escape(latex)}" ', 1)
+    for pattern, spaced in SPACES:
+        drawn = re.sub(pattern, spaced, drawn)
+    return drawn
 
 
 def _copy_font(app: Sphinx, error: Exception | None) -> None:

@@ -7,6 +7,7 @@ It needs Chromium (`apt-get install chromium`). Each page is drawn in full, up t
 """
 
 import argparse
+import re
 import shutil
 import subprocess
 import tempfile
@@ -23,11 +24,10 @@ FLAGS = [
 def draw(page: Path, picture: Path, width: int, height: int, mode: str) -> None:
     """Writes a picture of a page. Chromium's windows are at least 500 pixels wide, so a frame has the width."""
     with tempfile.TemporaryDirectory() as profile:
-        # The theme reads the mode from here; `data-mode` in the page is what it falls back to.
         frame = Path(profile) / "frame.html"
-        copy = page.with_name(f"{page.stem}.{mode}.screenshot.html")
-        text = page.read_text(encoding="utf-8").replace('data-default-mode=""', f'data-default-mode="{mode}"')
-        copy.write_text(text.replace("localStorage.getItem", "(() => null)"), encoding="utf-8")
+        copy = page.with_name(f"{page.stem}.{mode}.screenshot.html")  # beside the page, whose links are relative
+        text = page.read_text(encoding="utf-8")
+        copy.write_text(re.sub(r'localStorage\.getItem\("(mode|theme)"\)', f'"{mode}"', text), encoding="utf-8")
         frame.write_text(
             f'<body style="margin:0"><iframe src="{copy.resolve().as_uri()}" style="border:0" '
             f'width="{width}" height="{height}"></iframe></body>'

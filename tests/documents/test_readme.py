@@ -1,25 +1,12 @@
 """The code in README.md and in CONTRIBUTING.md runs, and prints and does what is said beside it."""
 
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 import optaxclip as oc
-
-ROOT = Path(__file__).parents[2]
-
-
-def blocks(name):
-    text = (ROOT / name).read_text(encoding="utf-8")
-    return re.findall(r"^```python\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
-
-
-def run(block, namespace):
-    exec(compile(block, "a block of code in the documentation", "exec"), namespace)
-    return namespace
-
+from tests.support.pages import ROOT, blocks, run
 
 README = blocks("README.md")
 
