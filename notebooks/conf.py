@@ -37,6 +37,7 @@ myst_heading_anchors = 3
 copybutton_exclude = ".linenos, .gp, .go"
 
 # Docstrings.
+add_function_parentheses = False
 maximum_signature_line_length = 80
 autodoc_preserve_defaults = True
 autosummary_generate = False

@@ -21,9 +21,10 @@ def _inline(self: HTML5Translator, node: nodes.Element) -> None:
 
 
 def _display(self: HTML5Translator, node: nodes.Element) -> None:
-    text = node.astext()
-    rows = text if r"\\" not in text or r"\begin" in text else rf"\begin{{aligned}}{text}\end{{aligned}}"
-    self.body.append(f'<div class="formula" tabindex="0">{_mathml(rows, "block")}</div>\n')
+    # Equations side by side, which go below each other where there is no room.
+    equations = re.split(r"\\qquad|(?<=,)\s*\\quad", node.astext())
+    drawn = "".join(_mathml(each.strip(), "block") for each in equations)
+    self.body.append(f'<div class="formula" tabindex="0">{drawn}</div>\n')
     raise nodes.SkipNode
 
 
