@@ -60,7 +60,7 @@ def paragraphs(markdown: str) -> Iterator[str]:
     """Headings, paragraphs and entries of lists, each on one line, without markup."""
     markdown = re.sub(r"^(`{3,}|~{3,})[^\n]*\n.*?^\1[ \t]*$", "\n", markdown, flags=re.DOTALL | re.MULTILINE)
     markdown = re.sub(r"\A---\n.*?\n---\n|<!--.*?-->|\$\$.*?\$\$", "\n", markdown, flags=re.DOTALL)
-    markdown = re.sub(r"^(:{3,}.*|:[\w-]+: .*|---+|\|.*)$", "\n", markdown, flags=re.MULTILINE)
+    markdown = re.sub(r"^(:{3,}.*|:[\w-]+: .*|---+|[ \t]*\|.*)$", "\n", markdown, flags=re.MULTILINE)
     markdown = re.sub(r"^\s*(?:[-*+]|\d+\.|#+|:|>) ", "\n", markdown, flags=re.MULTILINE)
     for block in re.split(r"\n\s*\n", markdown):
         if text := " ".join(_plain(block).split()):
@@ -69,7 +69,7 @@ def paragraphs(markdown: str) -> Iterator[str]:
 
 def cells(markdown: str) -> Iterator[str]:
     """The texts in tables."""
-    for row in re.findall(r"^\|(.*)\|$", markdown, flags=re.MULTILINE):
+    for row in re.findall(r"^\s*\|(.*)\|\s*$", markdown, flags=re.MULTILINE):
         yield from (_plain(cell).strip() for cell in row.split(" | "))
 
 
