@@ -1,4 +1,4 @@
-"""`.. public:: MODULE ...` documents the public names that some modules define; links find them without their module."""
+"""`.. public:: MODULE ...` documents the public names of some modules, and links find them without their module."""
 
 from importlib import import_module
 from typing import Any

@@ -11,7 +11,7 @@ from sphinx.application import Sphinx
 class _Short(ast.NodeTransformer):
     """Drops the module in front of the library's own types: `mesh.Axes` is `Axes`."""
 
-    def visit_Attribute(self, node: ast.Attribute) -> ast.expr:  # noqa: N802
+    def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
         """Called for each `module.Name`."""
         is_own = isinstance(node.value, ast.Name) and node.value.id not in ("jax", "np", "optax")
         return ast.Name(node.attr) if is_own else node

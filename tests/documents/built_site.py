@@ -3,7 +3,8 @@
     python -m sphinx -W --keep-going -b html notebooks site
     python -m tests.documents.built_site site
 
-What a reader clicks may lead anywhere. What a page loads by itself (scripts, styles, fonts, images) must lie in the site.
+What a reader clicks may lead anywhere. What a page loads by itself, scripts, styles, fonts and images, must lie in the
+site.
 """
 
 import argparse
@@ -53,8 +54,8 @@ def of_style(text: str) -> list[str]:
 
 def of_script(text: str) -> list[str]:
     """What a script may load: addresses that it gives to whatever loads."""
-    loads = r"(?:\bimport\s*\(?|\bfrom|\bfetch\(|importScripts\(|\.src\s*=|\.open\([^,()]*,)\s*[\"'`]((?:https?:)?//[^\"'`]+)"
-    return re.findall(loads, text)
+    loading = r"(?:\bimport\s*\(?|\bfrom|\bfetch\(|importScripts\(|\.src\s*=|\.open\([^,()]*,)"
+    return re.findall(loading + r"\s*[\"'`]((?:https?:)?//[^\"'`]+)", text)
 
 
 def loaded_by(file: Path) -> list[str]:

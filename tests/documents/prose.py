@@ -124,7 +124,9 @@ def main() -> None:
     print("words  lines  longest sentence")
     for file in [each.resolve() for each in given] or everything:
         page = counted(file)
-        print(f"{page.words:5}  {page.lines:5}  {len(words(page.longest)):2} in {file.relative_to(ROOT)}: {page.longest}")
+        print(
+            f"{page.words:5}  {page.lines:5}  {len(words(page.longest)):2} in {file.relative_to(ROOT)}: {page.longest}"
+        )
         for each in page.avoided:
             print(f"              avoid {each}")
 

@@ -18,7 +18,7 @@ INSIDE = '<script src="a.js"></script><img src="data:image/png;base64,AA"><link 
         ("a.html", '<link href="//fonts.org/a.css" rel="stylesheet">', 1),
         ("a.html", '<img srcset="a.css 1x, https://x.org/b.png 2x">', 1),
         ("a.html", '<style>@import "https://x.org/a.css"; p { background: url(http://x.org/b.png) }</style>', 2),
-        ("a.html", '<p style="background: url(\'https://x.org/b.png\')">', 1),
+        ("a.html", "<p style=\"background: url('https://x.org/b.png')\">", 1),
         ("a.html", '<img src="missing.png">', 1),
         ("a.css", "/* https://x.org */ @font-face { src: local('x'), url('a.js') }", 0),
         ("a.css", "@font-face { src: url('https://x.org/f.woff2') }", 1),
