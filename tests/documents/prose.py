@@ -34,8 +34,8 @@ LIMITS = {
 }
 
 AVOIDED = re.compile(
-    r"\b(besides|likewise|for ever|dear|mend|so many|of what \w+ adds|that is what|but for|or is there none|is of no use"
-    r"|lets one see|as it came|comes to lie)\b",
+    r"\b(besides|likewise|for ever|dear|mend|so many|of what \w+ adds|that is what|but for|or is there none"
+    r"|is of no use|lets one see|as it came|comes to lie)\b",
     re.IGNORECASE,
 )
 ABBREVIATIONS = re.compile(r"\b(e\.g|i\.e|et al|vs|cf|fig|sec|no)\.", re.IGNORECASE)

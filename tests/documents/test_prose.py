@@ -1,4 +1,4 @@
-"""The documentation is as short and as plain as WRITING asks: words per page and per sentence, and words to avoid.
+"""The documentation is short and plain: words per page and per sentence, and words to avoid.
 
 `python -m tests.documents.prose` prints what is counted here. The limits are in that file.
 """

@@ -8,7 +8,7 @@ import pytest
 import optaxclip as oc
 from tests.support.pages import ROOT, blocks, run
 
-README = blocks("README.md")
+README = blocks(ROOT / "README.md")
 
 
 def test_the_readme_has_code():
