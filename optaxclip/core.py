@@ -174,10 +174,10 @@ def clip_by(
       norm: what to measure, from `optaxclip.norms`.
       threshold: how large the norms may be, from `optaxclip.thresholds`.
       axes: which mesh axes split the leaves, inside `shard_map` and `pmap`. `"auto"`, the default, reads them from the
-        types; it needs `check_vma=True`. Or pass a PartitionSpec, a prefix pytree of them, or a name or a tuple of
-        names if all leaves are split over the same axes. None measures each device alone. Pass None if each device has
-        its own model (seeds, populations): the types do not tell such a model from a piece of one, so `"auto"` measures
-        one norm over all devices, without a warning. `clip_stats` shows the axes of a recorded norm.
+        types; it needs `check_vma=True`. Or pass a PartitionSpec, or a prefix pytree of them. If all leaves are split
+        over the same axes, a name or a tuple of names will do. None measures each device alone. Pass None if each
+        device has its own model (seeds, populations): the types do not tell such a model from a piece of one, so
+        `"auto"` measures one norm over all devices, without a warning. `clip_stats` shows the axes of a recorded norm.
       record: for how many of the last steps the state keeps norms and limits, for `clip_stats`; True is 1. A record of
         any length also counts clipped and non-finite steps, and names the first non-finite leaf.
 
@@ -186,9 +186,9 @@ def clip_by(
       is a `RecordedState`, which holds that state and a `ClipStats`.
 
     Raises:
-      ValueError: if an argument is of another kind. At update: if parameters are needed and missing, if updates and
-        parameters differ in structure where both are needed, if a gradient inside `shard_map` has not been reduced yet,
-        or if the dtype of a leaf can't be clipped (float8_e8m0fnu, which has neither 0 nor a sign, and float6).
+      ValueError: if an argument is of another kind. At update: if parameters are needed and missing; if they are needed
+        and differ from the updates in structure; if a gradient inside `shard_map` has not been reduced yet; if the
+        dtype of a leaf can't be clipped (float8_e8m0fnu, which has neither 0 nor a sign, and float6).
 
     Example:
       >>> import jax.numpy as jnp

@@ -123,8 +123,7 @@ def known(name: str) -> Norm:
 
     Raises:
       ValueError: if `name` can't be a further argument of `update`. At update: if the argument is missing, is not a
-        real scalar, or differs between the devices of a `shard_map`, or if the threshold needs the norm of the
-        parameters.
+        real scalar, or differs between the devices of a `shard_map`; if the threshold needs the norm of the parameters.
 
     Example:
       >>> import jax.numpy as jnp
@@ -148,7 +147,7 @@ def known(name: str) -> Norm:
         raise ValueError(f"name must be usable as a keyword argument of update, such as 'grad_norm', got {name!r}")
 
     def measure(leaves: Leaves) -> Norms:
-        if leaves.told is None:  # in init
+        if leaves.told is None:  # in init, which only needs the shape
             return jnp.zeros((), jnp.float32)
         if leaves.told.get(name) is None:
             raise ValueError(
@@ -173,8 +172,9 @@ def group_norm(labels: Labels, ord: float = 2) -> Norm:
       ord: p of the p-norm, at least 1, or inf.
 
     Returns:
-      A Norm: a dict from label to scalar. A prefix pytree of bounds is such a dict, too. A label without a leaf, for
-      example under `optax.masked`, has a norm of 0 if `labels` is a pytree, and no norm if it is a function.
+      A Norm: a dict from label to scalar. A prefix pytree of bounds is such a dict, too. If `labels` is a pytree, a
+      label without a leaf (for example under `optax.masked`) has a norm of 0. If it is a function, such a label has no
+      norm.
 
     Raises:
       ValueError: if `labels` is of another kind, `ord` is below 1 or NaN, or no leaf has a label. If `labels` is a
@@ -433,8 +433,8 @@ def relative_change(relative: Number, absolute: Number) -> Norm:
 
     .. math:: n = \max_i \frac{|u_i|}{relative \cdot |w_i| + absolute}
 
-    Coordinates with u = 0 do not count. If the denominator of a non-zero update is 0, or the ratio exceeds the largest
-    float, the norm is the largest float, and a clip scales the leaf to 0. Needs parameters.
+    Coordinates with u = 0 do not count. The norm is the largest float if the denominator of a non-zero update is 0, or
+    if the ratio exceeds the largest float. A clip then scales the leaf to 0. Needs parameters.
 
     Args:
       relative: the permitted change as a share of the parameter's modulus, at least 0: a number or a scalar array.

@@ -230,9 +230,9 @@ def _usable_end(end: Any, largest: float) -> jax.Array:
 def _next(end: jax.Array, direction: int) -> jax.Array:
     """The next float32, or wider, above or below an end. Coordinates are compared with that number.
 
-    If they were compared with the end itself, XLA (jax 0.8 to 0.12) would turn the selects into a minimum and a
-    maximum, which flush subnormals. The next number in the leaf's own dtype may not exist: in a dtype without infinity,
-    it is NaN beyond the largest number.
+    In a comparison with the end itself, XLA (jax 0.8 to 0.12) turns the selects into a minimum and a maximum, which
+    flush subnormals. The next number in the leaf's own dtype may not exist: in a dtype without infinity, it is NaN
+    beyond the largest number.
     """
     end = jax.lax.stop_gradient(end)  # `nextafter` has no derivative, and a comparison needs none
     return jnp.nextafter(end, jnp.full_like(end, direction * jnp.finfo(end.dtype).max))

@@ -26,7 +26,7 @@ class ClippedMomentumState(NamedTuple):
     """
 
     clipped_average: Updates
-    bound_state: Any
+    bound_state: bounds.ScheduleState | optax.EmptyState
 
 
 def clipped_momentum(

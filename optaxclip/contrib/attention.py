@@ -2,8 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +58,8 @@ class Projection:
         checks.whole("tail", self.tail, at_least=0)
 
 
-Projections: TypeAlias = Any  # a prefix pytree of Projection or None, or a function of a path
+# A prefix pytree of Projection and None, or a function of a leaf's path.
+Projections: TypeAlias = Tree | Callable[[str], Projection | None]
 
 
 def qk_clip(
@@ -170,11 +171,13 @@ def qk_clip(
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
-def _is_projection(value: Any) -> bool:
+def _is_projection(value: Any) -> TypeGuard[Projection]:
     return isinstance(value, Projection)
 
 
-def _require_all_of_the_factor(leaves: Leaves, tree: Tree, named: list[Any], projections: Any, alpha: Any) -> None:
+def _require_all_of_the_factor(
+    leaves: Leaves, tree: Tree, named: list[Any], projections: Projections, alpha: Any
+) -> None:
     """Raises ValueError if projections would silently turn off the clip, or a share of it.
 
     Missing leaves (None, for example of frozen parameters) count as named.
@@ -220,8 +223,8 @@ def _require_heads_of_one_size(
             other, beside = next(((n, at) for n, at in keys.items() if n not in queries), next(iter(keys.items())))
             raise ValueError(
                 f"query heads of the leaf {path!r} have {size} entries, key heads of the leaf {beside!r} have {other} "
-                f"(without tails), at queries_per_key={queries_per_key}: pass the number of query heads per key head "
-                "there, and max_logits of each query head"
+                f"(without tails): queries_per_key={queries_per_key} must be the number of query heads per key head, "
+                "and max_logits must have one entry per query head"
             )
 
 
@@ -289,7 +292,7 @@ def _heads(shape: tuple[int, ...], spec: Projection, queries_per_key: int) -> tu
 
 
 def _layout(leaf: Leaf, spec: Projection, heads: tuple[int, ...]) -> _Layout:
-    """Where heads of this shape lie in a leaf.
+    """Where the heads of this shape are in a leaf.
 
     Raises:
       ValueError: if the heads, or their tails, do not fit the leaf.
@@ -329,7 +332,7 @@ def _exponents(leaf: Leaf, spec: Projection, heads: jax.Array, alpha: Any) -> ja
 
 
 def _rescaled(update: jax.Array, param: jax.Array, exponents: jax.Array) -> jax.Array:
-    """The update after which the parameter is exp(`exponents`) times what it would be."""
+    """The update that multiplies the new parameter by exp(`exponents`)."""
     dtype = np.promote_types(dtypes.wide(update.dtype), dtypes.wide(param.dtype))
     # The update is rounded: with a factor below eps, it may become -w and the head 0. So no factor is below eps.
     smallest = max(float(jnp.finfo(kind.dtype).eps) for kind in (update, param))

@@ -28,7 +28,7 @@ class CenteredClipState(NamedTuple):
     """
 
     clip_center: Updates
-    bound_state: Any
+    bound_state: bounds.ScheduleState | optax.EmptyState
 
 
 def centered_clip(

@@ -27,7 +27,7 @@ class MixedClipState(NamedTuple):
     """
 
     mixed_average: Updates
-    bound_state: Any
+    bound_state: bounds.ScheduleState | optax.EmptyState
 
 
 def mixed_clip(

@@ -20,8 +20,9 @@ threshold                   a norm may be at most                               
 `at_least`                  what another threshold permits, and never less than a number         that of the other
 ==========================  ===================================================================  =====================
 
-The bounds of fixed thresholds are numbers, arrays (traced, or injected by `optax.inject_hyperparams`), optax schedules,
-or prefix pytrees of these if the norm has one entry per leaf or group. None in a pytree means no bound.
+The bounds of fixed thresholds are numbers, arrays, or optax schedules. Arrays may be traced, or injected by
+`optax.inject_hyperparams`. If the norm has one entry per leaf or group, a bound may also be a prefix pytree of these.
+None in a pytree means no bound.
 
 Thresholds that follow the history of norms take numbers or scalar arrays. Each group has its own history. Zero and
 non-finite norms do not enter the history and do not count for the warm-up: the statistics of their group stay

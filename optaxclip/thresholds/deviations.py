@@ -197,7 +197,7 @@ class MomentsState(NamedTuple):
     Attributes:
       norm_mean: debiased moving average of the norms.
       norm_rms: root of the debiased moving average of their squares.
-      norms_seen: int32, norms taken in.
+      norms_seen: int32, the number of norms in the averages.
     """
 
     norm_mean: jax.Array

@@ -13,7 +13,7 @@ from optaxclip._arrays import groups, mesh, states, told
 from optaxclip._arrays.parameters import beside, parameters
 from optaxclip._arrays.trees import Tree
 from optaxclip._jaxprs.holding import update_or_hold
-from optaxclip.core import Norm, Norms, Threshold, Updates
+from optaxclip.core import Norm, Norms, State, Threshold, Updates
 from optaxclip.wrappers import skip_counts, verdicts
 from optaxclip.wrappers.skip_counts import SkipStats
 
@@ -31,8 +31,8 @@ class SkipState(NamedTuple):
 
     skip_stats: SkipStats
     spikes_in_row: jax.Array
-    norm_threshold_state: Any
-    loss_threshold_state: Any
+    norm_threshold_state: State
+    loss_threshold_state: State
     inner_state: Tree
 
 

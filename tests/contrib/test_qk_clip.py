@@ -355,7 +355,7 @@ def test_flat_heads_of_two_sizes_are_refused(rng, number, stacked):
     logits = np.full((*front, number), 400.0)
     sizes = {4: "8 entries, .* 'k' have 4", 8: "4 entries, .* 'k' have 2"}[number]
     tx = qk_clip(projections={"q": FLAT_QUERY, "k": FLAT_KEY})
-    with pytest.raises(ValueError, match=rf"leaf 'q' have {sizes} \(without tails\), at queries_per_key=1"):
+    with pytest.raises(ValueError, match=rf"leaf 'q' have {sizes} \(without tails\): queries_per_key=1"):
         once(tx, params, logits=logits)
 
 
