@@ -60,7 +60,7 @@ class Norm(NamedTuple):
 
     - `leaf.value` is an array; inside `shard_map`, this device's piece of it. `leaf.path` is its path
       ("decoder/kernel").
-    - `leaf.sum(x)` and `leaf.max(x)` combine the numbers of all devices that hold a piece of the leaf.
+    - `leaf.sum(x)` and `leaf.max(x)` combine a number `x` over all devices that hold a piece of the leaf.
     - `leaves.to_tree(values)` puts one value per leaf into the structure of the updates. `leaves.from_tree(tree)` turns
       it back into a list.
     - `leaves.lookup(name, argument)` turns an argument, a prefix pytree or a function `path -> value`, into a list with
@@ -110,7 +110,7 @@ class Norm(NamedTuple):
 
 
 class Threshold(NamedTuple):
-    """How big each group may be.
+    """How large the norm of each group may be.
 
     Attributes:
       init: `norms -> state`, a pytree of arrays; `optax.EmptyState()` if it needs none. Each entry of `norms` is a

@@ -327,7 +327,7 @@ def global_rms() -> Norm:
       [ 2. -2.]
 
     Notes:
-      - Zero entries count, also those of a leaf whose gradient is None. Leaves without floats do not count.
+      - Zero entries count, including those of a leaf whose gradient is None. Leaves without floats do not count.
       - Inside `shard_map`, it counts the entries on all devices that hold a piece of a leaf.
 
     See also:

@@ -40,7 +40,7 @@ def zclip(
         one huge norm does not spoil them, unless the bound itself is far above your norms, such as 1 among norms of
         0.01. None, as in the paper, is no bound, and raw norms are averaged.
       max_norm: a bound for every step, the warm-up included: a number, an array, a schedule, or a prefix pytree of
-        these. None is no bound; 1 in the published package.
+        these. None is no bound. It is 1 in the published package.
       patience: after this many spikes in a row, raw norms enter the statistics. With None they never do, as in the
         paper.
       clip_to: what a spike is clipped to: `"reciprocal"` (the formula above), `"mean"` or `"edge"`; see

@@ -124,7 +124,7 @@ def clip_norm_growth(
       - Level shifts: after a dip, a norm recovers by 1 % per step: a factor of 10 takes 232 steps. After a dip to 1e-12
         it takes 1,388.
       - Placement: on the scaled update, before the learning rate. Fira and APOLLO apply it to their optimizer's output.
-      - Differs from the paper: a norm of 0 leaves the state alone.
+      - Differs from the paper: a norm of 0 does not change the state.
 
     References:
       Chen et al., Fira, 2024, arXiv:2410.01623; Zhu et al., APOLLO, 2024, arXiv:2412.05270.

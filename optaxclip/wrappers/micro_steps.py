@@ -39,7 +39,7 @@ def skip_micro_steps(
       max_norm: the bound, at least 0, in the units of the norm: a number, an array, a prefix pytree of these if the
         norm has several groups, or a schedule of the number of gradient steps. By default, only non-finite
         micro-batches are left out.
-      norm: what to measure, from `optaxclip.norms`. Leaves that it leaves out, for example by `include=`, may be NaN.
+      norm: what to measure, from `optaxclip.norms`. Leaves that it excludes, for example by `include=`, may be NaN.
       axes: which mesh axes split the leaves; see `clip_by`. All devices make the same decision.
 
     Returns:

@@ -105,7 +105,7 @@ def skip_spikes(
     max_consecutive: int | None = 20,
     axes: mesh.Axes = "auto",
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Skips every step whose norm or loss is above its bound, or non-finite.
+    r"""Skips every step whose norm or loss is above its bound or non-finite.
 
     .. math:: (u, s) \leftarrow (0, s) \text{ if } n_G > upper_G \text{ for some group, or the loss is above its own},
         \text{ else } \mathrm{inner}(g, s)
@@ -118,7 +118,7 @@ def skip_spikes(
       inner: the optimizer, or any transformation.
       threshold: from `optaxclip.thresholds`. A step is a spike if a norm is above the upper end of its band; the lower
         end is ignored. Use `thresholds.mean_std` or `thresholds.zscore` with many deviations, or `thresholds.constant`.
-      norm: what to measure, from `optaxclip.norms`. Leaves that it leaves out, for example by `include=`, may be NaN.
+      norm: what to measure, from `optaxclip.norms`. Leaves that it excludes, for example by `include=`, may be NaN.
       loss_threshold: a threshold for the loss. Pass the loss as `tx.update(grads, state, params, value=loss)`, the same
         on all devices. `thresholds.mean_std` and `thresholds.zscore` judge losses of any sign, and so does
         `thresholds.constant`; pass it a negative bound as an array, ``thresholds.constant(jnp.array(-5.0))``. All other
