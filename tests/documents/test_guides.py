@@ -23,6 +23,7 @@ def text_after(page, block):
     return found[1] if found else ""
 
 
+@pytest.mark.filterwarnings("ignore:optax.global_norm is deprecated:DeprecationWarning")  # which jax-privacy calls
 @pytest.mark.parametrize("guide", GUIDES)
 def test_a_guide_runs_and_prints_what_it_says(guide, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
