@@ -24,7 +24,7 @@ def text_after(page, block):
 
 
 @pytest.mark.filterwarnings("ignore:optax.global_norm is deprecated:DeprecationWarning")  # which jax-privacy calls
-@pytest.mark.filterwarnings("ignore:jax.array_ref is deprecated:DeprecationWarning")  # flax 0.12.0 with jax 0.8
+@pytest.mark.filterwarnings("ignore:jax.(array_ref|ArrayRef) is deprecated:DeprecationWarning")  # flax with jax 0.8
 @pytest.mark.parametrize("guide", GUIDES)
 def test_a_guide_runs_and_prints_what_it_says(guide, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
