@@ -176,7 +176,7 @@ def _warn_of_whole_leaves(axes: Axes, names: tuple[str, ...], arrays: Sequence[A
     may_be_whole = len(arrays) > 1 or any(jnp.ndim(array) == 0 for array in arrays)
     if may_be_whole and set(names).intersection(_untracked(tracked)):
         warnings.warn(
-            f"axes={axes!r} takes every leaf to be split over these mesh axes. In pmap, and in shard_map with "
+            f"axes={axes!r} assumes that every leaf is split over these mesh axes. In pmap, and in shard_map with "
             "check_vma=False, jax does not track whether that is so: a leaf that is whole on every device is counted "
             "once per device. Pass PartitionSpecs, P() for such a leaf: axes={'kernel': P('data'), 'bias': P()}",
             stacklevel=callers.steps_up(),

@@ -422,7 +422,7 @@ def test_shard_map(row, way):
             assert_same(in_shard_map(row, layout, **options), expected(row), near_zero(row))
 
 
-@pytest.mark.filterwarnings("ignore:axes=.device. takes every leaf to be split")  # in pmap every leaf is
+@pytest.mark.filterwarnings("ignore:axes=.device. assumes that every leaf is split")  # in pmap every leaf is
 @pytest.mark.slow
 @pytest.mark.parametrize("transform", [jax.pmap, jax.vmap], ids=["pmap", "vmap"])
 @each_row
