@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +27,9 @@ def clipped_value_and_grad(
     batch_argnums: int | Sequence[int] = 1,
     has_aux: bool = False,
     microbatch_size: int | None = None,
-    reduce: str = "mean",
+    reduce: Literal["mean", "sum"] = "mean",
     return_norms: bool = False,
-    form: str = "auto",
+    form: Literal["auto", "one_pass", "two_pass"] = "auto",
 ) -> Callable[..., Any]:
     r"""Differentiates a batch, and clips the gradient of each example by itself.
 

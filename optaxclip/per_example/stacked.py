@@ -9,12 +9,13 @@ import jax.numpy as jnp
 
 from optaxclip import core
 from optaxclip._arguments import checks
+from optaxclip._arguments.bounds import Number
 from optaxclip._arrays import dtypes, trees
 from optaxclip._numerics import arithmetic, rows, scaling, tree_norms
 from optaxclip.per_example.problems import Grads
 
 
-def per_example_global_norm_clip(grads: Grads, l2_norm_clip: Any) -> tuple[Grads, jax.Array]:
+def per_example_global_norm_clip(grads: Grads, l2_norm_clip: Number) -> tuple[Grads, jax.Array]:
     r"""Scales the gradient of each example so that its global norm is at most `l2_norm_clip`, and adds them up.
 
     .. math:: \sum_i g_i \cdot \min(1, c / n_i), \qquad n_i = \|g_i\|_2
@@ -66,7 +67,7 @@ def per_example_global_norm_clip(grads: Grads, l2_norm_clip: Any) -> tuple[Grads
     return treedef.unflatten(total), clipped
 
 
-def per_example_layer_norm_clip(grads: Grads, global_l2_norm_clip: Any, uniform: bool = True) -> tuple[Grads, Grads]:
+def per_example_layer_norm_clip(grads: Grads, global_l2_norm_clip: Number, uniform: bool = True) -> tuple[Grads, Grads]:
     r"""Scales each leaf of each example's gradient to its share of `global_l2_norm_clip`, and adds them up.
 
     .. math:: c_l = c / \sqrt{L} \quad\mathrm{or}\quad c_l = c \sqrt{D_l / D}

@@ -17,7 +17,12 @@ from optaxclip.records.recorder import ClipStats, RecordedState, axes_from_bytes
 
 
 def clip_stats(
-    opt_state: Tree, *, per_group: bool = False, history: bool | str = False, since: Any = 0, numeric: bool = False
+    opt_state: Tree,
+    *,
+    per_group: bool = False,
+    history: bool | str = False,
+    since: int | jax.Array = 0,
+    numeric: bool = False,
 ) -> dict[str, Any]:
     """Reads what the clippers and skips in an optimizer's state did, as a flat dict ready to log.
 
