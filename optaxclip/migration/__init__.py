@@ -1,4 +1,4 @@
-"""Moves an old state into a new transformation."""
+"""Converts the state of one transformation for another."""
 
 import warnings
 from collections.abc import Sequence
@@ -72,8 +72,8 @@ def migrate(tx: optax.GradientTransformation, params: Tree, old_state: Tree) -> 
       - Matching: parts of the same type are matched in their order, in any nesting of chains, partitions, masks and
         wrappers. If several fit, the same keys decide, then what can stay unchanged. A checkpoint without types knows
         parts by their fields only, so it can't tell Adam from AdaBelief.
-      - Dropped: a `UserWarning` says so if something per parameter, such as Adam's moments, is dropped for a parameter
-        that still exists. It also says so if nothing is kept of a state that has more than clips.
+      - Dropped: there is a `UserWarning` if something per parameter, such as Adam's moments, is dropped for a parameter
+        that still exists, or if nothing is kept of a state that has more than clips.
       - Replicas: if the state has a leading axis for devices, pass one replica: `jax.tree.map(lambda x: x[0], state)`.
       - Parameters: what is per parameter is matched by path and shape. A new parameter has no moments, but Adam's count
         is old. With the default decays its first updates are then up to 6.6 times those of a new run.
