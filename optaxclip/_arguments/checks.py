@@ -219,7 +219,7 @@ def is_whole(value: Any) -> bool:
 def whole(name: str, value: Any, *, at_least: int = 1, also: str = "") -> int:
     """Checks a static integer that fits into a 32-bit counter, and returns it as a Python int.
 
-    A NumPy integer would promote the dtype of what it meets.
+    A NumPy integer would promote the dtype of arrays that it is combined with.
     """
     if not (is_whole(value) and value >= at_least):
         raise ValueError(f"{name} must be a whole number of at least {at_least}{also}, got {value!r}")

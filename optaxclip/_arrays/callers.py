@@ -8,7 +8,7 @@ import os
 import jax
 import optax
 
-# Libraries that call us on behalf of the user. A warning is shown once for each line of the user's.
+# Libraries that call us on behalf of the user. A warning is shown once for each line of user code.
 _BETWEEN = (
     *(os.path.dirname(str(module.__file__)) + os.sep for module in (jax, optax)),
     os.path.dirname(os.path.dirname(__file__)) + os.sep,

@@ -30,8 +30,8 @@ def of_kind(kind: type[State], state: Tree, caller: str) -> State:
 def wrong(caller: str, expected: str, came: str) -> str:
     """Returns the message for a state that does not fit."""
     return (
-        f"the state of {caller} must be {expected}, got {came}. Pass the state that init of this transformation made. "
-        "If its arguments, the chain or the parameters have changed, convert the old state: "
+        f"the state of {caller} must be {expected}, got {came}. Pass the state that its own init made. "
+        "After a change of arguments, chain or parameter tree, convert the old state: "
         "state, report = optaxclip.migrate(tx, params, old_state)"
     )
 

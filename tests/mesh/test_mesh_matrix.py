@@ -122,7 +122,7 @@ PARTS = {
     "clip_by-unit_norm-relative_to_params": (0, 1),
     "clip_by-leaf_norm-mixed_bounds": (0,),
 }
-NEED_SPECS = r"dense/kernel.*axes= to be a PartitionSpec"
+NEED_SPECS = r"dense/kernel.*axes= as a PartitionSpec"
 # Those of them whose threshold has a state for each part: every device would have that of its own parts alone.
 HISTORY_OF_PARTS = {"clip_by-unit_norm-zscore-ema_ratio", "clip_by-leaf_rms-mean_std-quantile"}
 # Which compare an update with its parameter: of a parameter that is whole, shard_map has not the piece beside it.
