@@ -1,33 +1,33 @@
 """optaxclip: gradient clipping for JAX and optax.
 
-Every clipper is an optax `GradientTransformation`: chain it with the optimizer, inside a jitted train step;
-its docstring says at which place.
+Every clipper is an optax `GradientTransformation`: chain it with the optimizer, inside a jitted train step. Each
+docstring says where in the chain the clipper belongs.
 
 ====================  =============================================================================================
-`clip_by`             the mechanism: a norm (how big is each group?) and a threshold (how big may it be?)
-`norms`               what can be measured: all leaves, groups, leaves, units, matrices, relative change
-`thresholds`          what can be permitted: fixed, relative to the parameters, from the history of the norms
+`clip_by`             the mechanism: a norm (how large is each group?) and a threshold (how large may it be?)
+`norms`               what to measure: all leaves, groups, leaves, units, matrices, relative change
+`thresholds`          how large a norm may be: fixed, relative to the parameters, from the history of the norms
 values                `clip`, `clip_by_value`, `zero_nonfinite`
 a fixed bound         `clip_by_global_norm`, `clip_by_leaf_norm`, `clip_by_block_rms`, `clip_by_norm_range`,
                       `smooth_clip_by_global_norm`
-singular values       `clip_by_spectral_norm`: of each matrix the largest, by scaling it; `clip_singular_values`: each
+singular values       `clip_by_spectral_norm`: scales each matrix; `clip_singular_values`: caps each singular value
 relative to weights   `adaptive_grad_clip`
-the norms so far      `autoclip`: a quantile of them; `zclip`, `clip_by_history`: their mean and deviation;
-                      `adagc`: a moving average
+history of the norms  `autoclip`: their quantile; `zclip`, `clip_by_history`: their mean and deviation; `adagc`: their
+                      moving average
 inside momentum       `clipped_momentum`
-each example          `per_example.clipped_value_and_grad`: in the place of `jax.value_and_grad`;
-                      `per_example.track_quantile`: its bound follows the norms;
-                      `per_example_global_norm_clip`, `per_example_layer_norm_clip`: for gradients that are there
-around an optimizer   `skip_nonfinite`, `skip_spikes`: steps that are not taken; `skip_micro_steps`: micro-batches
-                      that `optax.MultiSteps` leaves out
-around a clipper      `with_carry`: no bias; `as_function`: for what knows nothing of optax
-in the backward pass  `clip_cotangents`: the gradient that flows back through an array
-a tree in hand        `clip_tree`: clipped, and its norm, without an optimizer
-to log                `clip_stats`: what a clipper with `record=`, or a skip, did; `global_norm`: range-safe, and
-                      global on every mesh
-`diagnostics`         what recorded norms say: a summary, what other clippers would have done, plots
-another method        `migrate`: the state of a run in another transformation, with what of it still has a place
-`contrib`             twelve more methods: young, costly, or an optimizer as much as a clip
+per example           `per_example.clipped_value_and_grad`: replaces `jax.value_and_grad`;
+                      `per_example.track_quantile`: a bound that follows the norms;
+                      `per_example_global_norm_clip`, `per_example_layer_norm_clip`: for gradients that you already have
+around an optimizer   `skip_nonfinite`, `skip_spikes`: skip steps; `skip_micro_steps`: skips micro-batches in
+                      `optax.MultiSteps`
+around a clipper      `with_carry`: removes the bias of clipping; `as_function`: a clipper as a plain function
+in the backward pass  `clip_cotangents`: clips the gradient that flows back through an array
+without an optimizer  `clip_tree`: a clipped pytree and its norm
+logging               `clip_stats`: what a clipper with `record=`, or a skip, did; `global_norm`: right over the whole
+                      float range and on every mesh
+`diagnostics`         what recorded norms show: a summary, what other clippers would have done, plots
+`migrate`             carries the state of a run over to another transformation
+`contrib`             sixteen more methods: young, costly, or an optimizer as much as a clip
 ====================  =============================================================================================
 """
 
@@ -58,7 +58,7 @@ from optaxclip.wrappers.skips import skip_nonfinite, skip_spikes
 
 __version__ = "0.1.0"
 
-__all__ = [  # noqa: RUF022 -- in the order in which one meets them
+__all__ = [  # noqa: RUF022 -- in the order in which a reader meets them
     # a fixed bound
     "clip_by_global_norm",
     "clip_by_leaf_norm",
@@ -69,32 +69,32 @@ __all__ = [  # noqa: RUF022 -- in the order in which one meets them
     "clip_by_value",
     "clip_by_spectral_norm",
     "clip_singular_values",
-    # a bound that follows the parameters, or the norms so far
+    # a bound that follows the parameters, or the history of the norms
     "adaptive_grad_clip",
     "autoclip",
     "zclip",
     "clip_by_history",
     "adagc",
-    # around an optimizer, and in its place
+    # around an optimizer, or part of one
     "skip_nonfinite",
     "skip_spikes",
     "skip_micro_steps",
     "zero_nonfinite",
     "with_carry",
     "clipped_momentum",
-    # single examples, and the backward pass
+    # per example, and the backward pass
     "per_example",
     "per_example_global_norm_clip",
     "per_example_layer_norm_clip",
     "clip_cotangents",
-    # what happened
+    # logging and diagnostics
     "clip_stats",
     "ClipStats",
     "global_norm",
     "clip_tree",
     "diagnostics",
     "migrate",
-    # to build another
+    # to build your own
     "clip_by",
     "norms",
     "thresholds",

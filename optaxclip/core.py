@@ -1,13 +1,12 @@
-"""The one mechanism: how big is each group of coordinates, and how big may it be?
+"""The one mechanism: how large is each group of coordinates, and how large may it be?
 
-Nearly every gradient clipper answers these two questions, and differs from the others in one of the answers:
+Nearly every gradient clipper answers these two questions. Clippers differ in one of the answers:
 
-- a **Norm** measures the updates, one number per group of coordinates (all of them, a leaf, a unit), and says which
-  group each leaf belongs to;
-- a **Threshold** says in which band each of those numbers may lie, from constants, from the parameters, or from what it
-  has seen.
+- A **Norm** measures the updates: one number per group of coordinates (all of them, a leaf, a unit). It also says which
+  group each leaf belongs to.
+- A **Threshold** says in which band each of these numbers may lie. It uses constants, the parameters, or earlier norms.
 
-`clip_by` puts one of each together into an optax transformation::
+`clip_by` combines one of each into an optax transformation::
 
     clip_by_global_norm(c)      clip_by(norms.global_norm(), thresholds.constant(c))
     clip_by_leaf_norm(c)        clip_by(norms.leaf_norm(), thresholds.constant(c))
@@ -22,8 +21,8 @@ Nearly every gradient clipper answers these two questions, and differs from the 
 `clip_by` does the rest: it flattens the updates, asks the norm and the threshold, computes one factor per group, and
 multiplies.
 
-Any norm goes with any threshold. What needs more than these two hooks (values, state per coordinate, momentum) is a
-plain transformation elsewhere.
+Any norm works with any threshold. A method that needs more than these two hooks (values, state per coordinate,
+momentum) is a plain transformation in another module.
 """
 
 from collections.abc import Callable, Mapping
@@ -54,31 +53,32 @@ State: TypeAlias = Any  # a pytree of arrays
 
 
 class Norm(NamedTuple):
-    """How big each group of coordinates is, and which group each leaf is in.
+    """How large each group of coordinates is, and which group each leaf belongs to.
 
-    `clip_by` flattens the updates once, into `leaves`: a list of those that hold floats, without integers, keys and
-    None. Both hooks get it:
+    `clip_by` flattens the updates once into `leaves`, the list of all leaves that hold floats. Both hooks get this
+    list:
 
-    - `leaf.value` is an array, in `shard_map` this device's piece of one; `leaf.path` is its path ("decoder/kernel").
-    - `leaf.sum(x)` and `leaf.max(x)` take a number of this device's piece over all devices that hold a piece.
-    - `leaves.to_tree(values)` puts one value per leaf into the structure of the updates, and `leaves.from_tree(tree)`
-      makes it a list again.
-    - `leaves.lookup(name, argument)` is a list of what an argument says of each leaf: a prefix pytree, or a function
-      `path -> value`.
-    - `leaves.told` are the keyword arguments of `update`; None in `init`, where only shapes are asked for.
-    - `leaves.params()` is the list of the parameters of these leaves. It raises optax's error where there are none.
+    - `leaf.value` is an array; inside `shard_map`, this device's piece of it. `leaf.path` is its path
+      ("decoder/kernel").
+    - `leaf.sum(x)` and `leaf.max(x)` combine a number `x` over all devices that hold a piece of the leaf.
+    - `leaves.to_tree(values)` puts one value per leaf into the structure of the updates. `leaves.from_tree(tree)` turns
+      it back into a list.
+    - `leaves.lookup(name, argument)` turns an argument, a prefix pytree or a function `path -> value`, into a list with
+      one value per leaf.
+    - `leaves.told` holds the keyword arguments of `update`. It is None in `init`, which only needs shapes.
+    - `leaves.params()` is the list of the parameters of these leaves. Without parameters it raises optax's error.
 
     Attributes:
-      measure: `leaves -> norms`, a pytree with one non-negative number, or array of them, per group, in float32 or
-        float64. Norms of infinite or NaN gradients must not be finite. If `leaves.to_tree` made the pytree, bounds may
+      measure: `leaves -> norms`, a pytree with one non-negative number per group, or an array of them, in float32 or
+        float64. Infinite or NaN gradients must give non-finite norms. If `leaves.to_tree` made the pytree, bounds may
         be prefix pytrees, as in `{"body": 1.0, "head": None}`.
-      assign: `(leaves, factors) -> list`: for each leaf one of the factors, or None to leave the leaf as it is.
-        `factors` has the structure of the norms, with one `Factor` in the place of each; hand them on as they are.
-        Where a norm is an array, so are the numbers in its factor, and they must broadcast to the leaf.
-      name: how it is called in a signature.
+      assign: `(leaves, factors) -> list`, with one factor per leaf, or None to leave the leaf unchanged. `factors` has
+        the structure of the norms, with a `Factor` in place of each norm. Return these factors unchanged. If a norm is
+        an array, the numbers in its factor are arrays too, and they must broadcast to the leaf.
+      name: the text that `repr` returns, as signatures show it.
 
-    `clip_by` multiplies by the factor in float32 or wider. A group inside its band, of norm 0, or of a norm that is not
-    finite is returned bit for bit.
+    `clip_by` multiplies by the factor in float32 or wider. It returns a group unchanged if its norm is inside the band,
+    0, or non-finite.
 
     Example:
       The mean modulus of each leaf:
@@ -98,7 +98,7 @@ class Norm(NamedTuple):
       [ 1.5 -0.5]
 
     See also:
-      `norms`, for those that are there; `clip_by`, which takes one.
+      `norms`, for the Norms of this library; `clip_by`, which takes one.
     """
 
     measure: Callable[[Leaves], Norms]
@@ -110,24 +110,25 @@ class Norm(NamedTuple):
 
 
 class Threshold(NamedTuple):
-    """How big each group may be.
+    """How large the norm of each group may be.
 
     Attributes:
-      init: `norms -> state`, a pytree of arrays; `optax.EmptyState()` if there is none. Each of `norms` is a
+      init: `norms -> state`, a pytree of arrays; `optax.EmptyState()` if it needs none. Each entry of `norms` is a
         `jax.ShapeDtypeStruct`: the values are not known yet.
       limit: `(norms, state, param_norms, **extra_args) -> ((lower, upper), state)`. Each end of the band has the
-        structure of `norms`, or is one number for all groups; None and NaN bound nothing. `param_norms()` measures the
-        parameters with the same Norm, and raises optax's error if there are none. `extra_args` are the keyword
-        arguments of `update`, which every Threshold must accept. A count of steps is a part of the state.
-      signed: the same for numbers of any sign, such as a loss, with the same states; None for a Threshold that judges
-        positive numbers only. `skip_spikes` takes it for the loss.
+        structure of `norms`, or is one number for all groups. None and NaN mean no bound. `param_norms()` measures the
+        parameters with the same Norm; without parameters it raises optax's error. `extra_args` are the keyword
+        arguments of `update`; every Threshold must accept them. If the Threshold counts steps, the count is part of its
+        state.
+      signed: the same Threshold for numbers of any sign, such as a loss, with the same states. None if the Threshold is
+        right for positive numbers only. `skip_spikes` uses it for the loss.
 
-    A norm that is NaN or infinite is no observation: `limit` must leave statistics as they are, and count the step
-    where it counts steps. `skip_spikes` relies on that. In a step that it skips, the next state is the one that `limit`
-    returns for NaN in the place of all norms.
+    A NaN or infinite norm is not an observation. `limit` must then leave its statistics unchanged, but still count the
+    step if it counts steps. `skip_spikes` relies on that: after a skipped step, the next state is the one that `limit`
+    returns when all norms are NaN.
 
     Example:
-      A bound that is halved every hundred steps:
+      A bound that halves every hundred steps:
 
       >>> import jax.numpy as jnp
       >>> from optaxclip import Threshold, clip_by, norms
@@ -140,7 +141,7 @@ class Threshold(NamedTuple):
       [0.6 0.8] 251
 
     See also:
-      `thresholds`, for those that are there; `clip_by`, which takes one.
+      `thresholds`, for the Thresholds of this library; `clip_by`, which takes one.
     """
 
     init: Callable[[Norms], State]
@@ -157,7 +158,7 @@ class MadeOf(NamedTuple):
 
 
 class Clip(optax.GradientTransformationExtraArgs):
-    """A transformation that knows what it was built from. One that is wrapped no longer does."""
+    """A transformation that remembers what it was built from. A wrapper around it does not."""
 
     made_of: MadeOf | None = None
 
@@ -165,30 +166,29 @@ class Clip(optax.GradientTransformationExtraArgs):
 def clip_by(
     norm: Norm, threshold: Threshold, *, axes: Axes = "auto", record: int = False
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Brings every group of coordinates whose norm lies outside its band to the edge of the band.
+    r"""Scales every group of coordinates whose norm is outside its band to the nearest edge of the band.
 
     .. math:: u_G \leftarrow u_G \cdot \frac{\min(\max(n_G, lower_G), upper_G)}{n_G}
 
     Args:
-      norm: what is measured, from `optaxclip.norms`.
-      threshold: how much is permitted, from `optaxclip.thresholds`.
-      axes: over which mesh axes the leaves are split, inside `shard_map` and `pmap`: `"auto"` (the default, from the
-        types, with `check_vma=True`), a PartitionSpec or a prefix pytree of them, a name or a tuple of names (every
-        leaf is then split over all of them), or None for each device alone. One model per device (seeds, populations)
-        needs None: no type tells such a model from a piece of one, so `"auto"` takes one norm of all devices, without a
-        warning. `clip_stats` says which axes a recorded norm went over.
-      record: of how many of the last steps the state keeps norms and limits, for `clip_stats`; True is 1. Whatever it
-        is, the record counts clipped and non-finite steps, and names the leaf that was the first not to be finite.
+      norm: what to measure, from `optaxclip.norms`.
+      threshold: how large the norms may be, from `optaxclip.thresholds`.
+      axes: which mesh axes split the leaves, inside `shard_map` and `pmap`. `"auto"`, the default, reads them from the
+        types; it needs `check_vma=True`. Or pass a PartitionSpec, or a prefix pytree of them. If all leaves are split
+        over the same axes, a name or a tuple of names will do. None measures each device alone. Pass None if each
+        device has its own model (seeds, populations): the types do not tell such a model from a piece of one, so
+        `"auto"` measures one norm over all devices, without a warning. `clip_stats` shows the axes of a recorded norm.
+      record: for how many of the last steps the state keeps norms and limits, for `clip_stats`; True is 1. A record of
+        any length also counts clipped and non-finite steps, and names the first non-finite leaf.
 
     Returns:
-      An optax transformation. Its state is the threshold's (`optax.EmptyState` for a threshold without one), or with
-      `record` a `RecordedState` of that and a `ClipStats`.
+      An optax transformation. Its state is that of the threshold (`optax.EmptyState` if it has none). With `record=` it
+      is a `RecordedState`, which holds that state and a `ClipStats`.
 
     Raises:
-      ValueError: if `norm`, `threshold` or `record` is something else; at update, if parameters are needed and missing,
-        if the structures of updates and parameters differ where both are needed, if a gradient inside `shard_map`
-        has not been reduced yet, or if a leaf is of a dtype that can't be clipped (float8_e8m0fnu, which has neither 0
-        nor a sign, and float6).
+      ValueError: if an argument is of another kind. At update: if parameters are needed and missing; if they are needed
+        and differ from the updates in structure; if a gradient inside `shard_map` has not been reduced yet; if the
+        dtype of a leaf can't be clipped (float8_e8m0fnu, which has neither 0 nor a sign, and float6).
 
     Example:
       >>> import jax.numpy as jnp
@@ -200,17 +200,18 @@ def clip_by(
       [3. 4.] [0.6 0.8]
 
     Notes:
-      - Guarantees: structure, shapes and dtypes are kept. Inside the band an update is returned bit for bit. Finite
-        updates stay finite. Afterwards the norm is at the edge of the band up to rounding: `1 + 1e-5` in float32,
-        `1 + 4 eps` in 16 bits.
+      - Guarantees: structure, shapes and dtypes are kept. An update inside the band is returned unchanged, bit for bit.
+        Finite updates stay finite. After clipping, the norm is at the edge of the band up to rounding: a factor of
+        `1 + 1e-5` in float32, `1 + 4 eps` in 16 bits.
       - Edge cases: a group with norm 0 stays 0. A group with an infinite or NaN norm is returned unchanged. An upper
-        end of 0 gives zeros, and inf changes nothing. Integer, boolean, float0 and key leaves pass untouched and
-        uncounted. A None where the parameters have a leaf counts as a zero gradient, and stays None.
-      - Placement: before the optimizer for a bound on the gradient. For a bound on the update, after the optimizer,
-        before or after the learning rate. The named methods say where they belong.
+        end of 0 gives zeros; inf changes nothing. Integer, boolean, float0 and key leaves are returned unchanged and do
+        not count. A gradient of None counts as zero if the parameters have a leaf there, and stays None.
+      - Placement: before the optimizer, to bound the gradient. After the optimizer, before or after the learning rate,
+        to bound the update. Each named method says where it belongs.
 
     See also:
-      `norms` and `thresholds`, which it takes; `Norm` and `Threshold`, to write another; `clip_stats` for the record.
+      `norms` and `thresholds`, for the arguments; `Norm` and `Threshold`, to write your own; `clip_stats`, to read the
+      record.
 
       Notebook: `notebooks/which_clipper.ipynb`, all methods compared.
     """
@@ -245,18 +246,18 @@ def clip_by(
 
 
 def shapes_of(norm: Norm, params: Tree, axes: Axes) -> Norms:
-    """What a norm measures of updates like `params`, in shapes and dtypes alone."""
+    """The shapes and dtypes of what a norm measures for updates like `params`."""
     return jax.eval_shape(lambda tree: _measured(norm, Leaves(tree, tree, axes)), params)
 
 
 class Judged(NamedTuple):
-    """What was measured, and what of it is permitted. All but the state have the structure of the norms.
+    """What was measured and what is permitted. All fields except the state have the structure of the norms.
 
     Attributes:
       norms: what was measured.
       limits: the upper end of the band.
       factors: the Factor of each group.
-      state: the threshold's.
+      state: the next state of the threshold.
     """
 
     norms: Norms
@@ -268,7 +269,7 @@ class Judged(NamedTuple):
 def judge(
     norm: Norm, threshold: Threshold, leaves: Leaves, state: State, extra_args: Mapping[str, Any] = MappingProxyType({})
 ) -> Judged:
-    """Measures, and asks the threshold."""
+    """Measures the updates, and asks the threshold for their band."""
     measured = _measured(norm, leaves)
     return permit(threshold, measured, state, lambda: norm.measure(leaves.params()), extra_args)
 
@@ -289,7 +290,7 @@ def permit(
     param_norms: Callable[[], Norms],
     extra_args: Mapping[str, Any] = MappingProxyType({}),
 ) -> Judged:
-    """Asks the threshold what of these norms is permitted."""
+    """Asks the threshold for the band of these norms."""
     (lower, upper), state = threshold.limit(norms, state, param_norms, **extra_args)
     flat, treedef = jax.tree.flatten(norms)
     edges = groups.vectorized(_edge, flat, groups.entries(lower, treedef), groups.entries(upper, treedef))
@@ -298,12 +299,12 @@ def permit(
 
 
 def apply(norm: Norm, leaves: Leaves, factors: Tree) -> Updates:
-    """The updates, each leaf by the factor that the norm gives it."""
+    """The updates, with each leaf scaled by the factor that the norm assigns to it."""
     return rescaled(leaves, assigned_to(norm, leaves, factors))
 
 
 def assigned_to(norm: Norm, leaves: Leaves, factors: Tree) -> list[Factor | None]:
-    """The factor of each leaf; None for those that the norm leaves out."""
+    """The factor of each leaf; None for a leaf that the norm leaves out."""
     assigned: Any = norm.assign(leaves, factors)
     if problem := _what_is_wrong(assigned, leaves):
         raise ValueError(
@@ -314,7 +315,7 @@ def assigned_to(norm: Norm, leaves: Leaves, factors: Tree) -> list[Factor | None
 
 
 def rescaled(leaves: Leaves, assigned: list[Factor | None]) -> Updates:
-    """The updates, each leaf by its factor."""
+    """The updates, with each leaf scaled by its factor."""
     by_leaf = zip(leaves, assigned, strict=True)
     return leaves.updated(
         [leaf.value if factor is None else scaling.rescale(leaf.value, factor) for leaf, factor in by_leaf]
@@ -322,7 +323,7 @@ def rescaled(leaves: Leaves, assigned: list[Factor | None]) -> Updates:
 
 
 def _what_is_wrong(assigned: Any, leaves: Leaves) -> str:
-    """Why this is no list of factors for these leaves; nothing if it is."""
+    """Why `assigned` is not a list of factors for these leaves; an empty string if it is."""
     if not isinstance(assigned, list | tuple) or isinstance(assigned, Factor):
         return f"a {type(assigned).__name__}"
     others = [type(factor).__name__ for factor in assigned if not (factor is None or isinstance(factor, Factor))]
@@ -336,7 +337,7 @@ def _what_is_wrong(assigned: Any, leaves: Leaves) -> str:
 
 
 def _edge(norm: jax.Array, lower: Any, upper: Any) -> tuple[jax.Array, Factor]:
-    """The upper end of the band of some norms, and the factor that takes each into its band."""
+    """The upper end of the band of each norm, and the factor that brings the norm into its band."""
     high = upper_end(norm, upper)
     low = bounds.as_array(lower, norm.dtype, none=0)
     low = jnp.where(jnp.isnan(low), jnp.zeros_like(low), low)
@@ -344,9 +345,9 @@ def _edge(norm: jax.Array, lower: Any, upper: Any) -> tuple[jax.Array, Factor]:
 
 
 def upper_end(norm: jax.Array, upper: Any) -> jax.Array:
-    """The upper end of the band of some norms, as finite numbers that norms can be compared with."""
+    """The upper end of the band of each norm, as a finite number to compare the norm with."""
     highest = bounds.highest(norm.dtype)
     upper = bounds.as_array(upper, norm.dtype, none=highest)
-    # A traced bound can't be refused when it is negative. As 0 it at least turns no gradient around.
+    # A traced negative bound can't be refused. It acts as 0, so that no gradient changes its sign.
     upper = jnp.where(jnp.isnan(upper), jnp.full_like(upper, highest), jnp.clip(upper, 0, highest))
-    return upper + jnp.zeros_like(norm)  # of the shape and sharding of the norms
+    return upper + jnp.zeros_like(norm)  # with the shape and sharding of the norms

@@ -1,4 +1,4 @@
-"""What is done to a tree in hand, without an optimizer: its norm, a clip, and a transformation as a function."""
+"""Without an optimizer: the norm of a pytree, a clip of a pytree, and a transformation as a function."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,29 +12,30 @@ from optaxclip._arrays import mesh, told
 from optaxclip._arrays.leaves import Leaves
 from optaxclip._arrays.parameters import beside, drop_missing
 from optaxclip._arrays.trees import Tree
-from optaxclip.core import Bound, Clip, MadeOf, Norm, Threshold, Updates
+from optaxclip.core import Bound, Clip, MadeOf, Norm, Norms, Threshold, Updates
 
 
-def global_norm(tree: Tree, *, ord: float = 2, include: Any = None, axes: mesh.Axes = "auto") -> jax.Array:
-    r"""Measures the norm of all leaves of a pytree together, over the whole float range and on every mesh.
+def global_norm(tree: Tree, *, ord: float = 2, include: norms.Included = None, axes: mesh.Axes = "auto") -> jax.Array:
+    r"""Measures the global norm of a pytree, right over the whole float range and on every mesh.
 
     .. math:: \|x\|_p = \Bigl(\sum_{\mathrm{leaves}} \sum_i |x_i|^p\Bigr)^{1/p}
 
     Args:
       tree: pytree of arrays of any shapes and dtypes. Complex entries count by modulus. Integer, boolean, float0 and
-        PRNG-key leaves are not counted.
-      ord: p, a number of at least 1, or inf for the largest modulus.
-      include: which leaves count: a prefix pytree of bools, or a callable from a leaf's path to one. None is all.
-      axes: which mesh axes split the leaves, in `shard_map` and `pmap`. `"auto"` reads them from the types
-        (`check_vma=True`). Otherwise a name, a tuple of names, a prefix pytree of PartitionSpec, or None for this
-        device's share alone.
+        key leaves do not count.
+      ord: p, at least 1, or inf for the largest modulus.
+      include: which leaves count: a prefix pytree of booleans, or a function from a leaf's path to a boolean. None
+        counts all leaves.
+      axes: which mesh axes split the leaves, inside `shard_map` and `pmap`. `"auto"` reads them from the types; it
+        needs `check_vma=True`. Otherwise a name, a tuple of names, a prefix pytree of PartitionSpec, or None to measure
+        this device's piece alone.
 
     Returns:
-      A scalar: float32, or float64 if a leaf is. 0 for an empty tree; inf or NaN where an entry is. A norm past the
-      largest float is the largest float.
+      A scalar: float32, or float64 if a leaf is float64. An empty tree gives 0. An infinite or NaN entry gives inf or
+      NaN. A norm beyond the largest float is returned as the largest float.
 
     Raises:
-      ValueError: if `ord` is below 1 or NaN, or `include` chooses no leaf.
+      ValueError: if `ord` is below 1 or NaN, or `include` includes no leaf.
 
     Example:
       >>> import jax.numpy as jnp
@@ -45,8 +46,8 @@ def global_norm(tree: Tree, *, ord: float = 2, include: Any = None, axes: mesh.A
       5e+30
 
     See also:
-      `norms.global_norm`, the same for `clip_by` to measure; `clip_tree`, which also clips; `clip_stats`, for the
-      norms that a clipper has measured.
+      `norms.global_norm`, the same for `clip_by`; `clip_tree`, which also clips; `clip_stats`, for the norms that a
+      clipper has measured.
 
       Notebook: `notebooks/scaling_out.ipynb`, on several devices.
     """
@@ -62,30 +63,29 @@ def clip_tree(
     max_norm: Bound | optax.GradientTransformation,
     *,
     norm: Norm = _ALL,
-    known_norm: Any = None,
+    known_norm: Norms | None = None,
     params: Tree = None,
     axes: mesh.Axes = "auto",
-) -> tuple[Any, Any]:
-    r"""Clips a pytree, and returns the norm that it had: for loops that have no optimizer.
+) -> tuple[Tree, Norms]:
+    r"""Clips a pytree and returns its norm before the clip, without an optimizer.
 
     .. math:: u_G \leftarrow u_G \cdot \min(1, c / n_G)
 
     Args:
-      tree: pytree of arrays of any shapes and dtypes; integers and keys pass untouched.
-      max_norm: the bound c, at least 0: a number, an array, or a prefix pytree of these where the norm has several
-        groups. Or what `clip_by` or a method built on it makes, as `clip_by_leaf_norm(1.0)`, if it has no state; then
-        leave out `norm` and `axes`.
+      tree: pytree of arrays of any shapes and dtypes. Leaves without floats are returned unchanged.
+      max_norm: the bound c, at least 0: a number, an array, or a prefix pytree of these if the norm has several groups.
+        Or a stateless clip built on `clip_by`, such as `clip_by_leaf_norm(1.0)`; then leave out `norm` and `axes`.
       norm: what to measure, from `optaxclip.norms`.
-      known_norm: the norm, if it is known; it is not measured again. In the structure of what `norm` measures.
-      params: the parameters, for clips relative to them.
+      known_norm: the norm, if you already have it, in the structure of what `norm` measures. It is not measured again.
+      params: the parameters, for bounds relative to them.
       axes: which mesh axes split the leaves; see `clip_by`.
 
     Returns:
-      The clipped pytree, and the norm before the clip: a scalar, or a pytree with one for each group of `norm`.
+      The clipped pytree, and the norm before the clip: a scalar, or a pytree with one norm per group.
 
     Raises:
-      ValueError: if an argument is of another kind; if the clip has a state, which a function would forget; if
-        `known_norm` is no real scalar, or differs between the devices of a `shard_map`.
+      ValueError: if an argument is of another kind; if the clip has state, which a function can't keep; if `known_norm`
+        is not a real scalar, or differs between the devices of a `shard_map`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -94,16 +94,17 @@ def clip_tree(
       >>> clipped, norm = clip_tree(grads, 1.0, norm=norms.leaf_norm())
       >>> print(clipped["a"], clipped["b"], norm["a"], norm["b"])
       [0.6 0.8] [0.6 0.8] 5.0 1.0
-      >>> clipped, norm = clip_tree(grads, 1.0, known_norm=10.0)  # with what is elsewhere
+      >>> clipped, norm = clip_tree(grads, 1.0, known_norm=10.0)  # another device has the rest
       >>> print(clipped["a"], norm)
       [0.3 0.4] 10.0
 
     Notes:
-      - Guarantees: those of `clip_by`. Below the bound the tree is returned bit for bit; a tree with an infinite or NaN
-        norm is returned as it came, so look at the norm.
+      - Guarantees: as for `clip_by`. Below the bound, the tree is returned unchanged. A tree with an infinite or NaN
+        norm is returned unchanged too, so check the norm.
 
     See also:
-      `clip_by_global_norm`, the same in an optax chain; `global_norm`, the norm alone; `norms.known`.
+      `clip_by_global_norm`, the same in an optax chain; `global_norm`, the norm alone; `norms.known`, a known norm in a
+      chain.
 
       Notebooks: `notebooks/recipes.ipynb`, logs, loops, other libraries, checkpoints; `notebooks/programs.ipynb`, in
       the training loop of PPO.
@@ -115,7 +116,7 @@ def clip_tree(
     is_clip = isinstance(max_norm, optax.GradientTransformation)
     state = empty_state("clip_tree", max_norm, filled) if is_clip else made.threshold.init(shapes)
     if jax.tree.leaves(state):
-        raise ValueError("max_norm of clip_tree is a number or an array, and this is a schedule: pass schedule(step)")
+        raise ValueError("max_norm of clip_tree must be a number or an array, got a schedule: pass schedule(step)")
     measured = made.norm.measure(leaves) if known_norm is None else _told(known_norm, shapes)
     judged = core.permit(made.threshold, measured, state, lambda: made.norm.measure(leaves.params()))
     clipped = core.apply(made.norm, leaves, judged.factors)
@@ -124,26 +125,27 @@ def clip_tree(
 
 def _made_of(max_norm: Any, norm: Norm, axes: mesh.Axes) -> MadeOf:
     if isinstance(max_norm, Threshold):
-        raise ValueError("max_norm is a Threshold: pass clip_by(norm, threshold)")
+        raise ValueError("max_norm must be a bound or a clip, got a Threshold: pass clip_by(norm, threshold)")
     if not isinstance(max_norm, optax.GradientTransformation):
         checks.instance("norm", norm, Norm, "norms.global_norm()")
         checks.axes(axes)
         return MadeOf(norm, thresholds.constant(max_norm), axes)
     if not isinstance(max_norm, Clip) or max_norm.made_of is None:
         raise ValueError(
-            "max_norm must be a bound, or what clip_by or a method built on it makes, such as clip_by_leaf_norm(1.0)"
+            "max_norm must be a bound or a clip, got a transformation that is not built on clip_by: pass a clip, "
+            "such as clip_by_leaf_norm(1.0)"
         )
     if norm is not _ALL or axes != "auto":
-        raise ValueError("max_norm is a clip, which has a norm and axes of its own: leave out norm= and axes=")
+        raise ValueError("max_norm is a clip, which has its own norm and axes: leave out norm= and axes=")
     return max_norm.made_of
 
 
 def _told(known_norm: Any, shapes: Any) -> Any:
-    """Norms that are known, in the structure of those that would be measured."""
+    """Known norms, in the structure of the norms that would be measured."""
     flat, treedef = jax.tree.flatten(shapes)
     given = jax.tree.leaves(known_norm)
     if any(each.shape for each in flat):
-        raise ValueError("known_norm is for one number per group, and this norm measures arrays, such as one per unit")
+        raise ValueError("known_norm takes one number per group, but this norm measures arrays: leave it out")
     if jax.tree.structure(known_norm) != treedef:
         raise ValueError(
             f"known_norm must be a scalar for each group, in the structure {treedef}, got "
@@ -155,8 +157,8 @@ def _told(known_norm: Any, shapes: Any) -> Any:
 def as_function(tx: optax.GradientTransformation, params: Tree = None) -> Callable[[Updates], Updates]:
     """Turns a stateless transformation into a function of the gradients alone.
 
-    Use it where optax is unknown: as `pre_clipping_transform` of jax-privacy's `clipped_grad`, or in `jax.vmap` over
-    examples.
+    Use it where a plain function is expected: as `pre_clipping_transform` of jax-privacy's `clipped_grad`, or in
+    `jax.vmap` over examples.
 
     Args:
       tx: a transformation without state, or a chain of these.
@@ -166,19 +168,19 @@ def as_function(tx: optax.GradientTransformation, params: Tree = None) -> Callab
       A function `gradients -> updates`.
 
     Raises:
-      ValueError: if `tx` is no transformation; when called, if it has a state, which a function would forget.
+      ValueError: if `tx` is not a transformation; when called, if it has state, which a function can't keep.
 
     Example:
       >>> import jax
       >>> import jax.numpy as jnp
       >>> import optaxclip
       >>> clip = optaxclip.as_function(optaxclip.clip_by_global_norm(1.0))
-      >>> print(jax.vmap(clip)(jnp.array([[3.0, 4.0], [0.3, 0.4]])))  # each row by itself
+      >>> print(jax.vmap(clip)(jnp.array([[3.0, 4.0], [0.3, 0.4]])))  # each row alone
       [[0.6 0.8]
        [0.3 0.4]]
 
     See also:
-      `clip_by` with `axes=None`, for examples that are spread over devices.
+      `clip_by` with `axes=None`, if the examples are spread over devices.
 
       Notebook: `notebooks/outliers_and_privacy.ipynb`, clipping each example.
     """
@@ -186,13 +188,13 @@ def as_function(tx: optax.GradientTransformation, params: Tree = None) -> Callab
     return stateless("as_function", tx, params)
 
 
-_FORGOTTEN = "which every call would start anew: call its update yourself"
+_FORGOTTEN = "which a function would reset at every call: call its update yourself"
 
 
 def stateless(
     caller: str, tx: optax.GradientTransformation, params: Tree, advice: str = _FORGOTTEN
 ) -> Callable[[Updates], Updates]:
-    """As `as_function`, for `caller`; `advice` is how the message goes on where there is a state."""
+    """As `as_function`. The error for a state names `caller` and ends with `advice`."""
 
     def apply(updates: Updates) -> Updates:
         state = empty_state(caller, tx, updates if params is None else params, advice)
@@ -205,10 +207,10 @@ def stateless(
 def empty_state(
     caller: str, tx: optax.GradientTransformation, params: Tree, advice: str = _FORGOTTEN
 ) -> optax.OptState:
-    """The state of a transformation that must have none.
+    """The state of a transformation that must be stateless.
 
     Raises:
-      ValueError: in the name of `caller` and with `advice`, if there are arrays in it.
+      ValueError: if the state holds arrays. The message names `caller` and ends with `advice`.
     """
     state = tx.init(params)
     if kept := jax.tree.leaves(state):

@@ -1,4 +1,4 @@
-"""What is measured: the Norms that `clip_by` takes.
+"""What to measure: the Norms that `clip_by` takes.
 
 ========================  =====================================  =====================================
 norm                      one group is                           norms are
@@ -11,10 +11,10 @@ norm                      one group is                           norms are
 `spectral_norm`           a matrix: its largest singular value   a scalar per leaf
 `unit_norm`               a unit (an output neuron, a filter)    an array per leaf, reduced axes kept as 1
 `relative_change`         a leaf                                 a scalar per leaf
-`known`                   all leaves; their norm is told         a scalar
+`known`                   all leaves; you pass their norm        a scalar
 ========================  =====================================  =====================================
 
-Leaves that hold no floats are in no group: they have None among the norms, and pass untouched.
+Leaves without floats belong to no group. Their norm is None, and they are returned unchanged.
 """
 
 import functools
@@ -38,24 +38,28 @@ from optaxclip._numerics.scaling import Factor
 from optaxclip.core import Norm, Norms
 
 Axis: TypeAlias = int | tuple[int, ...] | None
-DimsOf: TypeAlias = Callable[[tuple[int, ...], Leaf], tuple[int, ...]]  # (shape behind `stacked`, leaf) -> dimensions
+# One value per leaf: a prefix pytree, or a function of a leaf's path.
+Included: TypeAlias = Tree | Callable[[str], bool] | None
+Labels: TypeAlias = Tree | Callable[[str], str | None]
+Stacked: TypeAlias = Tree | Callable[[str], int] | None
+DimsOf: TypeAlias = Callable[[tuple[int, ...], Leaf], tuple[int, ...]]  # (shape without `stacked`, leaf) -> dimensions
 
 
-def global_norm(ord: float = 2, *, include: Any = None) -> Norm:
+def global_norm(ord: float = 2, *, include: Included = None) -> Norm:
     """One norm of all leaves together.
 
     Args:
       ord: p of the p-norm, at least 1, or inf.
-      include: a prefix pytree of booleans, or a callable from a leaf's path ("decoder/kernel") to one. Leaves not
-        included are neither counted nor scaled (a frozen leaf must not shrink the trained ones). None includes all. A
-        choice of no leaf is an error.
+      include: a prefix pytree of booleans, or a function from a leaf's path ("decoder/kernel") to a boolean. Other
+        leaves are neither counted nor scaled, so a frozen leaf does not shrink the trained ones. None includes all
+        leaves. Including no leaf is an error.
 
     Returns:
-      A Norm; its norms are one scalar.
+      A Norm: one scalar.
 
     Raises:
-      ValueError: if `ord` is below 1 or NaN, or `include` none of these, or no leaf is chosen; for a callable, at
-        init and update.
+      ValueError: if `ord` is below 1 or NaN, `include` is of another kind, or it includes no leaf. If `include` is a
+        function, at init and update.
 
     Example:
       >>> import jax.numpy as jnp
@@ -67,7 +71,7 @@ def global_norm(ord: float = 2, *, include: Any = None) -> Norm:
       [0.6 0.8] [100.]
 
     See also:
-      `clip_by_global_norm`; `optaxclip.global_norm`, the number itself; `group_norm`, `leaf_norm`.
+      `clip_by_global_norm`; `optaxclip.global_norm`, which returns the number; `group_norm`, `leaf_norm`.
     """
     checks.static_together(ord=ord, include=include)
     p = checks.order("ord", ord)
@@ -79,7 +83,7 @@ def global_norm(ord: float = 2, *, include: Any = None) -> Norm:
     return _norm_of_all(p) if include is None else _norm_of_some(p, include)
 
 
-@functools.cache  # so that norms of everything are equal where their orders are
+@functools.cache  # so that norms of all leaves compare equal if their orders do
 def _norm_of_all(p: float) -> Norm:
     def measure(leaves: Leaves) -> Norms:
         return tree_norms.of_all(leaves, p)
@@ -90,7 +94,7 @@ def _norm_of_all(p: float) -> Norm:
     return Norm(measure, assign, "norms.global_norm()" if p == 2 else f"norms.global_norm({p:g})")
 
 
-def _norm_of_some(p: float, include: Any) -> Norm:
+def _norm_of_some(p: float, include: Included) -> Norm:
     def chosen(leaves: Leaves) -> list[bool]:
         wanted = leaves.lookup("include", include)
         leaves.require_any(wanted, include, "include chooses no leaf of")
@@ -106,50 +110,50 @@ def _norm_of_some(p: float, include: Any) -> Norm:
 
 
 def known(name: str) -> Norm:
-    """The norm of all leaves that `update` is told, so that nothing is measured.
+    """Takes the norm of all leaves from an argument of `update`, and measures nothing.
 
-    For a norm that is there already: in a pipeline that sums those of its stages, or a log that wants it before the
-    clip. The argument's name is chosen here, so that two clips in a chain can't take one number for both.
+    Use it if you already have the norm: in a pipeline that sums the norms of its stages, or if the log needs the norm
+    before the clip. You choose the name of the argument, so two clips in a chain can't take the same number by mistake.
 
     Args:
-      name: of the keyword argument of `update` that has the norm: a real scalar, the same on all devices.
+      name: the keyword argument of `update` that holds the norm: a real scalar, the same on all devices.
 
     Returns:
-      A Norm; its norm is a scalar, float32 or float64.
+      A Norm: one scalar, float32 or float64.
 
     Raises:
-      ValueError: if `name` can't be that of a further argument; at update, if the argument is missing, no real scalar,
-        or differs between the devices of a `shard_map`; if parameters are to be measured.
+      ValueError: if `name` can't be a further argument of `update`. At update: if the argument is missing, is not a
+        real scalar, or differs between the devices of a `shard_map`; if the threshold needs the norm of the parameters.
 
     Example:
       >>> import jax.numpy as jnp
       >>> from optaxclip import clip_by, norms, thresholds
       >>> tx = clip_by(norms.known("grad_norm"), thresholds.constant(1.0))
-      >>> grads = jnp.array([3.0, 4.0])  # a half of all gradients; the other one is elsewhere
+      >>> grads = jnp.array([3.0, 4.0])  # half of all gradients; another stage has the rest
       >>> updates, _ = tx.update(grads, tx.init(grads), grad_norm=10.0)
       >>> print(updates)
       [0.3 0.4]
 
     Notes:
-      - Guarantees: nothing checks that the number is the norm. One that is 0, negative or not finite clips nothing.
-        With `record=`, the norms of the leaves are measured, to name the first that is not finite.
-      - Devices: with `check_vma=False` nothing can tell whether all devices pass the same number.
+      - Guarantees: nothing checks that the number is the norm. A number that is 0, negative or non-finite clips
+        nothing. `record=` still measures the norms of the leaves, to name the first non-finite one.
+      - Devices: with `check_vma=False`, nothing checks that all devices pass the same number.
 
     See also:
-      `clip_tree` with `known_norm=`, the same without an optimizer; `global_norm`, which measures.
+      `clip_tree` with `known_norm=`, the same without an optimizer; `global_norm`, which measures the norm.
     """
     checks.text("name", name)
     if not name.isidentifier() or keyword.iskeyword(name) or name in {"updates", "state", "params"}:
-        raise ValueError(f"name must be that of a keyword argument, such as 'grad_norm', got {name!r}")
+        raise ValueError(f"name must be usable as a keyword argument of update, such as 'grad_norm', got {name!r}")
 
     def measure(leaves: Leaves) -> Norms:
-        if leaves.told is None:  # in init
+        if leaves.told is None:  # in init, which only needs the shape
             return jnp.zeros((), jnp.float32)
         if leaves.told.get(name) is None:
             raise ValueError(
-                f"norms.known({name!r}) measures nothing and must be told: call "
-                f"tx.update(updates, state, params, {name}=norm), or clip_tree(..., known_norm=norm) without norm=. It "
-                "does not measure parameters either: a threshold relative to these needs another Norm"
+                f"norms.known({name!r}) needs the norm: call tx.update(updates, state, params, {name}=norm), or "
+                "clip_tree(..., known_norm=norm) without norm=. It can't measure parameters: use another Norm with a "
+                "threshold relative to them"
             )
         return told.scalar(name, leaves.told[name], "norm")
 
@@ -159,20 +163,22 @@ def known(name: str) -> Norm:
     return Norm(measure, assign, f"norms.known({name!r})")
 
 
-def group_norm(labels: Any, ord: float = 2) -> Norm:
-    """One norm per label, of all leaves with that label.
+def group_norm(labels: Labels, ord: float = 2) -> Norm:
+    """One norm per label, over all leaves with that label.
 
     Args:
-      labels: a prefix pytree of strings, or a callable from a leaf's path ("decoder/kernel") to one. A leaf labelled
-        None is in no group: neither counted nor scaled.
+      labels: a prefix pytree of strings, or a function from a leaf's path ("decoder/kernel") to a string. A leaf with
+        the label None is neither counted nor scaled.
       ord: p of the p-norm, at least 1, or inf.
 
     Returns:
-      A Norm; its norms are a dict from label to scalar. A prefix pytree of bounds is a dict of that kind. A label that
-      no leaf has, under `optax.masked` say, has a norm of 0 if `labels` is a pytree, and none if it is a callable.
+      A Norm: a dict from label to scalar. A prefix pytree of bounds is such a dict, too. If `labels` is a pytree, a
+      label without a leaf (for example under `optax.masked`) has a norm of 0. If it is a function, such a label has no
+      norm.
 
     Raises:
-      ValueError: if `labels` or `ord` is neither of these, or no leaf has a label; for a callable, at init and update.
+      ValueError: if `labels` is of another kind, `ord` is below 1 or NaN, or no leaf has a label. If `labels` is a
+        function, at init and update.
 
     Example:
       >>> import jax.numpy as jnp
@@ -201,7 +207,8 @@ def group_norm(labels: Any, ord: float = 2) -> Norm:
         return found
 
     def measure(leaves: Leaves) -> Norms:
-        # Labels that are known beforehand have a norm of 0 where a mask leaves no leaf, so that bounds and states fit.
+        # The labels of a pytree are known. If a mask hides all leaves of one, it has a norm of 0, so that bounds and
+        # states keep their structure.
         known = [] if trees.is_function(labels) else jax.tree.leaves(labels)
         members = groups.alike(label_of(leaves))
         present = [label for label in dict.fromkeys([*members, *known]) if label is not None]
@@ -213,19 +220,20 @@ def group_norm(labels: Any, ord: float = 2) -> Norm:
     return Norm(measure, assign, "norms.group_norm(...)")
 
 
-def leaf_norm(ord: float = 2, *, stacked: Any = None) -> Norm:
+def leaf_norm(ord: float = 2, *, stacked: Stacked = None) -> Norm:
     """One norm per leaf.
 
     Args:
       ord: p of the p-norm, at least 1, or inf.
-      stacked: how many leading axes of a leaf index independent layers (from `nn.scan` or `vmap`), each a group of its
-        own: a number, a prefix pytree of numbers, or a callable from a leaf's path to one. None is 0.
+      stacked: how many leading axes of a leaf index independent layers (from `nn.scan` or `vmap`). Each layer is its
+        own group. A number, a prefix pytree of numbers, or a function from a leaf's path to a number. None is 0.
 
     Returns:
-      A Norm; its norms are a scalar per leaf, or an array of shape `leaf.shape[:stacked]`.
+      A Norm: a scalar per leaf, or an array of shape `leaf.shape[:stacked]`.
 
     Raises:
-      ValueError: if `ord` is below 1 or NaN, or `stacked` negative; at init and update, if it exceeds a leaf's rank.
+      ValueError: if `ord` is below 1 or NaN, or `stacked` is negative; at init and update, if `stacked` exceeds a
+        leaf's rank.
 
     Example:
       >>> import jax.numpy as jnp
@@ -237,17 +245,17 @@ def leaf_norm(ord: float = 2, *, stacked: Any = None) -> Norm:
        [0.3 0.4]]
 
     See also:
-      `clip_by_leaf_norm`; `leaf_rms`, which does not grow with the leaf; `unit_norm`, of parts of a leaf.
+      `clip_by_leaf_norm`; `leaf_rms`, which does not grow with the size of the leaf; `unit_norm`, for parts of a leaf.
     """
     checks.static_together(ord=ord, stacked=stacked)
     return _by_leaf("leaf_norm", _whole, checks.order("ord", ord), stacked)
 
 
 def leaf_peaks() -> Norm:
-    """The largest modulus of each leaf. Only the coordinates beyond what is permitted are scaled, and all alike.
+    """The largest modulus of each leaf; scales only the coordinates beyond the bound, all by one factor.
 
     Returns:
-      A Norm; its norms are a scalar per leaf.
+      A Norm: a scalar per leaf.
 
     Example:
       >>> import jax.numpy as jnp
@@ -258,7 +266,7 @@ def leaf_peaks() -> Norm:
       [ 5. -4.  3.]
 
     See also:
-      `contrib.adaptive_spike_clip`; `leaf_norm` with `ord=inf`, for a scale of the whole leaf.
+      `contrib.adaptive_spike_clip`; `leaf_norm` with `ord=inf`, which scales the whole leaf.
     """
     whole = leaf_norm(math.inf)
 
@@ -269,20 +277,20 @@ def leaf_peaks() -> Norm:
 
 
 def _of_peaks(leaf: jax.Array, factor: Factor) -> Factor:
-    """The factor of a leaf at the coordinates beyond what its norm is to become, 1 at the others."""
+    """The factor of a leaf for its coordinates beyond the new norm, and 1 for all others."""
     is_scaled = factor.second != 1
     beyond = is_scaled & _is_beyond(jnp.asarray(leaf), factor.goal)
     return factor._replace(second=jnp.where(beyond, factor.second, jnp.ones_like(factor.second)))
 
 
-def leaf_rms(*, stacked: Any = None) -> Norm:
-    """The root mean square of each leaf: its norm over the square root of its size.
+def leaf_rms(*, stacked: Stacked = None) -> Norm:
+    """The root mean square of each leaf: its norm divided by the square root of its size.
 
     Args:
       stacked: see `leaf_norm`.
 
     Returns:
-      A Norm; its norms are a scalar per leaf, or an array of shape `leaf.shape[:stacked]`.
+      A Norm: a scalar per leaf, or an array of shape `leaf.shape[:stacked]`.
 
     Raises:
       ValueError: as `leaf_norm`, for `stacked`.
@@ -303,12 +311,12 @@ def leaf_rms(*, stacked: Any = None) -> Norm:
 
 
 def global_rms() -> Norm:
-    """The root mean square of all leaves together: their norm over the square root of the number of entries.
+    """The root mean square of all leaves together: their norm divided by the root of the number of entries.
 
-    A bound on it is right for models of every size.
+    It does not grow with the model, so the same bound fits models of every size.
 
     Returns:
-      A Norm; its norms are one scalar.
+      A Norm: one scalar.
 
     Example:
       >>> import jax.numpy as jnp
@@ -319,8 +327,8 @@ def global_rms() -> Norm:
       [ 2. -2.]
 
     Notes:
-      - Entries that are 0 count, and so do those of a leaf whose gradient is None. What holds no floats does not.
-      - Inside `shard_map` it counts the entries on all devices that have a piece of a leaf.
+      - Zero entries count, including those of a leaf whose gradient is None. Leaves without floats do not count.
+      - Inside `shard_map`, it counts the entries on all devices that hold a piece of a leaf.
 
     See also:
       `global_norm`; `leaf_rms`, for each leaf alone.
@@ -336,25 +344,25 @@ def global_rms() -> Norm:
     return Norm(measure, assign, "norms.global_rms()")
 
 
-def spectral_norm(*, units: str = "io", stacked: Any = None) -> Norm:
-    """The largest singular value of each leaf, its 2-norm where the leaf is a vector or a number.
+def spectral_norm(*, units: str = "io", stacked: Stacked = None) -> Norm:
+    """The largest singular value of each matrix; for vectors and scalars, the 2-norm.
 
-    On CPUs it comes from eigenvalues of the Gram matrix of the smaller side and is right to rounding; elsewhere from
-    powers of that matrix, which are products alone, and may be 1e-5 too large. In `shard_map` a matrix must be whole on
-    every device; under `jit` jax gathers it.
+    On CPUs it is computed from the eigenvalues of the smaller Gram matrix, and is exact up to rounding. On accelerators
+    it is computed from powers of that matrix, which need only matrix products, and may be 1e-5 too large. Inside
+    `shard_map`, every device must hold whole matrices. Under `jit`, jax gathers them.
 
     Args:
-      units: which matrix a leaf of rank over 2 is. `"io"`: its last axis against all others (kernels [in, out] or
-        HWIO, as in Flax); `"oi"`: its first axis against all others (kernels [out, in, ...], as in PyTorch and
+      units: how a leaf of rank over 2 becomes a matrix. `"io"`: the last axis against all others (kernels [in, out] or
+        HWIO, as in Flax). `"oi"`: the first axis against all others (kernels [out, in, ...], as in PyTorch and
         Equinox).
       stacked: how many leading axes of a leaf index independent matrices; see `leaf_norm`.
 
     Returns:
-      A Norm; its norms are a scalar per leaf, or an array of shape `leaf.shape[:stacked]`.
+      A Norm: a scalar per leaf, or an array of shape `leaf.shape[:stacked]`.
 
     Raises:
-      ValueError: if `units` is unknown, or `stacked` negative; at init and update, if it exceeds a leaf's rank, or in
-        `shard_map` for a matrix that is split over devices.
+      ValueError: if `units` is unknown, or `stacked` is negative; at init and update, if `stacked` exceeds a leaf's
+        rank, or if `shard_map` splits a matrix over devices.
 
     Example:
       >>> import jax.numpy as jnp
@@ -366,7 +374,7 @@ def spectral_norm(*, units: str = "io", stacked: Any = None) -> Norm:
        [0.   1.  ]]
 
     See also:
-      `clip_by_spectral_norm`; `clip_singular_values`, for all of them.
+      `clip_by_spectral_norm`; `clip_singular_values`, which caps each singular value.
     """
     checks.static_together(stacked=stacked)
     checks.one_of("units", units, stacks.UNITS)
@@ -382,23 +390,23 @@ def spectral_norm(*, units: str = "io", stacked: Any = None) -> Norm:
     return Norm(measure, by_leaf.assign, "norms.spectral_norm()")
 
 
-def unit_norm(units: str = "io", *, axis: Axis = None, stacked: Any = None) -> Norm:
-    """One norm per unit of each leaf. What a unit is depends on the layout of the kernels.
+def unit_norm(units: str = "io", *, axis: Axis = None, stacked: Stacked = None) -> Norm:
+    """One norm per unit (an output neuron, a filter) of each leaf.
 
     Args:
-      units: `"io"` for kernels of shape [in, out] or HWIO (Flax, Haiku; optax and DeepMind's nfnets): leaves of
-        squeezed rank 0 or 1 are one unit; rank 2 and 3 reduce axis 0, rank 4 axes 0 to 2, rank 5 axes 0 to 3. `"oi"`
-        for [out, in, ...] (PyTorch, Equinox; timm): leaves of rank 0 or 1 are one unit, others reduce all axes but 0.
-        `"leaf"`: each leaf is one unit.
-      axis: the axis or axes to reduce in every leaf, instead of `units`; not counting `stacked` axes from the front.
-      stacked: how many leading axes of a leaf index independent layers, never reduced over; see `leaf_norm`.
+      units: `"io"` for kernels of shape [in, out] or HWIO (Flax, Haiku; optax and DeepMind's nfnets): a leaf of
+        squeezed rank 0 or 1 is one unit; rank 2 and 3 reduce axis 0, rank 4 axes 0 to 2, rank 5 axes 0 to 3. `"oi"` for
+        [out, in, ...] (PyTorch, Equinox; timm): a leaf of rank 0 or 1 is one unit; others reduce all axes except axis
+        0. `"leaf"`: each leaf is one unit.
+      axis: the axis or axes to reduce in every leaf, instead of `units`. Axis 0 is the first after the `stacked` axes.
+      stacked: how many leading axes of a leaf index independent layers. They are never reduced; see `leaf_norm`.
 
     Returns:
-      A Norm; its norms are an array per leaf, of the leaf's rank, with the reduced axes of length 1.
+      A Norm: an array per leaf, of the leaf's rank, in which the reduced axes have length 1.
 
     Raises:
-      ValueError: if `units` is unknown, `axis` no axis or `stacked` negative; at init and update, if a leaf has too low
-        a rank for them, or too high a one for `"io"`.
+      ValueError: if `units` is unknown, `axis` is not an axis, or `stacked` is negative; at init and update, if the
+        rank of a leaf is too low for these, or above 5 with `"io"`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -410,7 +418,7 @@ def unit_norm(units: str = "io", *, axis: Axis = None, stacked: Any = None) -> N
        [0.8 0.4]]
 
     See also:
-      `adaptive_grad_clip`; `leaf_norm`, for leaves as a whole.
+      `adaptive_grad_clip`; `leaf_norm`, for whole leaves.
     """
     checks.static_together(axis=axis, stacked=stacked)
     checks.one_of("units", units, tuple(_UNITS))
@@ -421,19 +429,19 @@ def unit_norm(units: str = "io", *, axis: Axis = None, stacked: Any = None) -> N
 
 
 def relative_change(relative: Number, absolute: Number) -> Norm:
-    r"""How large the update of each leaf is beside its parameters, by its worst coordinate.
+    r"""The largest change of a coordinate in each leaf, relative to its parameter.
 
     .. math:: n = \max_i \frac{|u_i|}{relative \cdot |w_i| + absolute}
 
-    Coordinates with u = 0 do not count. Where the limit of a non-zero update is 0, or the ratio passes the largest
-    float, the norm is the largest float, and the leaf can only be scaled to 0. Needs parameters.
+    Coordinates with u = 0 do not count. The norm is the largest float if the denominator of a non-zero update is 0, or
+    if the ratio exceeds the largest float. A clip then scales the leaf to 0. Needs parameters.
 
     Args:
-      relative: share of the parameter's modulus that an update may have, at least 0: a number or a scalar array.
-      absolute: added to it, in units of the parameters, likewise.
+      relative: the permitted change as a share of the parameter's modulus, at least 0: a number or a scalar array.
+      absolute: added to that, at least 0, in the units of the parameters: a number or a scalar array.
 
     Returns:
-      A Norm; its norms are a scalar per leaf, 1 where the worst coordinate is at its limit.
+      A Norm: a scalar per leaf. It is 1 if the worst coordinate changes by exactly what is permitted.
 
     Raises:
       ValueError: if an argument is negative or NaN; at update, without `params`, or if they differ in shape.
@@ -444,11 +452,11 @@ def relative_change(relative: Number, absolute: Number) -> Norm:
       >>> tx = clip_by(norms.relative_change(0.5, 0.0), thresholds.constant(1.0))
       >>> params = jnp.array([1.0, -2.0])
       >>> updates, _ = tx.update(jnp.array([0.25, -2.0]), tx.init(params), params)
-      >>> print(updates)  # -2 is twice the half of 2: both are halved
+      >>> print(updates)  # -2 is twice the permitted half of 2: both are halved
       [ 0.125 -1.   ]
 
     See also:
-      `contrib.clippy`; `thresholds.relative_to_params`, for the norm of an update beside that of its parameters.
+      `contrib.clippy`; `thresholds.relative_to_params`, which compares the norms of update and parameters.
     """
     relative = checks.number("relative", relative)
     absolute = checks.number("absolute", absolute)
@@ -465,7 +473,7 @@ def relative_change(relative: Number, absolute: Number) -> Norm:
 
 
 def _or_nothing(factor: Factor) -> Factor:
-    """A factor, which is 0 where the norm is saturated and to be reduced: that says only that none is small enough."""
+    """A factor; 0 if the norm is saturated and must shrink, since no other factor is known to be small enough."""
     is_lost = (factor.norm >= jnp.finfo(factor.norm.dtype).max) & (factor.goal < factor.norm)
     second, goal = (jnp.where(is_lost, jnp.zeros_like(x), x) for x in (factor.second, factor.goal))
     return factor._replace(second=second, goal=goal)
@@ -474,16 +482,16 @@ def _or_nothing(factor: Factor) -> Factor:
 def _is_beyond(leaf: jax.Array, high: jax.Array) -> jax.Array:
     if jnp.iscomplexobj(leaf):
         return arithmetic.modulus(leaf) > high
-    # Not by the moduli, which XLA for CPUs (jax 0.10 and 0.12) would calculate once for here and for the maximum, and
-    # write to memory between.
+    # Not through the moduli: XLA on CPUs (jax 0.10 and 0.12) would compute them once for this and for the maximum, and
+    # write them to memory in between.
     wide = leaf.astype(high.dtype)
     return (wide > high) | (wide < -high)
 
 
 def _by_leaf(
-    name: str, dims_of: DimsOf, ord: float, stacked: Any, *, keepdims: bool = False, mean: bool = False
+    name: str, dims_of: DimsOf, ord: float, stacked: Stacked, *, keepdims: bool = False, mean: bool = False
 ) -> Norm:
-    """A Norm with groups of their own in each leaf, extending over the dimensions `dims_of(shape, leaf)`."""
+    """A Norm with its own groups in each leaf. A group covers the dimensions `dims_of(shape, leaf)`."""
     if stacked is not None:
         none = "stacks no leaf: give at least one leaf a number of axes, or pass None"
         checks.per_leaf("stacked", stacked, stacks.is_axis_count, "a number of axes, at least 0", none)
@@ -529,7 +537,7 @@ def _in_out(shape: tuple[int, ...], leaf: Leaf) -> tuple[int, ...]:
     if sum(length != 1 for length in shape) <= 1:
         return tuple(range(rank))
     if rank > 5:
-        raise ValueError(f'units="io" does not say what a unit of leaf {leaf.path!r} of shape {shape} is; pass axis=')
+        raise ValueError(f'units="io" covers ranks up to 5, got leaf {leaf.path!r} of shape {shape}: pass axis=')
     return (0,) if rank <= 3 else tuple(range(rank - 1))
 
 

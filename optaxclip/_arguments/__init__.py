@@ -1,1 +1,1 @@
-"""Arguments as they arrive: checks, and bounds in all their forms."""
+"""Checks of arguments, and bounds in all their forms."""

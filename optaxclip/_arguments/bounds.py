@@ -1,6 +1,7 @@
-"""Bounds: numbers, arrays, optax schedules, or prefix pytrees of these. None in a pytree is no bound for that leaf.
+"""Bounds: numbers, arrays, optax schedules, or prefix pytrees of these.
 
-A threshold with a schedule among its bounds counts its own steps; without one it has no state.
+None in a pytree means no bound for that leaf. A threshold with a schedule among its bounds counts steps; without one it
+has no state.
 """
 
 import functools
@@ -25,23 +26,23 @@ class ScheduleState(NamedTuple):
     """State of a transformation whose bound follows a schedule.
 
     Attributes:
-      schedule_step: int32 scalar, the number of updates so far, which the schedules are called with.
+      schedule_step: int32 scalar, the number of updates so far. It is the argument of the schedules.
     """
 
     schedule_step: jax.Array
 
 
 def init(*given: Bound) -> ScheduleState | optax.EmptyState:
-    """The state that bounds need."""
+    """Returns the state of these bounds: a step count if one is a schedule, else an empty state."""
     return ScheduleState(jnp.zeros((), jnp.int32)) if is_scheduled(*given) else optax.EmptyState()
 
 
 def resolve(given: Sequence[Bound], state: Tree, tree: Tree) -> tuple[list[Any], Any]:
-    """The bounds of this step, and the state one step on (a state without a schedule, None too, stays what it was).
+    """Evaluates bounds at the current step, and advances the step count.
 
     Returns:
-      For each bound, one number for all of `tree` or a pytree of its structure, in which None is no bound; and the
-      state.
+      `(bounds, state)`. Each bound is one number for all of `tree`, or a pytree of its structure in which None means no
+      bound. Without a schedule the state is returned unchanged, even if it is None.
     """
     if not is_scheduled(*given):
         return [_spread(bound, tree) for bound in given], state
@@ -51,7 +52,7 @@ def resolve(given: Sequence[Bound], state: Tree, tree: Tree) -> tuple[list[Any],
 
 
 def is_scheduled(*given: Bound) -> bool:
-    """Whether there is a schedule among bounds, so that they need a count of steps."""
+    """Whether one of the bounds is a schedule, which needs a step count."""
     others = [bound for bound in given if not jnp.isscalar(bound)]
     return any(callable(leaf) for leaf in jax.tree.leaves(others, is_leaf=trees.is_function)) if others else False
 
@@ -66,7 +67,7 @@ def _at(step: jax.Array, bound: Any) -> Any:
 
 
 def _spread(bound: Any, tree: Tree) -> Any:
-    """A prefix pytree brought to the structure of `tree`; one number stays one number."""
+    """Broadcasts a prefix pytree to the structure of `tree`. One number stays one number."""
     if jnp.isscalar(bound):
         return bound
     entries = trees.spread("a bound does not fit", bound, tree, ("the bound", "what it bounds"))
@@ -74,23 +75,23 @@ def _spread(bound: Any, tree: Tree) -> Any:
     for path, entry, bounded in zip(trees.paths(tree), entries, flat, strict=True):
         if entry is not None and not _fits(jnp.shape(entry), jnp.shape(bounded)):
             raise ValueError(
-                f"a bound of shape {jnp.shape(entry)} does not fit {path!r}, where what it bounds has shape "
+                f"a bound of shape {jnp.shape(entry)} does not fit {path!r}: it must broadcast to shape "
                 f"{jnp.shape(bounded)}"
             )
     return treedef.unflatten(entries)
 
 
 def _fits(shape: tuple[int, ...], whole: tuple[int, ...]) -> bool:
-    """Whether an array of one shape broadcasts to another without changing it."""
+    """Whether an array of shape `shape` broadcasts to shape `whole`."""
     return len(shape) <= len(whole) and all(
         length in (1, full) for length, full in zip(reversed(shape), reversed(whole), strict=False)
     )
 
 
 def as_array(value: Any, dtype: Any, *, none: float = math.inf) -> jax.Array | np.ndarray:
-    """A number or array of a bound, in `dtype`.
+    """Converts one entry of a bound to an array of `dtype`.
 
-    A Python number past the largest of `dtype` is inf. None, where a pytree of bounds has one, is the number `none`.
+    A Python number above the largest float of `dtype` becomes inf. None becomes `none`.
     """
     value = none if value is None else value
     if isinstance(value, jax.Array):
@@ -100,5 +101,5 @@ def as_array(value: Any, dtype: Any, *, none: float = math.inf) -> jax.Array | n
 
 
 def highest(dtype: Any) -> float:
-    """The upper end of a band that bounds nothing. It is no infinity, which `jax_debug_infs` would report."""
+    """Returns the upper end of a band without a bound. It is finite because `jax_debug_infs` reports inf."""
     return float(jnp.finfo(dtype).max)

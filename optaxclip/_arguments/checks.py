@@ -1,7 +1,7 @@
-"""Checks of arguments, when a transformation is built: each error names the argument, the value, and what to pass.
+"""Checks of arguments at build time. Each error names the argument, its value, and what to pass.
 
-Only concrete numbers are compared with their range. The values of arrays and of schedules pass unseen, so that
-`optax.inject_hyperparams` can hand in traced ones; what their types tell is looked at.
+Only concrete numbers are checked against their range. Arrays are checked by dtype and shape, schedules not at all,
+because `optax.inject_hyperparams` may pass traced values.
 """
 
 import math
@@ -25,7 +25,7 @@ _INT32_MAX = np.iinfo(np.int32).max
 
 
 def is_real(value: Any) -> bool:
-    """Whether a value is a real number, or an array of these: no booleans, complex numbers or keys."""
+    """Whether a value is a real number or an array of real numbers. Booleans, complex numbers and keys are not."""
     if isinstance(value, int | float):
         return not isinstance(value, bool)
     if not isinstance(value, jax.Array | np.ndarray | np.generic):
@@ -39,7 +39,7 @@ def _is_concrete(value: Any) -> bool:
 
 def _require_64_bits(name: str, value: Any) -> None:
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        raise ValueError(f"{name} must fit into 64 bits, or be a float, got {value!r}")
+        raise ValueError(f"{name} must fit into 64 bits, got {value!r}: pass a float")
 
 
 def bound(
@@ -51,19 +51,18 @@ def bound(
     finite: bool = False,
     single: bool = False,
 ) -> None:
-    """A bound: a number, an array, a schedule, or a prefix pytree of these, in which None bounds nothing.
+    """Checks a bound: a number, an array, a schedule, or a prefix pytree of these, in which None means no bound.
 
     Args:
-      name: the argument's name, for the message.
+      name: the name of the argument, for the message.
       value: what the user passed.
       signed: whether negative numbers are allowed.
       positive: whether 0 is refused.
       finite: whether inf is refused.
-      single: whether there is one group only, so that the bound must be one number.
+      single: whether there is only one group, so that the bound must be one number.
 
     Raises:
-      ValueError: if a number in `value` is NaN, or negative where it may not be, or no bound at all; or if there is
-        none.
+      ValueError: if `value` has no bound in it, or an entry that is no bound, is NaN, or is out of range.
     """
     kinds = "one number, scalar array or schedule" if single else "a number, an array, a schedule or a pytree of these"
     entries = [] if _is_built(value) else jax.tree.leaves(value, is_leaf=is_function)
@@ -81,7 +80,7 @@ def bound(
 
 
 def _is_built(value: Any) -> bool:
-    """Whether a value is a Norm, a Threshold or a transformation: a pytree of functions, but not of schedules."""
+    """Whether a value is a Norm, a Threshold or a transformation: pytrees of functions that are not schedules."""
     return isinstance(value, tuple) and {"init", "measure"} & {*getattr(value, "_fields", ())} != set()
 
 
@@ -105,14 +104,25 @@ def number(
     below: float | None = None,
     positive: bool = False,
 ) -> Any:
-    """A number or scalar array, and no schedule: those are `optax.inject_hyperparams`'s. Plain ones have a range.
+    """Checks a number or scalar array, and returns it in a wide dtype. Schedules are refused.
+
+    Args:
+      name: the name of the argument, for the message.
+      value: what the user passed.
+      at_least: the smallest number allowed.
+      at_most: the largest number allowed.
+      below: the number must be less than this, unless it is None.
+      positive: whether 0 is refused.
 
     Returns:
-      The number as a float: jax has no integers beyond 32 bits. An array in float32 or wider: in the dtype of a narrow
-      model, to which `optax.inject_hyperparams` casts what it injects, sums and products with it overflow.
+      A Python number as a float, because jax has no integers beyond 32 bits. An array in float32 or wider:
+      `optax.inject_hyperparams` casts to the dtype of the model, and in 16 bits sums and products would overflow.
+
+    Raises:
+      ValueError: if `value` is no real scalar, or a Python number out of range.
     """
     if is_function(value):
-        raise ValueError(f"{name} must be a number, got {value!r}; optax.inject_hyperparams takes schedules for it")
+        raise ValueError(f"{name} must be a number, got {value!r}; for a schedule use optax.inject_hyperparams")
     if not is_real(value) or np.ndim(value) > 0:
         raise ValueError(f"{name} must be one number or scalar array, got {value!r}")
     if not _is_concrete(value):
@@ -133,18 +143,18 @@ def number(
 def _widened(value: jax.Array, below: float | None) -> jax.Array:
     wide = value.astype(jnp.float64 if value.dtype.itemsize == 8 else jnp.float32)
     if below == 1 and jnp.issubdtype(value.dtype, jnp.floating):
-        # 0.999 is 1 in bfloat16, and an average of that decay never moves: the last number before 1 stands for it.
+        # In bfloat16 a decay of 0.999 is 1, and the average would never move. Use the largest number below 1 instead.
         return jnp.minimum(wide, 1 - float(jnp.finfo(value.dtype).eps) / 2)
     return wide
 
 
 def percentile(name: str, value: Any) -> Any:
-    """A number from 0 to 100, as `number` returns it. One between 0 and 1 is often meant as a fraction: a warning."""
+    """Checks a number from 0 to 100. Warns if it is between 0 and 1, because it may be meant as a fraction."""
     checked = number(name, value, at_most=100.0)
     if _is_concrete(value) and 0 < value < 1:
         warnings.warn(
-            f"{name} is in [0, 100], and {name}={value!r} means {float(value):g} % of the norms; for the quantile "
-            f"{float(value):g} pass {name}={100 * float(value):g}",
+            f"{name}={value!r} means {float(value):g} % of the norms, because {name} goes from 0 to 100; for the "
+            f"quantile {float(value):g} pass {name}={100 * float(value):g}",
             UserWarning,
             stacklevel=callers.steps_up(),
         )
@@ -152,7 +162,7 @@ def percentile(name: str, value: Any) -> Any:
 
 
 def ordered(low_name: str, low: Any, high_name: str, high: Any) -> None:
-    """Raises ValueError where two plain numbers stand in the wrong order, also at one place of two pytrees."""
+    """Raises ValueError if two concrete numbers are in the wrong order, also in pytrees, entry by entry."""
     for one, other in _pairs(low, high):
         if _is_concrete(one) and _is_concrete(other) and np.ndim(one) == np.ndim(other) == 0 and one > other:
             raise ValueError(
@@ -161,7 +171,7 @@ def ordered(low_name: str, low: Any, high_name: str, high: Any) -> None:
 
 
 def _pairs(low: Any, high: Any) -> list[tuple[Any, Any]]:
-    """What stands in one place: of two pytrees of one structure, or of a value and each entry of a pytree."""
+    """Pairs the entries of two pytrees of one structure, or one value with each entry of a pytree."""
     (lows, low_tree), (highs, high_tree) = (
         jax.tree.flatten(value, is_leaf=lambda entry: entry is None or is_function(entry)) for value in (low, high)
     )
@@ -172,16 +182,16 @@ def _pairs(low: Any, high: Any) -> list[tuple[Any, Any]]:
     return [(entry, high) for entry in lows] if jax.tree_util.treedef_is_leaf(high_tree) else []
 
 
-# What shapes the program.
+# Static arguments.
 
 
 def static_together(**values: Any) -> None:
-    """Raises ValueError if an argument that shapes the program is an array, and names all that must be static.
+    """Raises ValueError if an argument that must be static is an array. The message lists all static arguments.
 
     Call it in the first line of each factory that has such arguments. `optax.inject_hyperparams` turns numbers into
-    arrays, defaults too, and calls functions as schedules, unless `static_args` names them. The message ends with all
-    the names that `static_args` needs, ready to copy. It names booleans too. optax 0.2.8 leaves these as they are, but
-    `record=False` may be a number later.
+    arrays, defaults too, and calls functions as schedules, unless `static_args` names them. The message ends with the
+    complete `static_args`, ready to copy. It includes booleans: optax 0.2.8 leaves them as they are, but a number may
+    later take the place of `record=False`.
     """
 
     def is_array(value: Any) -> bool:
@@ -202,12 +212,15 @@ def static_together(**values: Any) -> None:
 
 
 def is_whole(value: Any) -> bool:
-    """Whether a value is a static whole number; a boolean is none."""
+    """Whether a value is a static integer. A boolean is not."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def whole(name: str, value: Any, *, at_least: int = 1, also: str = "") -> int:
-    """A static whole number, which a 32-bit counter can reach, as a Python int: those of NumPy would promote."""
+    """Checks a static integer that fits into a 32-bit counter, and returns it as a Python int.
+
+    A NumPy integer would promote the dtype of arrays that it is combined with.
+    """
     if not (is_whole(value) and value >= at_least):
         raise ValueError(f"{name} must be a whole number of at least {at_least}{also}, got {value!r}")
     if value > _INT32_MAX:
@@ -216,12 +229,12 @@ def whole(name: str, value: Any, *, at_least: int = 1, also: str = "") -> int:
 
 
 def whole_or_none(name: str, value: Any) -> int | None:
-    """A static whole number of at least 1, or None."""
+    """Checks a static integer of at least 1, or None."""
     return None if value is None else whole(name, value, also=", or None")
 
 
 def order(name: str, value: Any) -> float:
-    """The order p of a norm: a static number of at least 1, or inf."""
+    """Checks the order p of a norm: a static number of at least 1, or inf."""
     if isinstance(value, jax.Array) or not _is_concrete(value) or np.ndim(value) > 0 or not value >= 1:
         raise ValueError(f"{name} must be a Python number of at least 1, or inf, got {value!r}")
     _require_64_bits(name, value)
@@ -229,7 +242,7 @@ def order(name: str, value: Any) -> float:
 
 
 def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    """Raises ValueError unless `value` is one of the words allowed."""
+    """Raises ValueError unless `value` is one of the allowed strings."""
     if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
@@ -241,30 +254,31 @@ def flag(name: str, value: Any) -> None:
 
 
 def record(value: Any) -> int:
-    """How many steps a record has: 0 for none. True is 1."""
+    """Returns the number of recorded steps: 0 for False, 1 for True."""
     return (
         int(value) if isinstance(value, bool | np.bool_) else whole("record", value, at_least=0, also=", True or False")
     )
 
 
 def axis(name: str, value: Any) -> None:
-    """An axis, or a tuple of axes."""
+    """Checks an axis or a tuple of axes."""
     several = value if isinstance(value, tuple | list) else (value,)
     if not all(map(is_whole, several)):
-        raise ValueError(f"{name} must be an axis or a tuple of axes, whole numbers, got {value!r}")
+        raise ValueError(f"{name} must be a whole number or a tuple of whole numbers, got {value!r}")
 
 
 def state_dtype(value: Any) -> np.dtype[Any] | None:
-    """The dtype of what is kept per parameter: None for that of each parameter, or a real float dtype.
+    """Checks the dtype of a state per parameter. None means the dtype of each parameter.
 
     Raises:
-      ValueError: for any other. Beside a complex parameter the state is complex whatever the dtype. With fewer than 16
-        bits a moving average stands still: one step moves it by less than half the distance to the next number.
+      ValueError: if it is not a real float dtype of 16 bits or more. Complex dtypes are refused because the state of a
+        complex parameter is complex anyway. Below 16 bits a moving average stands still: a step moves it by less than
+        half the distance to the next float.
     """
     if value is None:
         return None
     try:
-        # Arrays and NumPy's numbers have a dtype, and are none.
+        # Arrays and NumPy scalars have a dtype, but are none.
         dtype = None if isinstance(value, jax.Array | np.generic) else np.dtype(value)
     except (TypeError, ValueError):
         dtype = None
@@ -280,29 +294,29 @@ def state_dtype(value: Any) -> np.dtype[Any] | None:
 
 
 def axes(value: Any) -> None:
-    """Mesh axes, as `clip_by` takes them."""
+    """Checks mesh axes in the forms that `clip_by` takes."""
     if value is None or isinstance(value, str):
         return
     entries = jax.tree.leaves(value, is_leaf=is_function)
     is_names = isinstance(value, tuple | list) and all(isinstance(entry, str) for entry in value)
     if not entries or not (is_names or all(isinstance(entry, PartitionSpec) for entry in entries)):
         raise ValueError(
-            f"axes must be 'auto', None, a name, a tuple of names, or a prefix pytree of PartitionSpec; got {value!r}"
+            f"axes must be 'auto', None, a name, a tuple of names, or a prefix pytree of PartitionSpec, got {value!r}"
         )
 
 
 def per_leaf(name: str, value: Any, accept: Callable[[Any], bool], what: str, if_empty: str) -> None:
-    """A function of a leaf's path, or a prefix pytree of values, in which None is no value.
+    """Checks an argument per leaf: a function of a path, or a prefix pytree of values, in which None means no value.
 
     Args:
-      name: the argument's name, for the message.
+      name: the name of the argument, for the message.
       value: what the user passed.
-      accept: says of one value whether it is fine.
-      what: what a fine value is, for the message.
-      if_empty: the message behind the argument, where there is no value in it.
+      accept: whether one value is allowed.
+      what: describes an allowed value, for the message.
+      if_empty: the rest of the message if the pytree has no value.
 
     Raises:
-      ValueError: if a value is something else, or there is none.
+      ValueError: if a value is not allowed, or the pytree has none.
     """
     if is_function(value):
         return
@@ -314,11 +328,11 @@ def per_leaf(name: str, value: Any, accept: Callable[[Any], bool], what: str, if
         raise ValueError(f"{name}={value!r} {if_empty}")
 
 
-# What is built elsewhere.
+# Objects and files.
 
 
 def transformation(name: str, value: Any) -> None:
-    """An optax transformation, or what is used like one."""
+    """Raises ValueError unless `value` has the two functions of an optax transformation."""
     if not (callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))):
         hint = "; call it first" if callable(value) else ""
         raise ValueError(f"{name} must be an optax transformation, got {value!r}{hint}")
@@ -331,12 +345,12 @@ def text(name: str, value: Any) -> None:
 
 
 def path(name: str, value: Any) -> None:
-    """Raises ValueError unless `value` is the name of a file."""
+    """Raises ValueError unless `value` is a file name."""
     if not (isinstance(value, str | os.PathLike) and os.fspath(value)):
         raise ValueError(f"{name} must be a path, a string or pathlib.Path, got {value!r}")
 
 
 def instance(name: str, value: Any, kind: type, example: str) -> None:
-    """Raises ValueError, with an example of what is meant, unless `value` is of a class."""
+    """Raises ValueError, with an example of what to pass, unless `value` is an instance of `kind`."""
     if not isinstance(value, kind):
         raise ValueError(f"{name} must be a {kind.__name__}, such as {example}, got {value!r}")

@@ -1,1 +1,1 @@
-"""What is known about arrays and trees of them: types, places, splits over a mesh, paths, groups."""
+"""Arrays and trees of arrays: dtypes, devices, mesh axes, paths, groups."""

@@ -1,4 +1,4 @@
-"""Leaf by leaf, with state beside each leaf: for the methods that are not one norm against one threshold."""
+"""Works leaf by leaf, with a state per leaf: for methods that are not one norm against one threshold."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,18 +12,18 @@ from optaxclip._arrays.trees import Tree
 
 
 def each_leaf(fn: Callable[..., tuple[Any, ...]], updates: Tree, *others: Any) -> tuple[Any, ...]:
-    """Applies a function to every leaf that holds floats, with what `others` have beside it.
+    """Applies a function to every leaf that holds floats, together with its entries in `others`.
 
     Args:
       fn: `(leaf, *beside) -> (new leaf, *new beside)`.
-      updates: a pytree. Leaves that hold no floats stay, and so does what is beside them.
-      *others: pytrees of the structure of the parameters.
+      updates: a pytree. Leaves without floats stay unchanged, and so do their entries in `others`.
+      *others: pytrees with the structure of the parameters.
 
     Returns:
-      The new `updates`, and the new others.
+      The new `updates`, followed by the new others.
 
     Raises:
-      ValueError: if one of the others has another structure than `updates`, or a leaf of another shape.
+      ValueError: if the structure or a shape in one of the others differs from `updates`.
     """
     for other in others:
         require_beside(updates, other)
@@ -39,7 +39,7 @@ def each_leaf(fn: Callable[..., tuple[Any, ...]], updates: Tree, *others: Any) -
 
 
 def require_beside(updates: Tree, state: Tree) -> None:
-    """Raises ValueError unless a state per parameter has, for every leaf of the updates, an array of its shape."""
+    """Raises ValueError unless `state` has an array of the right shape for every leaf of the updates."""
     flat, treedef = jax.tree.flatten(updates)
     try:
         beside = treedef.flatten_up_to(state)
@@ -59,17 +59,17 @@ def _wrong(expected: str, came: str) -> str:
 
 
 class _Row:
-    """What there is for one leaf: a leaf itself to jax."""
+    """The results for one leaf. To jax it is a leaf itself."""
 
     def __init__(self, entries: tuple[Any, ...]) -> None:
         self.entries = entries
 
 
 def zeros_like(params: Tree, dtype: Any = None, *, min_bits: int = 16) -> Any:
-    """Zeros beside every parameter, in `dtypes.of_state` of its dtype or in `dtype`; a scalar beside what can't be one.
+    """Returns zeros like every parameter; a scalar 0 for what has no numbers.
 
-    Beside a complex parameter they are complex, whatever the dtype. Where `dtype` is None and a parameter has
-    fewer than `min_bits`, its zeros are float32.
+    The dtype is `dtype` if it is given, else `dtypes.of_state` of the parameter's dtype: float32 for parameters of
+    fewer than `min_bits` bits. For a complex parameter the zeros are complex in any case.
     """
 
     def zeros(param: Any) -> jax.Array:
@@ -85,7 +85,7 @@ def zeros_like(params: Tree, dtype: Any = None, *, min_bits: int = 16) -> Any:
 
 
 def sizes_like(params: Tree, dtype: Any) -> Any:
-    """Real zeros beside every parameter."""
+    """Returns real zeros like every parameter."""
 
     def real(leaf: jax.Array) -> jax.Array:
         return jnp.asarray(jnp.real(leaf), dtype) if jnp.iscomplexobj(leaf) else leaf

@@ -1,4 +1,4 @@
-"""Whose line a warning points at: the user's, whatever library lies between."""
+"""Finds the line that a warning points at: the user's, even if another library calls us."""
 
 import contextlib
 import functools
@@ -8,7 +8,7 @@ import os
 import jax
 import optax
 
-# What calls us in the name of somebody else. A warning is shown once for each line of theirs.
+# Libraries that call us on behalf of the user. A warning is shown once for each line of user code.
 _BETWEEN = (
     *(os.path.dirname(str(module.__file__)) + os.sep for module in (jax, optax)),
     os.path.dirname(os.path.dirname(__file__)) + os.sep,
@@ -17,7 +17,7 @@ _BETWEEN = (
 
 
 def steps_up() -> int:
-    """The `stacklevel`, for a warning of the function that calls this, of the first function that is not `_BETWEEN`."""
+    """Returns the `stacklevel` of the first caller outside `_BETWEEN`, for a warning in the calling function."""
     frame, steps = inspect.currentframe(), 0
     while frame and frame.f_code.co_filename.startswith(_BETWEEN):
         frame, steps = frame.f_back, steps + 1

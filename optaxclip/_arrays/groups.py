@@ -1,7 +1,7 @@
-"""One function on every group at once.
+"""Applies one function to every group at once.
 
-Norms are a pytree with one entry per group: a scalar per leaf, say. What is done to scalars is done to all of them in
-one vector: a GPU or TPU would start a program for every small operation on every one of them.
+Norms are a pytree with one entry per group, for example one scalar per leaf. Scalars are stacked into one vector first,
+because a GPU or TPU would start a program for every small operation on each of them.
 """
 
 import functools
@@ -18,28 +18,31 @@ from optaxclip._arrays.trees import Tree
 
 
 def over_groups(fn: Callable[..., Any], norms: Tree, *others: Any) -> Any:
-    """Applies an elementwise function to each group's entries.
+    """Applies an elementwise function to the entries of each group.
 
     Args:
-      fn: takes an entry of `norms` and one of each of `others`, or many entries in vectors; returns a pytree of arrays
-        of the entry's shape.
+      fn: takes an entry of `norms` and one of each of `others`, or vectors of many entries. Returns a pytree of arrays
+        with the entry's shape.
       norms: a pytree with one array per group.
-      *others: each a pytree of the structure of `norms`, or one number or scalar array for all groups.
+      *others: each a pytree with the structure of `norms`, or one number or scalar array for all groups.
 
     Returns:
-      A pytree of the structure of `norms` with what `fn` returned at its leaves.
+      A pytree with the structure of `norms`, and the results of `fn` at its leaves.
     """
     flat, treedef = jax.tree.flatten(norms)
     return treedef.unflatten(vectorized(fn, flat, *[entries(other, treedef) for other in others]))
 
 
 def vectorized(fn: Callable[..., Any], first: Sequence[jax.Array], *others: Sequence[Any]) -> list[Any]:
-    """`fn` of every row of these columns: of arrays row by row, of scalars of a kind in one vector.
+    """Applies `fn` to every row of these columns. Scalars of one dtype are stacked into a vector, arrays are not.
 
     Args:
-      fn: acts number by number; returns a pytree of arrays.
+      fn: acts elementwise; returns a pytree of arrays.
       first: arrays.
       *others: arrays of the same shapes, or numbers, or None.
+
+    Returns:
+      A list with the result of each row.
     """
     rows = list(zip(first, *others, strict=True))
     if len(rows) == 1:
@@ -56,7 +59,7 @@ def vectorized(fn: Callable[..., Any], first: Sequence[jax.Array], *others: Sequ
 
 
 def alike(keys: Iterable[Any]) -> dict[Any, list[int]]:
-    """The places of each key."""
+    """Returns the indices at which each key occurs."""
     places: dict[Any, list[int]] = {}
     for i, key in enumerate(keys):
         places.setdefault(key, []).append(i)
@@ -64,7 +67,10 @@ def alike(keys: Iterable[Any]) -> dict[Any, list[int]]:
 
 
 def _kind(value: Any) -> Any:
-    """What scalars have in common that fit into one vector. What varies over mesh axes must not make others vary."""
+    """Returns a key that is equal for scalars that may share a vector.
+
+    Scalars that vary over mesh axes get their own vector, because they would make the others vary.
+    """
     return jax.typeof(value) if isinstance(value, jax.Array) else value is None
 
 
@@ -75,40 +81,40 @@ def _stacked(column: tuple[Any, ...]) -> Any:
 
 
 def unstacked(array: jax.Array) -> list[jax.Array]:
-    """The entries along the first axis."""
+    """Returns the entries along the first axis."""
     return [jax.lax.squeeze(piece, [0]) for piece in jax.lax.split(array, [1] * len(array))]
 
 
 def number(norms: Tree) -> int:
-    """How many groups there are."""
+    """Returns the number of groups."""
     return sum([entry.size for entry in jax.tree.leaves(norms)])
 
 
 def dtype(norms: Tree) -> Any:
-    """The widest dtype of the groups' norms; float32 if there are none."""
+    """Returns the widest dtype of the norms; float32 if there are none."""
     return functools.reduce(np.promote_types, [entry.dtype for entry in jax.tree.leaves(norms)], np.dtype(np.float32))
 
 
 def as_vector(norms: Tree) -> tuple[jax.Array, Callable[[jax.Array], Any]]:
-    """All groups, at least one, as a vector that is whole on every device; and the way back for such a vector.
+    """Returns all groups (at least one) as a vector that is whole on every device, and a function that undoes this.
 
     Raises:
-      ValueError: if groups lie on different devices of a `shard_map`.
+      ValueError: if the groups are split over the devices of a `shard_map`.
     """
     flat, treedef = jax.tree.flatten(norms)
     widest = dtype(norms)
     for entry in flat:
         if entry.ndim and layouts.varying(entry):
             raise ValueError(
-                f"the groups lie on different devices along mesh axes {tuple(sorted(layouts.varying(entry)))}, and a "
-                "threshold that follows the history of norms needs all of them on each: measure whole leaves, or clip "
-                "outside of shard_map"
+                f"the groups lie on different devices along mesh axes {tuple(sorted(layouts.varying(entry)))}, but a "
+                "threshold that follows the history of norms needs all groups on every device: measure whole leaves, "
+                "or clip outside shard_map"
             )
     vector = jnp.concatenate([layouts.whole(entry).reshape(-1).astype(widest) for entry in flat])
     ends = list(itertools.accumulate(entry.size for entry in flat))
 
     def back(values: jax.Array) -> Any:
-        pieces = jnp.split(layouts.whole(values), ends[:-1])  # or XLA may lay out what is kept of them as a leaf
+        pieces = jnp.split(layouts.whole(values), ends[:-1])  # else XLA may lay out the pieces like a leaf
         return treedef.unflatten(
             [
                 layouts.like(piece.reshape(entry.shape).astype(entry.dtype), entry)
@@ -120,6 +126,6 @@ def as_vector(norms: Tree) -> tuple[jax.Array, Callable[[jax.Array], Any]]:
 
 
 def entries(value: Any, treedef: Any) -> list[Any]:
-    """The entries of a pytree of the structure `treedef`, or one number, or None, as often as that has leaves."""
+    """Returns the entries of a pytree with structure `treedef`. One number or None is repeated for each leaf."""
     is_one = value is None or jnp.isscalar(value)
     return [value] * treedef.num_leaves if is_one else treedef.flatten_up_to(value)

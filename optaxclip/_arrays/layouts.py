@@ -1,7 +1,7 @@
-"""What the type of an array says about where it is, and arrays brought to where others are.
+"""Reads from the type of an array where it is, and moves arrays to where others are.
 
-Inside `shard_map` the type says over which mesh axes an array varies; on an Explicit mesh under `jit`, how it is laid
-out. On an Auto mesh XLA decides the layout later, and the type says only that.
+Inside `shard_map` the type says over which mesh axes an array varies. On an Explicit mesh under `jit` it says how the
+array is laid out. On an Auto mesh it says nothing, because XLA decides the layout later.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
 def on_mesh(flat: Sequence[Any]) -> list[int]:
-    """Which of these leaves have a type with a mesh in it. Of the others nothing is known, and nothing to be said."""
+    """Returns the indices of the leaves whose type has a mesh. The types of the others say nothing."""
     return [
         i
         for i, leaf in enumerate(flat)
@@ -22,7 +22,7 @@ def on_mesh(flat: Sequence[Any]) -> list[int]:
 
 
 def varying(leaf: Any) -> frozenset[str]:
-    """The mesh axes that a leaf is known to vary over (none outside `shard_map`)."""
+    """Returns the mesh axes over which a leaf is known to vary; none outside `shard_map`."""
     if not hasattr(leaf, "aval") and not isinstance(leaf, jax.ShapeDtypeStruct):
         return frozenset()  # a NumPy array or a Python number is the same everywhere
     kind: Any = jax.typeof(leaf)
@@ -31,7 +31,7 @@ def varying(leaf: Any) -> frozenset[str]:
 
 
 def varying_over(value: jax.Array, names: Iterable[str]) -> jax.Array:
-    """`value`, typed as varying over mesh axes `names`, as both branches of a cond must be if one is."""
+    """Returns `value` typed as varying over `names`. The branches of a cond must vary over the same axes."""
     missing = tuple(sorted(set(names) - varying(value)))
     if not missing:
         return value
@@ -41,7 +41,7 @@ def varying_over(value: jax.Array, names: Iterable[str]) -> jax.Array:
 
 
 def unreduced(leaf: Any) -> tuple[str, ...]:
-    """The mesh axes over which jax knows an array to be a sum not yet taken."""
+    """Returns the mesh axes over which jax knows an array to be an unreduced sum."""
     if not hasattr(leaf, "aval"):
         return ()
     kind: Any = jax.typeof(leaf)
@@ -51,7 +51,7 @@ def unreduced(leaf: Any) -> tuple[str, ...]:
 
 
 def is_known(leaf: Any) -> bool:
-    """Whether a leaf is laid out as its type says: on an Auto mesh XLA decides that after us."""
+    """Whether a leaf is laid out as its type says. On an Auto mesh XLA decides the layout later."""
     mesh = jax.typeof(leaf).sharding.mesh
     return not any(
         kind == AxisType.Auto and mesh.shape[name] > 1
@@ -60,12 +60,12 @@ def is_known(leaf: Any) -> bool:
 
 
 def is_whole(leaf: Any) -> bool:
-    """Whether every device where we run is known to have all of a leaf."""
+    """Whether every device is known to hold all of a leaf."""
     return is_known(leaf) and not any(dims_of(spec_of(leaf)))
 
 
 def whole(array: jax.Array) -> jax.Array:
-    """An array with all of it on every device, outside of `shard_map`."""
+    """Returns an array that is whole on every device. For use outside `shard_map`."""
     if jax.typeof(array).sharding.mesh.empty:
         return array
     if not is_known(array):
@@ -76,7 +76,7 @@ def whole(array: jax.Array) -> jax.Array:
 
 
 def like(array: jax.Array, other: jax.Array) -> jax.Array:
-    """`array`, sharded as `other` is where the sharding is in the type."""
+    """Returns `array` with the sharding of `other`, if the type of `other` has one."""
     if jax.typeof(other).sharding.mesh.empty:
         return array
     dims = dims_of(spec_of(other))
@@ -84,18 +84,18 @@ def like(array: jax.Array, other: jax.Array) -> jax.Array:
 
 
 def _resharded(array: jax.Array, spec: PartitionSpec, other: jax.Array) -> jax.Array:
-    """`array` on the mesh of `other`, which need not be that of the context."""
+    """Reshards `array` on the mesh of `other`, which may differ from the mesh of the context."""
     kind: Any = jax.typeof(other)
     return jax.sharding.reshard(array, NamedSharding(kind.sharding.mesh, spec))
 
 
 def spec_of(array: jax.Array) -> PartitionSpec:
-    """How an array is laid out, as far as its type says."""
+    """Returns the layout in the type of an array."""
     kind: Any = jax.typeof(array)
     return kind.sharding.spec
 
 
 def dims_of(spec: PartitionSpec) -> tuple[Any, ...]:
-    """What a spec says of each dimension. With `reduced` axes in it, newer jax refuses to iterate over it."""
-    # There are no `partitions` before jax 0.10.2.
+    """Returns the entry of a spec for each dimension. Newer jax refuses to iterate over a spec with `reduced` axes."""
+    # PartitionSpec has no `partitions` before jax 0.10.2.
     return spec.partitions if hasattr(spec, "partitions") else tuple(spec)

@@ -1,4 +1,4 @@
-"""The leaves of a tree of updates, found once: what a Norm sees of it."""
+"""The leaves of a tree of updates, as a Norm sees them. The tree is flattened once."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,8 +16,8 @@ class Leaf:
 
     Attributes:
       value: the array.
-      axes: a tuple of the mesh axes that it is split over where we run; () outside of `shard_map` and `pmap`.
-      by_dim: the same axes, dimension by dimension; None where that is not known.
+      axes: the mesh axes that the leaf is split over, a tuple; () outside `shard_map` and `pmap`.
+      by_dim: the same axes for each dimension; None if that is unknown.
     """
 
     __slots__ = ("_at", "_paths", "axes", "by_dim", "value")
@@ -28,23 +28,23 @@ class Leaf:
 
     @property
     def path(self) -> str:
-        """Where the leaf is in its tree, as in "decoder/kernel"."""
+        """Returns the path of the leaf in its tree, as in "decoder/kernel"."""
         return self._paths()[self._at]
 
     def sum(self, part: jax.Array) -> jax.Array:
-        """The sum of what each device has of this leaf; where the leaf is whole, `part` itself."""
+        """Sums `part` over the devices that hold a piece of this leaf. Returns `part` if the leaf is whole."""
         return jax.lax.psum(part, self.axes) if self.axes else part
 
     def max(self, part: jax.Array) -> jax.Array:
-        """The largest of what each device has of this leaf, likewise; a NaN among them comes out as inf."""
+        """Takes the maximum of `part` over the devices that hold a piece of this leaf. NaN becomes inf."""
         if not self.axes:
             return part
-        # XLA's maximum over CPUs (jax 0.8 to 0.12) may lose a NaN.
+        # Without this, XLA's maximum over CPU devices (jax 0.8 to 0.12) may lose a NaN.
         return jax.lax.pmax(jnp.where(jnp.isnan(part), jnp.full_like(part, jnp.inf), part), self.axes)
 
     @property
     def whole_shape(self) -> tuple[int, ...]:
-        """The shape of the whole leaf; where that is not known, no length is 1."""
+        """Returns the shape of the whole leaf. If that is unknown, no dimension has length 1."""
         shape = jnp.shape(self.value)
         if not self.axes:
             return shape
@@ -53,25 +53,26 @@ class Leaf:
         return tuple(mesh.whole_size((length,), names) for length, names in zip(shape, self.by_dim, strict=True))
 
     def axes_over(self, dims: tuple[int, ...]) -> tuple[str, ...]:
-        """The mesh axes to sum over when the dimensions `dims` are reduced."""
+        """Returns the mesh axes to sum over in a reduction over the dimensions `dims`."""
         if not self.axes or len(dims) == jnp.ndim(self.value):
             return self.axes
         if self.by_dim is None:
             raise ValueError(
-                f"leaf {self.path!r} is split over mesh axes {self.axes}, and it is not known which of its dimensions "
-                f"are: a norm over its dimensions {dims} alone needs axes= to be a PartitionSpec or a pytree of them"
+                f"leaf {self.path!r} is split over mesh axes {self.axes}, but not known along which dimensions: for a "
+                f"norm over dimensions {dims}, pass axes= as a PartitionSpec or a pytree of PartitionSpecs"
             )
         return tuple(sorted(name for dim in dims for name in self.by_dim[dim]))
 
     def size_over(self, dims: tuple[int, ...]) -> int:
-        """How many entries the whole leaf has along these dimensions; 1 for none, so that one can divide by it."""
+        """Returns the number of entries of the whole leaf along these dimensions, at least 1 so that it can divide."""
         return max(mesh.whole_size((jnp.shape(self.value)[dim] for dim in dims), self.axes_over(dims)), 1)
 
 
 class _Paths:
-    """The paths of leaves, once somebody asks for them.
+    """The paths of leaves, calculated when they are first needed.
 
-    A leaf has this and not `Leaves`, which has the leaf: a cycle would keep gradients alive.
+    A leaf refers to this instead of `Leaves`. A leaf that refers to `Leaves` would be a cycle, which keeps gradients
+    alive.
     """
 
     def __init__(self, keys: Sequence[Any], treedef: Any, places: list[int]) -> None:
@@ -88,10 +89,10 @@ class _Paths:
 class Leaves(list[Leaf]):
     """The leaves of a tree of updates that hold floats, in order.
 
-    Integers, booleans, keys and what else a tree may hold are not among them: no clip measures or changes these.
+    Other leaves, such as integers, booleans and keys, are not in the list: no clip measures or changes them.
 
     Attributes:
-      told: the keyword arguments of `update`; None in `init`, where only shapes are asked for.
+      told: the keyword arguments of `update`; None in `init`, where only shapes are known.
     """
 
     def __init__(
@@ -106,14 +107,14 @@ class Leaves(list[Leaf]):
         """Flattens a tree.
 
         Args:
-          tree: gradients, updates or parameters, without None in the place of a leaf.
+          tree: gradients, updates or parameters. No leaf may be None.
           params: the parameters in the containers of `tree`, or None.
-          axes: over which mesh axes the leaves are split; see `mesh`.
-          told: the keyword arguments of `update`; None where there is no update, as in `init`.
-          like: leaves of a tree of this structure and these shapes; what was found of them holds here, too.
+          axes: the mesh axes that split the leaves; see `mesh`.
+          told: the keyword arguments of `update`; None outside an update, as in `init`.
+          like: leaves of a tree with the same structure and shapes. What was looked up for them is used again.
 
         Raises:
-          ValueError: for a gradient that is not reduced yet, or of a dtype that can't be clipped.
+          ValueError: if a gradient is not reduced yet, or has a dtype that can't be clipped.
         """
         self._tree, self._params, self._axes = tree, params, axes
         self.told = told
@@ -136,33 +137,33 @@ class Leaves(list[Leaf]):
 
     @property
     def axes(self) -> frozenset[str]:
-        """The mesh axes that some leaf is split over."""
+        """Returns all mesh axes that split some leaf."""
         return frozenset(name for leaf in self for name in leaf.axes)
 
     def to_tree(self, values: Sequence[Any]) -> Any:
-        """One value per leaf in the structure of the tree, with None at what is no leaf here."""
+        """Puts one value per leaf into the structure of the tree, with None for everything else."""
         whole: list[Any] = [None] * len(self._flat)
         for i, value in zip(self._places, values, strict=True):
             whole[i] = value
         return self._treedef.unflatten(whole)
 
     def from_tree(self, tree: Tree) -> list[Any]:
-        """What a pytree of the structure of this tree has for each leaf: what `to_tree` was given."""
+        """Returns the entries of `tree` for each leaf: the inverse of `to_tree`."""
         return self._counted(self._treedef.flatten_up_to(tree))
 
     def updated(self, values: Sequence[Any]) -> Any:
-        """The tree with other values at its leaves, and all else as it was."""
+        """Returns the tree with other values for these leaves, and everything else unchanged."""
         whole = list(self._flat)
         for i, value in zip(self._places, values, strict=True):
             whole[i] = value
         return self._treedef.unflatten(whole)
 
     def lookup(self, name: str, value: Any) -> list[Any]:
-        """What an argument says of each leaf.
+        """Returns the value of an argument for each leaf.
 
         Args:
-          name: the argument's name, for messages.
-          value: a prefix pytree of values, or a function `path -> value`, which is called once for each leaf.
+          name: the name of the argument, for messages.
+          value: a prefix pytree of values, or a function `path -> value`, which is called once per leaf.
         """
 
         def look() -> list[Any]:
@@ -173,31 +174,31 @@ class Leaves(list[Leaf]):
         return self.once(value, look, name)
 
     def require_any(self, chosen: Sequence[bool], value: Any, problem: str) -> None:
-        """Refuses a function of a path that chooses no leaf: a misspelt path would turn clipping off, unnoticed.
+        """Raises if a function of a path chooses no leaf: a misspelt path would silently turn clipping off.
 
         Args:
-          chosen: what the argument says of each leaf. For a tree without leaves it says nothing.
-          value: the argument: a function, or a prefix pytree, of which the structure is checked elsewhere.
-          problem: the message, to which the paths are added.
+          chosen: whether each leaf is chosen. A tree without leaves passes.
+          value: the argument: a function, or a prefix pytree, whose structure is checked elsewhere.
+          problem: the message. The paths are added to it.
 
         Raises:
-          ValueError: with the paths that there are.
+          ValueError: with the paths of the leaves.
         """
         if trees.is_function(value) and chosen and not any(chosen):
             raise ValueError(f"{problem} {trees.listed(self.paths)}")
 
     def once(self, key: Any, look: Callable[[], list[Any]], name: str = "") -> list[Any]:
-        """What `look` finds of these leaves and of their parameters alike; it is called once for each key."""
+        """Calls `look` once per key, and keeps the result for these leaves and their parameters."""
         place = (name, id(key))
         if place not in self._found:
-            self._found[place] = key, look()  # with the key, so that no other object gets its id
+            self._found[place] = key, look()  # keeps the key alive, so that its id is not reused
         return self._found[place][1]
 
     def params(self) -> "Leaves":
-        """The parameters of these leaves.
+        """Returns the parameters of these leaves.
 
         Raises:
-          ValueError: optax's message, where there are none; or where they are not of this structure and these shapes.
+          ValueError: with optax's message if there are no parameters; if their structure or shapes differ.
         """
         require_params(self._tree, self._params)
         return Leaves(self._params, self._params, self._axes, told={}, like=self)

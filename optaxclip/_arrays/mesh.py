@@ -1,26 +1,27 @@
-"""Over which mesh axes a leaf is split.
+"""Finds out over which mesh axes each leaf is split.
 
-Under `jit` with shardings a sum over an array is global already, and nothing here does anything. Inside `shard_map` and
-`pmap` each device sees its own piece of a split leaf, and a norm must be summed over the axes that the leaf is split
-over: all of them, and no other (a replicated leaf must be counted once).
+Under `jit` with shardings a sum over an array is already global, and this module does nothing. Inside `shard_map` and
+`pmap` each device sees only its piece of a split leaf. A norm must then be summed over exactly the axes that split the
+leaf: with one axis more, a replicated leaf would be counted several times.
 
-`splits_of` decides that for every leaf, once, from `axes`:
+`splits_of` decides this once for every leaf, from `axes`:
 
-- `"auto"`: the axes that the leaf varies over, which `shard_map` tracks in the types when `check_vma=True` (its
-  default). Nothing is known in `pmap` and with `check_vma=False`: there is a warning, and the axes must be named.
-- a name or a tuple of names: the same axes for every leaf. Where the types know nothing, there is a warning if a leaf
-  could be whole: it would be counted once per device.
-- a PartitionSpec or a prefix pytree of them: per leaf, and by dimension, which norms of single units need. A None among
-  them is `P()`, a leaf that is whole.
-- `None`: nothing is split; each device stands for itself.
+- `"auto"`: the axes that the leaf varies over, which `shard_map` tracks in the types with `check_vma=True` (its
+  default). With `check_vma=False`, and in `pmap`, nothing is tracked: there is a warning, and the user must name the
+  axes.
+- a name or a tuple of names: the same axes for every leaf. If the types track nothing and a leaf may be whole, there is
+  a warning, because a whole leaf would be counted once per device.
+- a PartitionSpec or a prefix pytree of them: axes per leaf and dimension, which norms of single units need. None among
+  them means `P()`, a whole leaf.
+- `None`: nothing is split, and each device clips alone.
 
-Names that are not bound where we run (outside `shard_map`) are dropped, as are names over which a leaf is known not to
-vary. A gradient that is a sum not yet taken is refused: its norm on each device would be that of a summand.
+Names that are not bound (outside `shard_map`) are dropped, and so are names over which a leaf is known not to vary. A
+gradient that is an unreduced sum is refused: each device would measure one summand.
 
-No type tells a piece of one model from a model of its own (seeds, populations): `"auto"` takes what varies for a piece,
-and one norm then couples all devices. A model per device needs `None`.
+The types can't tell a piece of one model from a model of its own (seeds, populations). `"auto"` takes everything that
+varies for a piece, so one norm then couples all devices. For one model per device pass `None`.
 
-Axes along which devices hold different examples, each with a gradient of its own, split no leaf: see `apart`.
+No leaf is split over axes along which devices hold different examples, each with its own gradient: see `apart`.
 """
 
 import contextlib
@@ -41,7 +42,7 @@ Axes: TypeAlias = Any  # "auto" | None | str | tuple[str, ...] | prefix pytree o
 
 
 def whole_size(lengths: Iterable[int], axes: Iterable[str]) -> int:
-    """How many entries there are in a block of these lengths on every device along these axes, taken together."""
+    """Returns the number of entries in a block with these lengths, counted on all devices along these axes."""
     return math.prod(lengths) * math.prod(jax.lax.axis_size(name) for name in axes)
 
 
@@ -50,7 +51,7 @@ _APART: contextvars.ContextVar[frozenset[str]] = contextvars.ContextVar("apart",
 
 @contextlib.contextmanager
 def apart(names: Iterable[str]) -> Generator[None, None, None]:
-    """While this is entered, devices along mesh axes `names` have trees of their own: no leaf is split over them."""
+    """Within this context, devices along mesh axes `names` have separate trees: no leaf is split over these axes."""
     token = _APART.set(_APART.get() | frozenset(names))
     try:
         yield
@@ -62,8 +63,8 @@ class Split(NamedTuple):
     """How one array is split.
 
     Attributes:
-      axes: the mesh axes it is split over, in order.
-      by_dim: the same axes, dimension by dimension; None where that is not known.
+      axes: the mesh axes that split it, in order.
+      by_dim: the same axes for each dimension; None if that is unknown.
     """
 
     axes: tuple[str, ...] = ()
@@ -74,14 +75,14 @@ _WHOLE = Split()
 
 
 def splits_of(arrays: Sequence[Any], tree: Tree, places: Sequence[int], beside: Any, axes: Axes) -> list[Split]:
-    """Says over which mesh axes each of some arrays is split.
+    """Returns the mesh axes over which each array is split.
 
     Args:
       arrays: leaves of `tree`.
       tree: gradients, updates or parameters.
-      places: which of the leaves of `tree` the arrays are.
-      beside: what tells how a reduced gradient would vary, the parameters say: a pytree like `tree`, or None.
-      axes: see the module's docstring.
+      places: the indices of the arrays among the leaves of `tree`.
+      beside: a pytree like `tree` that varies as reduced gradients would, for example the parameters; or None.
+      axes: see the docstring of this module.
     """
     is_auto = isinstance(axes, str) and axes == "auto"
     is_chosen = axes is None or (not is_auto and _is_names(axes))
@@ -104,34 +105,34 @@ def splits_of(arrays: Sequence[Any], tree: Tree, places: Sequence[int], beside: 
 
 
 _WHAT_CAN_BE_MEANT = (
-    ", or say what is meant: axes=None clips on each device alone, axes=<names> takes the norm over those axes"
+    ". To clip it as it is, pass axes=None (each device alone) or axes=<names> (one norm over those axes)"
 )
 
 
 def require_reduced(
     grads: Tree, beside: Any = None, *, called: str = "parameter", meant: str = ""
 ) -> list[frozenset[str]]:
-    """Raises where a gradient is a sum that has not been taken yet: the piece on each device is one summand of it.
+    """Raises ValueError if a gradient is an unreduced sum, of which each device holds one summand.
 
     Args:
       grads: a pytree.
-      beside: of its structure, what tells how a reduced gradient would vary, the parameters say; None if nothing does.
-        A gradient that varies over an axis that the array beside it does not vary over, at the same shape, is refused.
+      beside: a pytree of the same structure that varies as reduced gradients would, for example the parameters; None if
+        there is none. A gradient is refused if it has the same shape as the array beside it, but varies over more axes.
       called: what the message calls an array of `beside`.
-      meant: how the message goes on where the caller has a way to say that this is meant.
+      meant: the end of the message, for callers that can clip such a gradient on request.
 
     Returns:
       The mesh axes over which each leaf is known to vary.
     """
     flat, treedef = jax.tree.flatten(grads)
-    dtypes.require_usable(grads, flat)  # here since every update comes through here
+    dtypes.require_usable(grads, flat)  # checked here because every update passes here
     on_mesh = layouts.on_mesh(flat)
     for i in on_mesh:
         if names := layouts.unreduced(flat[i]):  # jax itself says so, in the type
             raise ValueError(
                 f"{_the_gradient(grads, i)} is unreduced over mesh axes {names}: each device has one summand of it. "
-                "Reduce it first: under jit with jax.sharding.reshard to a PartitionSpec without `unreduced`, in "
-                "shard_map with jax.lax.psum"
+                "Reduce it first: in shard_map with jax.lax.psum, under jit with jax.sharding.reshard to a "
+                "PartitionSpec without `unreduced`"
             )
     over = [frozenset()] * len(flat)
     for i in on_mesh:
@@ -142,8 +143,8 @@ def require_reduced(
         extra = over[i] - layouts.varying(other)
         if extra and jax.numpy.shape(leaf) == jax.numpy.shape(other):
             raise ValueError(
-                f"{_the_gradient(grads, i)} varies over mesh axes {tuple(sorted(extra))} and its {called} does not: it "
-                f"has not been reduced yet. Reduce it first (jax.lax.psum or pmean){meant}"
+                f"{_the_gradient(grads, i)} varies over mesh axes {tuple(sorted(extra))} but its {called} does not: it "
+                f"has not been reduced yet. Reduce it first, with jax.lax.psum or pmean{meant}"
             )
     return over
 
@@ -154,39 +155,38 @@ def _the_gradient(grads: Tree, i: int) -> str:
 
 
 def may_vary_over(value: Any, names: Iterable[str]) -> tuple[str, ...]:
-    """Those of some mesh axes over which a value may differ between devices."""
+    """Returns those of some mesh axes over which a value may differ between devices."""
     return _Tracked().keep(tuple(sorted(names)), value)
 
 
 def _warn_of_the_unseen() -> None:
-    """One warning where `"auto"` finds nothing because this `shard_map` (or `pmap`, which is one) tracks nothing."""
+    """Warns once if `"auto"` finds nothing because this `shard_map` (or `pmap`) tracks nothing."""
     if names := _untracked():
         warnings.warn(
-            f"axes='auto' sees nothing along mesh axes {names}: in pmap, and in shard_map with check_vma=False, jax "
-            "does not track over which axes an array is split, so every device takes the norm of its own share alone. "
-            "Where arrays are split pass axes=, a PartitionSpec for all leaves or a pytree of them (P() for a leaf "
-            "that is whole on every device); where all are whole, or each device has a model of its own, "
-            "pass axes=None",
+            f"axes='auto' finds no split arrays along mesh axes {names}, because jax does not track them in pmap and "
+            "in shard_map with check_vma=False: each device measures only its own piece. If arrays are split, pass "
+            "axes=, a PartitionSpec for all leaves or a pytree of them (P() for a leaf that is whole on every device). "
+            "If every leaf is whole, or each device has its own model, pass axes=None",
             stacklevel=callers.steps_up(),
         )
 
 
 def _warn_of_whole_leaves(axes: Axes, names: tuple[str, ...], arrays: Sequence[Any], tracked: "_Tracked") -> None:
-    """One warning where names stand for all leaves and nothing tells which of them are whole on every device."""
+    """Warns once if axis names are given for all leaves, and some leaf may be whole on every device."""
     may_be_whole = len(arrays) > 1 or any(jnp.ndim(array) == 0 for array in arrays)
     if may_be_whole and set(names).intersection(_untracked(tracked)):
         warnings.warn(
-            f"axes={axes!r} takes every leaf to be split over these mesh axes, and in pmap, and in shard_map with "
-            "check_vma=False, jax does not track whether it is: a leaf that is whole on every device is counted once "
-            "per device. Pass PartitionSpecs instead, P() for such a leaf: axes={'kernel': P('data'), 'bias': P()}",
+            f"axes={axes!r} assumes that every leaf is split over these mesh axes. In pmap, and in shard_map with "
+            "check_vma=False, jax does not track whether that is so: a leaf that is whole on every device is counted "
+            "once per device. Pass PartitionSpecs, P() for such a leaf: axes={'kernel': P('data'), 'bias': P()}",
             stacklevel=callers.steps_up(),
         )
 
 
 def _untracked(tracked: "_Tracked | None" = None) -> tuple[str, ...]:
-    """The axes of the mesh along which types say nothing.
+    """Returns the mesh axes that the types do not track.
 
-    A named axis of `vmap` is none of them, and one norm for each of its entries is what people want of it.
+    A named axis of `vmap` is not among them: there, users want one norm per entry.
     """
     names = jax.sharding.get_abstract_mesh().manual_axes
     tracked = tracked or _Tracked()
@@ -194,14 +194,14 @@ def _untracked(tracked: "_Tracked | None" = None) -> tuple[str, ...]:
 
 
 def _refuse_unknown(name: str) -> None:
-    """Raises for a name that no axis of the mesh has where one is bound: each device would be left to itself."""
+    """Raises ValueError inside `shard_map` for a name that is no mesh axis: each device would clip alone."""
     here = jax.sharding.get_abstract_mesh()
     if here.manual_axes and name not in here.axis_names:
         raise ValueError(f"axes={name!r} is no axis of the mesh, which has {here.axis_names}")
 
 
 class _Tracked:
-    """Which axis names are bound here, and whether the types track them; asked once per name."""
+    """Which axis names are bound here, and whether the types track them. Each name is looked up once."""
 
     def __init__(self) -> None:
         self.known: dict[str, bool | None] = {}
@@ -209,7 +209,7 @@ class _Tracked:
     def __call__(self, name: str) -> bool | None:
         if name not in self.known:
             try:
-                # Where variation is tracked, a device's own index varies over its axis.
+                # If variation is tracked, the index of a device varies over its axis.
                 self.known[name] = name in layouts.varying(jax.lax.axis_index(name))
             except NameError:
                 _refuse_unknown(name)
@@ -217,7 +217,7 @@ class _Tracked:
         return self.known[name]
 
     def keep(self, names: tuple[str, ...], leaf: Any) -> tuple[str, ...]:
-        """Those of `names` that are bound and that `leaf` may be split over."""
+        """Returns those of `names` that are bound and may split `leaf`."""
         over = layouts.varying(leaf)
         names = tuple(name for name in names if name not in _APART.get())
         return tuple(name for name in names if (self(name) is False) or (self(name) and name in over))
@@ -235,10 +235,10 @@ def _is_spec(value: Any) -> bool:
 
 
 def _split_by_spec(spec: Any, leaf: Any, path: str, tracked: _Tracked) -> Split:
-    spec = PartitionSpec() if spec is None else spec  # no entry, as where a parameter has no gradient
+    spec = PartitionSpec() if spec is None else spec  # for example for a parameter without gradient
     if not _is_spec(spec):
         raise ValueError(
-            "axes must be 'auto', None, a name, a tuple of names, or a prefix pytree of PartitionSpec; "
+            "axes must be 'auto', None, a name, a tuple of names, or a prefix pytree of PartitionSpec, "
             f"got {spec!r} for leaf {path!r}"
         )
     ndim = len(jax.numpy.shape(leaf))
@@ -248,5 +248,5 @@ def _split_by_spec(spec: Any, leaf: Any, path: str, tracked: _Tracked) -> Split:
     entries = [*dims, *([None] * (ndim - len(dims)))]
     named = [entry if isinstance(entry, tuple) else (entry,) for entry in entries]
     by_dim = tuple(tracked.keep(tuple(n for n in names if isinstance(n, str)), leaf) for names in named)
-    # In one order for all leaves: a set of axes in two orders would be two collectives.
+    # In the same order for all leaves: the same axes in two orders would take two collectives.
     return Split(tuple(sorted(name for names in by_dim for name in names)), by_dim)

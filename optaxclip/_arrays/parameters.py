@@ -1,4 +1,4 @@
-"""The parameters beside the updates: what of `params` is one, which is needed, and where a gradient is missing."""
+"""The parameters beside the updates: which leaves are parameters, and which gradients are missing."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from optaxclip._arrays import dtypes, trees
 from optaxclip._arrays.trees import Tree
 
-# The base of optax has no public home; the message is the one users know.
+# optax has this text in a private module. It is the message that users know.
 NO_PARAMS = (
     "You are using a transformation that requires the current value of parameters, but you are not passing `params` "
     "when calling `update`."
@@ -16,7 +16,7 @@ NO_PARAMS = (
 
 
 def beside(updates: Tree, params: Tree) -> tuple[Any, Any]:
-    """Updates without a None where the parameters have leaves, and the parameters in the containers of these."""
+    """Returns the updates with missing gradients filled in, and the parameters in the same containers."""
     if params is not None and _are_alike(updates, params):
         return updates, params
     params = parameters(params, updates)
@@ -30,11 +30,11 @@ def _are_alike(updates: Tree, params: Tree) -> bool:
 
 
 def parameters(params: Tree, updates: Tree = None) -> Any:
-    """`params` in the containers of `updates`, with None in place of whatever is no parameter.
+    """Returns `params` in the containers of `updates`, with None in place of everything that is no parameter.
 
-    A model may be its own parameters: an Equinox module holds functions, strings and settings beside its arrays. What
-    is no array is no parameter, and a Python number is one only where `updates` has a leaf. Where the containers
-    differ (a dict beside a `FrozenDict`, Flax's boxes beside plain arrays) the keys decide.
+    A whole model may be passed as its parameters: an Equinox module also holds functions, strings and settings. Arrays
+    are parameters. A Python number is one only if `updates` has a leaf in its place. If the containers differ (a dict
+    beside a `FrozenDict`, Flax's boxes beside plain arrays), the keys are matched.
     """
     if params is None:
         return None
@@ -53,7 +53,7 @@ def parameters(params: Tree, updates: Tree = None) -> Any:
 
     try:
         return jax.tree.map(known, updates, params, is_leaf=trees.is_none)
-    except ValueError:  # of another structure, which only those that need parameters refuse
+    except ValueError:  # the structures differ: only callers that need parameters refuse that
         return jax.tree.map(lambda leaf: leaf if _is_array(leaf) else None, params)
 
 
@@ -62,12 +62,12 @@ def _is_array(leaf: Any) -> bool:
 
 
 def require_params(updates: Tree, params: Tree) -> None:
-    """Raises ValueError unless there are parameters, of the structure and shapes of the updates."""
+    """Raises ValueError unless there are parameters with the structure and shapes of the updates."""
     if params is None:
         raise ValueError(NO_PARAMS)
     if _shapes(updates) == _shapes(params):
         return
-    problem = "the structure of updates is not that of params"
+    problem = "updates and params differ in structure"
     aligned = jax.tree.leaves(trees.broadcast(problem, updates, params, ("updates", "params")))
     known = trees.paths(params)
     if missing := sorted(set(trees.paths(updates)) - set(known)):
@@ -85,14 +85,14 @@ def _shapes(tree: Tree) -> tuple[Any, list[tuple[int, ...]]]:
 
 
 def fill_missing(updates: Tree, params: Tree) -> Any:
-    """Zero gradients where `updates` has None and the parameters have leaves, so that groups and states fit.
+    """Fills in zeros where `updates` has None and the parameters have leaves, so that groups and states fit.
 
     Args:
       updates: a pytree.
       params: the parameters, or a state of their structure.
 
     Raises:
-      ValueError: where the structures part.
+      ValueError: if the structures differ.
     """
     if params is None or not any(map(trees.is_none, jax.tree.leaves(updates, is_leaf=trees.is_none))):
         return updates
@@ -106,11 +106,11 @@ def fill_missing(updates: Tree, params: Tree) -> Any:
     try:
         return jax.tree.map(fill, updates, params, is_leaf=trees.is_none)
     except ValueError as error:
-        problem = "the structure of updates, in which None is no gradient, is not that of the parameters or the state"
+        problem = "updates (None means no gradient) and the parameters or the state differ in structure"
         parting = trees.difference(updates, params, ("updates", "params or the state"))
         raise ValueError(f"{problem}: {parting or error}") from None
 
 
 def drop_missing(updates: Tree, filled: Any) -> Any:
-    """`filled`, with None where `updates` has it."""
+    """Returns `filled` with None in the places where `updates` has None."""
     return jax.tree.map(lambda old, new: None if old is None else new, updates, filled, is_leaf=trees.is_none)

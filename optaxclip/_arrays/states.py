@@ -1,4 +1,4 @@
-"""States as they arrive: of the right kind, and with jax's arrays in them."""
+"""Checks of states: they must have the right type, and their numbers become jax arrays."""
 
 from typing import Any, TypeVar
 
@@ -12,12 +12,12 @@ State = TypeVar("State")
 
 
 def of_kind(kind: type[State], state: Tree, caller: str) -> State:
-    """A state of the class `kind`, as jax's arrays.
+    """Checks that a state has the class `kind`, and returns it with jax arrays.
 
     Args:
       kind: the class that the caller's `init` makes.
-      state: what `update` was given.
-      caller: the transformation's name, for the message.
+      state: what `update` received.
+      caller: the name of the transformation, for the message.
 
     Raises:
       ValueError: if it is the state of another transformation.
@@ -28,23 +28,23 @@ def of_kind(kind: type[State], state: Tree, caller: str) -> State:
 
 
 def wrong(caller: str, expected: str, came: str) -> str:
-    """What the message says wherever a state does not fit."""
+    """Returns the message for a state that does not fit."""
     return (
-        f"the state of {caller} must be {expected}, got {came}. Pass the state that its own init made, at its place in "
-        "the chain; after a change of arguments, of the chain or of the tree, bring the old one over: "
+        f"the state of {caller} must be {expected}, got {came}. Pass the state that its own init made. "
+        "After a change of arguments, chain or parameter tree, convert the old state: "
         "state, report = optaxclip.migrate(tx, params, old_state)"
     )
 
 
 def described(state: Tree) -> str:
-    """What a state is, for messages."""
+    """Describes a state by its types, for messages."""
     if type(state) in (tuple, list):
         return f"a {type(state).__name__} of {len(state)}: {', '.join(map(described, state))}"
     return "None" if state is None else type(state).__name__
 
 
 def as_arrays(tree: Tree) -> Any:
-    """A pytree of jax's arrays, also where a checkpoint or a pickle returned NumPy's or Python's numbers."""
+    """Returns a pytree of jax arrays. A checkpoint or a pickle may have NumPy arrays or Python numbers instead."""
     return jax.tree.map(_as_array, tree)
 
 
@@ -54,6 +54,6 @@ def _as_array(leaf: Any) -> Any:
     dtype = np.asarray(leaf).dtype
     if not (jnp.issubdtype(dtype, jnp.number) or dtype == np.bool_) or dtype == jax.dtypes.float0:
         return leaf
-    # With a dtype of its own: a Python number would be weakly typed, and a scan's carry would change its type. Whole
-    # numbers are counts, and these have 32 bits.
+    # The dtype is explicit: a Python number would be weakly typed, and would change the carry type of a scan. Python
+    # integers are counts, which have 32 bits.
     return jnp.asarray(leaf, jnp.int32 if type(leaf) is int else jax.dtypes.canonicalize_dtype(dtype))

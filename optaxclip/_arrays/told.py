@@ -1,4 +1,4 @@
-"""Numbers that a caller hands to `update`, which all devices must agree on."""
+"""Numbers that a caller passes to `update`. They must be the same on all devices."""
 
 import reprlib
 from typing import Any
@@ -11,12 +11,12 @@ from optaxclip._arrays import layouts
 
 
 def scalar(name: str, value: Any, what: str) -> jax.Array:
-    """A real number as a scalar of float32, or of float64 if it is one.
+    """Returns a real number as a scalar: float64 if it is one, else float32.
 
     Args:
-      name: of the argument, for messages.
-      value: what was handed in.
-      what: what it is, in one word.
+      name: the name of the argument, for messages.
+      value: what the user passed.
+      what: a word for the number, such as "loss", for messages.
 
     Raises:
       ValueError: if it is no real scalar, or differs between the devices of a `shard_map`.
@@ -29,14 +29,14 @@ def scalar(name: str, value: Any, what: str) -> jax.Array:
         raise ValueError(f"{name} must be one {what}, a real scalar, got {number.dtype} of shape {number.shape}")
     if over := layouts.varying(number):
         raise ValueError(
-            f"{name} differs between the devices along mesh axes {tuple(sorted(over))}, and they would not decide "
-            f"alike: pass one {what} of all, as of jax.lax.psum or jax.lax.pmean"
+            f"{name} differs between the devices along mesh axes {tuple(sorted(over))}, so they could decide "
+            f"differently: pass the same {what} on every device, reduced with jax.lax.psum or jax.lax.pmean"
         )
     return number if number.dtype == jnp.float64 else number.astype(jnp.float32)
 
 
 def _in_range(value: Any) -> Any:
-    """A finite number of the host; past float32's largest it is the largest, as a measured norm would be."""
+    """Limits a finite Python or NumPy number to the float32 range, as a measured norm would be."""
     is_number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
     if not is_number or jax.config.read("jax_enable_x64"):
         return value

@@ -1,4 +1,4 @@
-"""What pytrees have where: the paths of leaves, prefix pytrees, and where two pytrees part."""
+"""Paths of leaves, prefix pytrees, and the first difference between two pytrees."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -6,22 +6,22 @@ from typing import Any, TypeAlias
 
 import jax
 
-Tree: TypeAlias = Any  # a pytree: of arrays, where nothing else is said
+Tree: TypeAlias = Any  # a pytree, of arrays unless said otherwise
 
 
 def paths(tree: Tree) -> list[str]:
-    """The path of every leaf, as in "decoder/kernel" or "layers/0/bias".
+    """Returns the path of every leaf, as in "decoder/kernel" or "layers/0/bias".
 
-    Flax boxes its arrays (`nnx.Param`, `nn.Partitioned`), and jax gives the box's own "value" as the last key. That key
-    is left out, so that a leaf has one path whether it is boxed or not. Where keys that contain a "/" would give two
-    leaves one path, these have jax's notation: "['a/b']".
+    Flax puts arrays into boxes (`nnx.Param`, `nn.Partitioned`), and jax gives the key of the box, "value", as the last
+    one. It is left out, so that a leaf has the same path with and without box. If keys that contain "/" would give two
+    leaves the same path, these leaves have jax's notation: "['a/b']".
     """
     flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
     return paths_of([key for key, _ in flat], treedef)
 
 
 def paths_of(keys: Sequence[Any], treedef: Any) -> list[str]:
-    """As `paths`, from what jax says are the keys of each leaf."""
+    """Returns the same as `paths`, from the keys that jax gives for each leaf."""
     joined = ["/".join(path) for path in _without_boxes(keys, treedef)]
     if len(set(joined)) == len(joined):
         return joined
@@ -31,7 +31,7 @@ def paths_of(keys: Sequence[Any], treedef: Any) -> list[str]:
 
 
 def _keys(tree: Tree, is_leaf: Callable[[Any], bool] | None = None) -> list[tuple[str, ...]]:
-    """The keys on the way to every leaf, except those of boxes."""
+    """Returns the keys of every leaf, without those of boxes."""
     flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     return _without_boxes([key for key, _ in flat], treedef)
 
@@ -48,7 +48,7 @@ def _simple(path: tuple[Any, ...]) -> tuple[str, ...]:
 
 
 def _in_boxes(treedef: Any) -> list[bool]:
-    """Which leaves of a tree are all that a box of Flax holds."""
+    """Returns for each leaf whether it is the only content of a Flax box."""
     data = treedef.node_data()
     if data is None:
         return [False] * treedef.num_leaves
@@ -58,32 +58,32 @@ def _in_boxes(treedef: Any) -> list[bool]:
 
 
 def is_box(kind: type) -> bool:
-    # By name, since Flax need not be installed: nnx.Variable, its state in Flax before 0.12, linen's metadata.
+    # By name, because Flax may not be installed: nnx.Variable, its state in Flax before 0.12, and linen's metadata.
     names = ("Variable", "VariableState", "AxisMetadata")
     return any(base.__module__.startswith("flax.") and base.__name__ in names for base in kind.__mro__)
 
 
 def values(name: str, value: Any, tree: Tree) -> list[Any]:
-    """What an argument of this name, a prefix pytree, says of each leaf of `tree`. A None in it is a value.
+    """Returns the entry of a prefix pytree argument for each leaf of `tree`. None is an entry.
 
     Raises:
-      ValueError: naming the argument and the path where the structures part.
+      ValueError: if the structures differ, with the name of the argument and the path.
     """
     return spread(f"{name} does not fit the updates", value, tree, (name, "updates"))
 
 
 def spread(problem: str, value: Any, tree: Tree, names: tuple[str, str]) -> list[Any]:
-    """The entry of a prefix pytree for every leaf of `tree`. A None in it is an entry.
+    """Returns the entry of a prefix pytree for every leaf of `tree`. None is an entry.
 
     Args:
-      problem: the first half of the message where an entry is missing.
-      value: a prefix pytree, by structure, or by keys where the containers differ: a plain dict fits an `nnx.State` or
-        a `FrozenDict` with its keys.
+      problem: the start of the message.
+      value: a prefix pytree. If its containers differ from those of `tree`, the keys are matched: a plain dict fits an
+        `nnx.State` or a `FrozenDict` with the same keys.
       tree: a pytree.
-      names: of the two pytrees, for the message.
+      names: what the message calls the two pytrees.
 
     Raises:
-      ValueError: with the problem and the path where the structures part.
+      ValueError: if the structures differ, with the path.
     """
     boxes = jax.tree.map(_Box, value, is_leaf=is_none)
     return [box.value for box in _spread(problem, boxes, tree, names)]
@@ -101,18 +101,18 @@ def _spread(problem: str, prefix: Tree, tree: Tree, names: tuple[str, str]) -> l
 
 
 def _first_start(path: tuple[str, ...], entries: Any) -> tuple[str, ...] | None:
-    """The shortest beginning of a path that has an entry."""
+    """Returns the shortest prefix of a path that has an entry; None if there is none."""
     starts = (path[:length] for length in range(len(path) + 1))
     return next((start for start in starts if start in entries), None)
 
 
 def _at_empty(tree: Tree, entries: Any) -> set[Any]:
-    """The entries for what is there and holds no leaf: None, or what a mask hides."""
+    """Returns the entries for nodes of `tree` without leaves: None, or what a mask hides."""
     return {_first_start(path, entries) for path, _ in _empty_nodes(tree)} - {None}
 
 
 def empty_nodes(tree: Tree) -> list[tuple[str, Any]]:
-    """What is there and holds no leaf, with its path: None, or what a mask hides."""
+    """Returns the nodes without leaves, with their paths: None, or what a mask hides."""
     return [("/".join(path), node) for path, node in _empty_nodes(tree)]
 
 
@@ -122,9 +122,9 @@ def _empty_nodes(tree: Tree) -> list[tuple[tuple[str, ...], Any]]:
 
 
 def aligned(tree: Tree, other: Any) -> Any:
-    """The leaves of `tree` in the containers of `other`, by their keys; None unless both have the same keys.
+    """Returns the leaves of `tree` in the containers of `other`, matched by keys. None if the keys differ.
 
-    A None in one of the two is a leaf.
+    None counts as a leaf in both.
     """
     by_keys = dict(zip(_keys(tree, is_none), jax.tree.leaves(tree, is_leaf=is_none), strict=True))
     needed = _keys(other, is_none)
@@ -134,16 +134,16 @@ def aligned(tree: Tree, other: Any) -> Any:
 
 
 def broadcast(problem: str, prefix: Tree, tree: Tree, names: tuple[str, str]) -> Any:
-    """A prefix pytree brought to the structure of `tree`.
+    """Broadcasts a prefix pytree to the structure of `tree`.
 
     Args:
-      problem: the first half of the message where the two do not fit.
-      prefix: a pytree that ends where `tree` does, or before.
+      problem: the start of the message.
+      prefix: a prefix pytree of `tree`.
       tree: a pytree.
-      names: of the two pytrees, for the message.
+      names: what the message calls the two pytrees.
 
     Raises:
-      ValueError: with the problem and the path where the structures part.
+      ValueError: if the structures differ, with the path.
     """
     try:
         return jax.tree.broadcast(prefix, tree)
@@ -152,12 +152,12 @@ def broadcast(problem: str, prefix: Tree, tree: Tree, names: tuple[str, str]) ->
 
 
 def difference(prefix: Tree, tree: Tree, names: tuple[str, str]) -> str:
-    """The first path at which a prefix pytree has something and `tree` has not, or the other way round.
+    """Describes the first path that only one of two pytrees has. Empty if there is none.
 
     Args:
-      prefix: a pytree.
+      prefix: a prefix pytree of `tree`, or meant to be one.
       tree: a pytree.
-      names: of the two, for the message; both singular.
+      names: what the message calls the two pytrees; both singular.
     """
     (one, other), have, need = names, paths(prefix), paths(tree)
     for path in have:
@@ -174,7 +174,7 @@ def _starts_with(path: str, start: str) -> bool:
 
 
 def listed(names: list[str]) -> str:
-    """Some of the paths of a tree, for messages."""
+    """Lists the first paths of a tree, for messages."""
     if not names:
         return "no leaf"
     if names == [""]:
@@ -185,21 +185,21 @@ def listed(names: list[str]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class _Box:
-    """A leaf to jax, also where the value is None."""
+    """Holds one value, which may be None. To jax it is a leaf."""
 
     value: Any
 
 
 def is_none(value: Any) -> bool:
-    """What `is_leaf` says where a None is a leaf."""
+    """The `is_leaf` for trees in which None is a leaf."""
     return value is None
 
 
 def is_function(value: Any) -> bool:
-    """Whether a value is to be called, as a schedule or a function of a path.
+    """Whether a value is to be called, such as a schedule or a function of a path.
 
-    A callable whose type is a pytree, as an Equinox module, is a pytree: its leaves are what is meant.
-    `jax.tree_util.Partial` is a pytree in form alone. A class, as `jnp.float32`, makes values and says nothing of any.
+    A callable pytree, such as an Equinox module, is not: its leaves are the values. `jax.tree_util.Partial` is,
+    although it is a pytree. A class, such as `jnp.float32`, is not.
     """
     if not callable(value) or isinstance(value, type):
         return False

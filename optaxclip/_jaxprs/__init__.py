@@ -1,13 +1,13 @@
 """Everything that reads jaxprs, the programs that jax traces.
 
-Each has a plain fallback that gives the same numbers, only slower. It is taken where jax does not show its programs as
-`reading` needs them.
+Each function has a fallback for a jax whose jaxprs `reading` can't read. The fallback gives the same numbers, but is
+slower.
 
-| reads jaxprs | what for | the fallback |
+| reads jaxprs | to | fallback |
 |---|---|---|
-| `holding.update_or_hold` | holds a state back without a copy of it | `jnp.where(hold, old, new)` on the state |
-| `outer.evaluate` | norms of outer products, without the products | the function itself: every gradient is calculated |
-| `hoisting.hoist` | passes a closure's arrays from forward to backward pass | `jax.closure_convert` |
-| `replaying.traced` | runs the Python code of a function once | the function itself: it runs again at every call |
-| `reading.equations` | says which operations a function has | None: the caller takes what is valid for all functions |
+| `holding.update_or_hold` | keep an old state without copying it | `jnp.where(hold, old, new)` on the state |
+| `outer.evaluate` | take norms of outer products without the products | the function itself, with every gradient |
+| `hoisting.hoist` | pass a closure's arrays from forward to backward pass | `jax.closure_convert` |
+| `replaying.traced` | run the Python code of a function once | the function itself: it runs at every call |
+| `reading.equations` | list the operations of a function | None: the caller takes what is valid for all functions |
 """

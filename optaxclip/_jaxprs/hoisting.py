@@ -1,4 +1,4 @@
-"""A function with the arrays that it closes over as an argument."""
+"""Turns the arrays that a function closes over into an argument."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,10 +11,16 @@ from optaxclip._jaxprs import reading
 def hoist(
     function: Callable[[list[Any]], Any], example: list[Any]
 ) -> tuple[Callable[[list[Any], list[Any]], Any], list[Any]]:
-    """`function` as a function of the arrays that it closes over and of its argument, and these arrays.
+    """Splits a function into one without closure and the arrays that it closed over.
 
-    `jax.closure_convert`, the fallback, leaves those in the closure that it takes to be without a derivative: integers,
-    and under `vmap` what is mapped.
+    The fallback, `jax.closure_convert`, leaves some arrays in the closure: integers, and those mapped by `vmap`.
+
+    Args:
+      function: takes a list of arrays.
+      example: arguments of the right shapes and dtypes.
+
+    Returns:
+      `(hoisted, arrays)`, where `hoisted(arrays, argument)` is `function(argument)`.
     """
     if not reading.IS_POSSIBLE:
         converted, consts = jax.closure_convert(function, example)

@@ -1,13 +1,13 @@
 """Norms of gradients that are outer products, without the products.
 
-The gradient of one example with respect to a matrix that it is multiplied with once is an outer product, of the
-example's input to the layer and the derivative by its output; its norm is the product of their two norms. A batch of
-such gradients takes a hundred times the memory of the vectors, and nearly all of the time of a pass over them. So the
-function that calculates the gradients is carried out with outer products left undone until something else than their
-norm is asked for: where the function returns one, it never is.
+If an example meets a matrix once, its gradient for that matrix is an outer product: of the layer's input and the
+derivative of the layer's output. The norm is the product of their two norms. The gradients of a batch take a hundred
+times the memory of the vectors, and nearly all of the time of a pass over them. So this module evaluates the function
+that calculates the gradients, but delays each outer product until something other than its norm is needed. If the
+function returns the product, it is never calculated.
 
-Nothing is assumed about layers: what counts is that the last operation is a product of that kind. Where weights are
-used at several places of an example (convolutions, recurrent networks, sequences) it is not.
+Nothing is assumed about layers: only the last operation must be such a product. It is not if weights are used at
+several places of an example (convolutions, recurrent networks, sequences).
 """
 
 import math
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from optaxclip._jaxprs import reading
 from optaxclip._numerics import arithmetic, tree_norms
 
-# They change how the numbers are laid out, or round them, and not their norm: see `_keeps_norm`.
+# These operations only rearrange or round the numbers, and keep the norm: see `_keeps_norm`.
 _SAME_NORM = ("convert_element_type", "reshape", "transpose")
 
 
@@ -29,7 +29,7 @@ class Outer:
 
     Attributes:
       factors: the two arrays.
-      leading: how many of their leading dimensions index products.
+      leading: how many leading dimensions index products.
       array: calculates the product.
     """
 
@@ -37,7 +37,7 @@ class Outer:
         self.factors, self.leading, self.array = factors, leading, array
 
     def norm(self) -> jax.Array:
-        """Its 2-norm. It is finite where all entries of the product are."""
+        """Returns the 2-norm. It is finite if all entries of the product are."""
         dims = [tuple(range(self.leading, factor.ndim)) for factor in self.factors]
         left, right = tree_norms.separate_norms(self.factors, dims, [(), ()], 2)
         highest = arithmetic.largest(self.factors[0], dims[0]) * arithmetic.largest(self.factors[1], dims[1])
@@ -47,14 +47,14 @@ class Outer:
 
 
 def as_array(value: Any) -> Any:
-    """The array that a value is or stands for."""
+    """Returns the array that a value is or stands for."""
     return value.array() if isinstance(value, Outer) else value
 
 
 def evaluate(function: Callable[..., Any], *args: Any) -> Any:
-    """`function(*args)`, in which leaves that are outer products are given as `Outer`.
+    """Returns `function(*args)`, with an `Outer` for each leaf that is an outer product.
 
-    Where jaxprs can't be read, every leaf is an array.
+    If this jax's jaxprs can't be read, every leaf is an array.
     """
     if not reading.IS_POSSIBLE:
         return function(*args)
@@ -73,7 +73,7 @@ def _evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[An
 
 def _carry_out(jaxpr: Any, equation: Any, values: list[Any]) -> list[Any]:
     name = equation.primitive.name
-    if name == "jit":  # the function or a part of it: what it returns may be an outer product as well
+    if name == "jit":  # it may return an outer product
         inner = equation.params["jaxpr"]
         return _evaluate(inner.jaxpr, inner.consts, values)
     first = values[0] if values else None
@@ -92,7 +92,7 @@ def _carry_out(jaxpr: Any, equation: Any, values: list[Any]) -> list[Any]:
 
 
 def _keeps_norm(equation: Any) -> bool:
-    """Whether a conversion loses no more than digits: neither imaginary parts nor what is past a narrower range."""
+    """Whether a conversion only rounds: it drops no imaginary part, and its range is no narrower."""
     before, after = (variable.aval.dtype for variable in (equation.invars[0], equation.outvars[0]))
     if not (jnp.issubdtype(before, jnp.inexact) and jnp.issubdtype(after, jnp.inexact)):
         return False
@@ -105,7 +105,7 @@ def _is_float(variable: Any) -> bool:
 
 
 def _is_outer(equation: Any) -> bool:
-    """Whether a product has nothing to sum over, and is larger than its factors."""
+    """Whether a product sums over nothing and is larger than its factors."""
     left, right = (variable.aval for variable in equation.invars)
     (product,) = (variable.aval for variable in equation.outvars)
     ((summed, _), _) = equation.params["dimension_numbers"]

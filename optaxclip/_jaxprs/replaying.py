@@ -1,4 +1,4 @@
-"""A function whose Python code runs once, however often it is called."""
+"""Runs the Python code of a function once, however often the function is called."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,10 +9,11 @@ from optaxclip._jaxprs import reading
 
 
 def traced(function: Callable[..., Any], *args: Any) -> Callable[..., Any]:
-    """`function` for arguments of the structure and types of `args`. Its Python code runs here, and never again.
+    """Traces `function` for arguments with the structure and types of `args`.
 
-    `jax.closure_convert` would do, but it keeps every function that it is given, with the arrays of its closure (jax
-    0.8 to 0.12). `jax.jit` would compile each function anew where it is called eagerly.
+    Its Python code runs now, and never again. `jax.closure_convert` does not do here: it keeps every function that it
+    is given alive, with the arrays of its closure (jax 0.8 to 0.12). `jax.jit`, called eagerly, would compile each
+    function anew.
     """
     if not reading.IS_POSSIBLE:
         return function

@@ -1,16 +1,16 @@
-"""Norms of arrays, right over the whole float range, in one pass and without a branch.
+"""Norms of arrays over the whole float range, in one pass and without a branch.
 
-A float32 sum of squares overflows from a norm of 2e19 on and underflows below 1e-23. So:
+A float32 sum of squares overflows for norms above 2e19 and underflows below 1e-23. Therefore:
 
-- On CPUs and GPUs powers are summed in float64, which has room for the square of every float32, and for its powers up
-  to the seventh.
-- On TPUs float64 is a pair of float32 and has the range of one, and nothing is wider than float64. There squares are
-  summed at three scales, by the size of the entry (Blue, A Portable Fortran Program to Find the Euclidean Norm of a
-  Vector, 1978; LAPACK's `nrm2` does so since 3.10).
-- All other powers are taken of the shares of the largest entry, which is one pass more.
+- On CPUs and GPUs powers are summed in float64. It has room for the square of every float32, and for powers up to the
+  seventh.
+- On TPUs float64 is a pair of float32, with the range of one, and no dtype is wider. There, squares are summed at three
+  scales, by the size of the entry (Blue, A Portable Fortran Program to Find the Euclidean Norm of a Vector, 1978;
+  LAPACK's `nrm2` since 3.10). float64 arrays take this form on every platform.
+- For all other powers, entries are divided by the largest one first. This takes one more pass.
 
-Norms are float32, or float64 for float64 arrays. One beyond the largest number saturates there: it is infinite only
-where an entry is. One below the smallest normal number is 0.
+Norms are float32, or float64 for float64 arrays. A norm above the largest float saturates: it is infinite only if an
+entry is. A norm below the smallest normal float is 0.
 """
 
 import functools
@@ -28,26 +28,27 @@ from optaxclip._numerics import arithmetic, rows
 Dims: TypeAlias = tuple[int, ...]
 Sums: TypeAlias = tuple[jax.Array, ...]
 
-# Arrays of up to this many entries are copied into a stack with their like and reduced as one, which compiles faster.
+# Arrays of up to this many entries are stacked with arrays of the same shape and reduced together, which compiles
+# faster.
 _SMALL = 1 << 14
 
 
 def norms(arrays: Sequence[Any], dims: Sequence[Dims], ord: float) -> list[jax.Array]:
-    """The norm of each array over its dimensions `dims`, of what this device holds."""
-    # With a dtype of their own: beside Python's numbers, and where float64 is, a weak one would change.
+    """Returns the norm of each array over its dimensions `dims`, of this device's piece."""
+    # The dtype is explicit: Python numbers are weakly typed, and would change dtype under enable_x64.
     return _norms([jnp.asarray(x, jnp.result_type(x)) for x in arrays], tuple(dims), ord) if arrays else []
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def _norms_of(arrays: list[jax.Array], dims: tuple[Dims, ...], ord: float) -> list[jax.Array]:
     has_columns = any(x.ndim - 1 not in over for x, over in zip(arrays, dims, strict=True))
-    platforms = ("cpu", "tpu", "default") if has_columns else ("tpu", "default")  # each is traced
+    platforms = ("cpu", "tpu", "default") if has_columns else ("tpu", "default")  # every platform named here is traced
     return jax.lax.platform_dependent(
         arrays, **{name: functools.partial(_norms_on, name, dims=dims, ord=ord) for name in platforms}
     )
 
 
-# At module level and jitted, so that eager calls do not compile anew.
+# At module level and jitted, so that eager calls do not compile again.
 _norms = jax.jit(_norms_of, static_argnums=(1, 2))
 
 
@@ -64,7 +65,7 @@ def _change(x: jax.Array, dx: jax.Array, norm: jax.Array, dims: Dims, ord: float
 
 
 def slope(x: jax.Array, norm: jax.Array, dims: Dims, axes: tuple[str, ...], ord: float) -> jax.Array:
-    """The derivative of the norm over `dims`, and over mesh axes, with respect to x; 0 where the norm is."""
+    """Returns the derivative of the norm over `dims` and mesh axes by x. It is 0 where the norm is 0."""
     if ord == 1:
         return jnp.sign(x)
     if ord == math.inf:
@@ -78,7 +79,7 @@ def slope(x: jax.Array, norm: jax.Array, dims: Dims, axes: tuple[str, ...], ord:
 def _norms_on(platform: str, arrays: list[jax.Array], *, dims: Sequence[Dims], ord: float) -> list[jax.Array]:
     forms = groups.alike(_form(platform, x, over, ord) for x, over in zip(arrays, dims, strict=True))
     found: dict[int, jax.Array] = {}
-    # The one place where a program without float64 has it. Everything in it says its dtype.
+    # The only place where a program without float64 uses float64. Everything in it has an explicit dtype.
     with jax.enable_x64(True):
         for form, at in forms.items():
             sums = _sums([arrays[i] for i in at], [dims[i] for i in at], functools.partial(form.sums, ord=ord))
@@ -88,10 +89,10 @@ def _norms_on(platform: str, arrays: list[jax.Array], *, dims: Sequence[Dims], o
 
 
 def _sums(arrays: list[jax.Array], dims: list[Dims], sums_of: Callable[..., Sums]) -> list[Sums]:
-    """What is summed of each array."""
+    """Returns the sums of each array."""
 
     def kind(i: int) -> Any:
-        # What XLA lays out as it likes is not stacked: it would lay it out alike.
+        # Arrays whose layout XLA decides are not stacked: stacked, they would share one layout.
         stacks = arrays[i].size <= _SMALL and len(dims[i]) == arrays[i].ndim and layouts.is_known(arrays[i])
         return jax.typeof(arrays[i]) if stacks else i
 
@@ -106,11 +107,11 @@ def _sums(arrays: list[jax.Array], dims: list[Dims], sums_of: Callable[..., Sums
 
 
 class _Form(NamedTuple):
-    """A way to take norms.
+    """A way to calculate norms.
 
     Attributes:
-      sums: `(x, dims, ord) -> arrays`, what is taken of an array.
-      root: `(*sums, ord) -> norm`, number by number.
+      sums: `(x, dims, ord) -> arrays`, reduces an array.
+      root: `(*sums, ord) -> norm`, elementwise.
     """
 
     sums: Callable[..., Sums]
@@ -133,11 +134,11 @@ def _form(platform: str, x: jax.Array, dims: Dims, ord: float) -> _Form:
 
 
 def _powers(x: jax.Array, ord: float) -> jax.Array:
-    """The moduli of the entries to the power `ord`."""
+    """Returns the moduli of the entries to the power `ord`."""
     if jnp.iscomplexobj(x):
         squares = jnp.square(x.real) + jnp.square(x.imag)
         return squares if ord == 2 else squares ** (ord / 2)
-    # A whole power is a few products, where a float power is a logarithm and an exponential.
+    # An integer power is a few products; a float power is a logarithm and an exponential.
     return jnp.square(x) if ord == 2 else jnp.abs(x) ** (int(ord) if ord == int(ord) else ord)
 
 
@@ -156,8 +157,8 @@ def _normal(norm: jax.Array) -> jax.Array:
 
 def _sums_in_float64(x: jax.Array, dims: Dims, ord: float) -> Sums:
     dtype = jnp.complex128 if jnp.iscomplexobj(x) else jnp.float64
-    # By way of float32: from float16 and float8 straight to float64 XLA for CPUs (jax 0.10 and 0.12) takes 5 to 15
-    # times as long.
+    # Converted to float32 first: XLA for CPUs (jax 0.10 and 0.12) takes 5 to 15 times as long from float16 and float8
+    # straight to float64. This can go when it does not.
     x = x.astype(dtypes.wide(x.dtype)).astype(dtype)
     return (jnp.sum(_powers(x, ord), axis=dims),)
 
@@ -168,7 +169,7 @@ def _root_in_float64(total: jax.Array, ord: float) -> jax.Array:
 
 
 def _sums_of_narrow_columns(x: jax.Array, dims: Dims, ord: float) -> Sums:
-    """In two steps: in one, XLA for GPUs (jax 0.10) writes the float64 squares of 16-bit numbers to memory."""
+    """Sums in two steps. In one, XLA for GPUs (jax 0.10) writes the float64 squares of 16-bit floats to memory."""
     blocks = math.gcd(x.shape[dims[0]], 8)
     x = x.reshape(*x.shape[: dims[0]], blocks, -1, *x.shape[dims[0] + 1 :])
     (sums,) = _sums_in_float64(x, tuple(dim + 1 for dim in dims), ord)
@@ -176,7 +177,10 @@ def _sums_of_narrow_columns(x: jax.Array, dims: Dims, ord: float) -> Sums:
 
 
 def _sums_of_columns_on_cpu(x: jax.Array, dims: Dims, ord: float) -> Sums:
-    """In float32, which XLA for CPUs (jax 0.10 and 0.12) sums twice as fast, where nothing overflows or underflows."""
+    """Sums in float32 if nothing overflows or underflows, else in float64.
+
+    XLA for CPUs (jax 0.10 and 0.12) is twice as fast in float32 here.
+    """
 
     def powers(x: jax.Array) -> jax.Array:
         return _powers(x.astype(dtypes.wide(x.dtype)), ord)
@@ -200,16 +204,16 @@ _COLUMNS_ON_CPU = _Form(_sums_of_columns_on_cpu, _root_in_float64)
 # At three scales.
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))  # traced once for all leaves of a kind
+@functools.partial(jax.jit, static_argnums=(1, 2))  # traced once for all leaves of one shape and dtype
 def _sums_at_three_scales(x: jax.Array, dims: Dims, ord: float) -> Sums:
     del ord
     x, real = x.astype(dtypes.wide(x.dtype)), dtypes.accumulator(x.dtype)
     parts = [jnp.abs(part) for part in ((x.real, x.imag) if jnp.iscomplexobj(x) else (x,))]
     squares = functools.reduce(_added, map(squares_at_three_scales, parts))
     if len(dims) < x.ndim:
-        # Of one reduction XLA (jax 0.8 to 0.12) would gather what each device has, instead of adding it up.
+        # In one reduction, XLA (jax 0.8 to 0.12) would gather the pieces of all devices instead of adding them up.
         return tuple(jnp.sum(each, axis=dims) for each in squares)
-    # In one reduction: before three, XLA for TPUs (jax 0.10) would write to memory what they are taken of.
+    # In one reduction: for three, XLA for TPUs (jax 0.10) would write their operands to memory.
     return tuple(jax.lax.reduce(squares, (np.zeros((), real),) * 3, _added, dims))
 
 
@@ -218,7 +222,7 @@ def _added(one: Sums, other: Sums) -> Sums:
 
 
 def squares_at_three_scales(x: jax.Array) -> Sums:
-    """The squares of what is large, ordinary and small among positive numbers, with 0 in the place of the others."""
+    """Returns the scaled squares of the large, ordinary and small ones among positive numbers, with 0 elsewhere."""
     large, small, down, up = _scales(x.dtype)
     is_large, is_small, none = x > large, x < small, jnp.zeros_like(x)
     return (
@@ -229,20 +233,20 @@ def squares_at_three_scales(x: jax.Array) -> Sums:
 
 
 def root_of_three_scales(large: jax.Array, ordinary: jax.Array, small: jax.Array, ord: float = 2) -> jax.Array:
-    """The norm of numbers whose squares these are, or sums of them."""
+    """Returns the norm of numbers from their squares at three scales, or from sums of these."""
     del ord
     _, _, down, up = _scales(large.dtype)
     most_large = arithmetic.at_most_largest(jnp.sqrt(large) / down, jnp.isfinite(large))
     parts = (most_large, jnp.sqrt(ordinary), jnp.sqrt(small) / up)
     size = functools.reduce(jnp.maximum, parts)
-    # By quotients: products of powers of two XLA (jax 0.8 and 0.10) would fold into one that is 0 or inf.
+    # By quotients: XLA (jax 0.8 and 0.10) would fold a product of powers of two into one that is 0 or inf.
     total = functools.reduce(jnp.add, [jnp.square(part / arithmetic.or_one(size)) for part in parts])
     norm = arithmetic.at_most_largest(jnp.sqrt(total) * arithmetic.or_one(size), jnp.isfinite(size))
     return _normal(jnp.where(jnp.isfinite(size), norm, size))
 
 
 def _scales(dtype: Any) -> tuple[float, float, float, float]:
-    """What is large, what is small, and by what the two are multiplied before they are squared."""
+    """Returns above which size an entry is large, below which it is small, and the factors for both before squaring."""
     times = int(jnp.finfo(dtype).maxexp) // 128
     return 2.0 ** (40 * times), 2.0 ** (-50 * times), 2.0 ** (-84 * times), 2.0 ** (90 * times)
 

@@ -1,10 +1,12 @@
-"""Averages of two numbers, right at both ends of the shares and over the whole float range, and so their derivatives.
+"""Weighted averages of two numbers, right for all weights and over the whole float range. So are their derivatives.
 
-Every moving average of the library is one of these, and takes its shares from here.
+Every moving average of this library is one of these, and takes its shares from here.
 
-The usual `average + (1 - decay) * (value - average)` is 0 where a value far below the average should replace it, and
-`decay * average + (1 - decay) * value` drifts where `decay` is near 1: its float32 is off by 3e-8, a 3e-5th of 0.001.
-So each of the two is used where the other fails.
+Each of the two usual forms fails somewhere, so each is used where the other fails:
+
+- `average + (1 - decay) * (value - average)` becomes 0 if a value far below the average should replace it.
+- `decay * average + (1 - decay) * value` drifts if `decay` is near 1: float32(0.999) is off by 3e-8, which is 3e-5 of 1
+  - 0.999.
 """
 
 import functools
@@ -19,13 +21,13 @@ from optaxclip._numerics import arithmetic
 
 
 class Shares(NamedTuple):
-    """How much of an average stays, and how much of a value comes in: two real numbers in [0, 1], whose sum is 1.
+    """The weights of the average and of the value: two real numbers in [0, 1] with sum 1.
 
-    Each is rounded once from the exact decay: `1 - float32(0.999)` would be off by 1e-5.
+    Each is rounded once, from the exact decay. `1 - float32(0.999)` would be off by 1e-5.
 
     Attributes:
-      old: of the average.
-      new: of the value.
+      old: the weight of the average.
+      new: the weight of the value.
     """
 
     old: jax.Array
@@ -33,7 +35,7 @@ class Shares(NamedTuple):
 
 
 def shares(decay: Any, dtype: Any) -> Shares:
-    """The shares of an average with this decay, a number or an array."""
+    """Returns the shares of a moving average with this decay, a number or an array."""
     if not isinstance(decay, jax.Array):
         exact = np.float64(decay)
     else:
@@ -42,20 +44,20 @@ def shares(decay: Any, dtype: Any) -> Shares:
 
 
 def debiased(decay: Any, seen: jax.Array, dtype: Any) -> Shares:
-    r"""The shares of a step at which the average of all values so far is the debiased one.
+    r"""Returns the shares of one step of a debiased average.
 
-    An average from 0, divided by `1 - decay^t` after t steps, is what these shares give without the division. And it
-    does not start far below the values, where the smallest would be 0.
+    They give what an average from 0 gives after division by `1 - decay^t`, without the division. The average from 0
+    also starts far below the values, where small ones underflow to 0. This one does not.
 
     Args:
-      decay: of the average.
+      decay: the decay of the average.
       seen: int32, the number of the step, from 1.
-      dtype: of the shares.
+      dtype: the dtype of the shares.
     """
     return _debiased(shares(decay, dtype), seen)
 
 
-# At module level and jitted, as what follows, so that they are traced once for all leaves.
+# At module level and jitted, like the functions below, so that each is traced once for all leaves.
 @jax.jit
 def _debiased(each: Shares, seen: jax.Array) -> Shares:
     is_first = seen <= 1
@@ -66,15 +68,18 @@ def _debiased(each: Shares, seen: jax.Array) -> Shares:
 
 
 def _gathered(each: Shares, steps: jax.Array) -> jax.Array:
-    """`1 - decay^steps`."""
+    """Returns `1 - decay^steps`."""
     tiny = jnp.finfo(each.old.dtype).tiny
-    # Of a decay near 1 the logarithm comes from 1 - decay. Both are finite, since both are differentiated.
+    # For a decay near 1 the logarithm comes from 1 - decay. Both branches are finite, because both are differentiated.
     log = jnp.where(each.new > 0.5, jnp.log(jnp.maximum(each.old, tiny)), jnp.log1p(-jnp.minimum(each.new, 0.5)))
     return -jnp.expm1(steps.astype(each.old.dtype) * log)
 
 
 def moved(average: jax.Array, value: jax.Array, by: Shares) -> jax.Array:
-    """`by.old` of an average and `by.new` of a value, real or complex; between the two, and exactly one at an end."""
+    """Returns `by.old * average + by.new * value`, real or complex.
+
+    The result lies between the two, and is exactly one of them if its share is 1.
+    """
     if jnp.iscomplexobj(average):
         return jax.lax.complex(
             moved(jnp.real(average), jnp.real(value), by), moved(jnp.imag(average), jnp.imag(value), by)
@@ -83,14 +88,14 @@ def moved(average: jax.Array, value: jax.Array, by: Shares) -> jax.Array:
 
 
 def moved_widened(average: jax.Array, value: Any, decay: Any) -> jax.Array:
-    """An average one step on, both in float32 or wider, whatever the dtypes of the two."""
+    """Returns the average after one step, calculated in float32 or wider."""
     wide = np.promote_types(dtypes.wide(jnp.result_type(value)), dtypes.wide(average.dtype))
     return moved(average.astype(wide), jnp.asarray(value).astype(wide), shares(decay, dtypes.accumulator(wide)))
 
 
 @jax.custom_jvp
 def _moved_real(average: jax.Array, value: jax.Array, by: Shares) -> jax.Array:
-    # The share of a number near the smallest would be subnormal, and flushed to 0.
+    # Scaled up: a share of a number near the smallest float would be subnormal, and flushed to 0.
     is_small = jnp.maximum(jnp.abs(average), jnp.abs(value)) < 1
     one = jnp.ones_like(average)
     up, down = jnp.where(is_small, 2.0**64 * one, one), jnp.where(is_small, 2.0**-64 * one, one)
@@ -100,7 +105,7 @@ def _moved_real(average: jax.Array, value: jax.Array, by: Shares) -> jax.Array:
 @_moved_real.defjvp
 def _moved_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     (average, value, by), (d_average, d_value, d_by) = primals, tangents
-    # A tangent may be as large as a float is: it can't be multiplied by 2^64.
+    # A tangent may be as large as the largest float, so it can't be scaled by 2^64.
     return _moved(average, value, by), _mixed(d_average, d_value, by) + d_by.old * average + d_by.new * value
 
 
@@ -109,7 +114,7 @@ _moved = jax.jit(_moved_real)
 
 def _mixed(one: jax.Array, other: jax.Array, by: Shares) -> jax.Array:
     base, taken = _first(one, by), jnp.where(by.new <= 0.5, by.new, jnp.zeros_like(by.new))
-    # No difference of the two: that may overflow.
+    # Never `other - one`, which may overflow.
     return base + (by.new * other - taken * one)
 
 
@@ -118,14 +123,14 @@ def _first(one: jax.Array, by: Shares) -> jax.Array:
 
 
 def power_mean(one: jax.Array, other: jax.Array, by: Shares, p: float) -> jax.Array:
-    """The root of `by.old one^p + by.new other^p` for sizes, whose powers may lie outside the float range."""
+    """Returns the root of `by.old one^p + by.new other^p` for sizes whose powers may leave the float range."""
     return moved(one, other, by) if p == 1 else _power_mean(one, other, by, p)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
 def _power_mean_of(one: jax.Array, other: jax.Array, by: Shares, p: float) -> jax.Array:
-    # Two forms, as in `_mixed`. With a large `new` share, scale by the roots first: with decay 0 an average far above
-    # the value must leave nothing.
+    # Two forms, as in `_mixed`. For a large `new` share, scale by the roots first: with decay 0, an average far above
+    # the value must leave nothing behind.
     few, nothing, unit = by.new <= 0.5, jnp.zeros_like(by.new), jnp.ones_like(by.new)
     roots = _roots(by, p)
     left, right = jnp.where(few, unit, roots.old) * one, jnp.where(few, unit, roots.new) * other
@@ -144,7 +149,7 @@ def _power_mean_jvp(p: float, primals: Any, tangents: Any) -> tuple[jax.Array, j
     roots, most = _roots(by, p), jnp.finfo(mean.dtype).max
 
     def slope(size: jax.Array, root: jax.Array) -> jax.Array:
-        """By a size, of which the share is `root^p`: at most 1, and 0 where there is no mean to divide by."""
+        """The derivative by a size with share `root^p`: at most 1, and 0 if the mean is 0."""
         return root * _share(root * size, mean) ** (p - 1)
 
     def by_share(size: jax.Array) -> jax.Array:

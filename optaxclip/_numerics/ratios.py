@@ -1,4 +1,4 @@
-"""How far the coordinates of a leaf are beyond their limits, in one pass over updates and parameters."""
+"""Measures how far coordinates exceed their limits, in one pass over updates and parameters."""
 
 from typing import Any
 
@@ -8,20 +8,20 @@ import jax.numpy as jnp
 from optaxclip._arrays import dtypes, layouts
 from optaxclip._numerics import arithmetic
 
-_BLOCK = 1 << 15  # entries; of 2^14 to 2^17 none is faster
+_BLOCK = 1 << 15  # entries; no size from 2^14 to 2^17 is faster
 
 
-@jax.jit  # traced once for all leaves of a kind
+@jax.jit  # traced once for all leaves of one shape and dtype
 def worst_ratio(update: jax.Array, param: jax.Array, relative: Any, absolute: Any) -> jax.Array:
-    """The largest `|u| / (relative |w| + absolute)` of a leaf: the largest float where no float is enough.
+    """Returns the largest `|u| / (relative |w| + absolute)` of a leaf. It saturates at the largest float.
 
-    It is inf where an update, a parameter or one of the two numbers is not finite.
+    It is inf if an update, a parameter or one of the two numbers is not finite.
     """
-    param = layouts.like(jnp.asarray(param), update)  # on an Explicit mesh it may be whole where the update is split
+    param = layouts.like(jnp.asarray(param), update)  # on an Explicit mesh it may be whole and the update split
     dtype = dtypes.accumulator(update.dtype)
     relative, absolute = jnp.asarray(relative, dtype), jnp.asarray(absolute, dtype)
-    # Blocks of an array that is split over devices would have to be gathered. Those of 16 bits do not pay: XLA for CPUs
-    # (jax 0.8 and 0.10) converts the whole array before the loop. The last condition can go with jax 0.10.
+    # Blocks of an array that is split over devices would have to be gathered. Blocks of 16-bit floats gain nothing: XLA
+    # for CPUs (jax 0.8 and 0.10) converts the whole array before the loop. That condition can go with jax 0.10.
     has_blocks = update.size > _BLOCK and update.dtype == param.dtype and layouts.is_whole(update)
     on_cpu = _by_blocks if has_blocks and dtypes.wide(update.dtype) == update.dtype else _at_once
     worst = jax.lax.platform_dependent(update, param, relative, absolute, cpu=on_cpu, default=_at_once)
@@ -36,14 +36,14 @@ def _at_once(update: jax.Array, param: jax.Array, relative: jax.Array, absolute:
 
 
 def _by_blocks(update: jax.Array, param: jax.Array, relative: jax.Array, absolute: jax.Array) -> jax.Array:
-    """In blocks that fit into the cache, since XLA for CPUs (jax 0.8 to 0.12) writes the ratios to memory.
+    """Works in blocks that fit into the cache, because XLA for CPUs (jax 0.8 to 0.12) writes the ratios to memory.
 
-    At once `clippy` takes 2 to 3 times as long, and temporary memory of the size of the gradients.
+    Without blocks `clippy` takes 2 to 3 times as long, and temporary memory of the size of the gradients.
     """
 
     def block(i: jax.Array | int) -> jax.Array:
         def part(x: jax.Array) -> jax.Array:
-            # The last one overlaps with the one before.
+            # The last block overlaps with the one before.
             return jax.lax.dynamic_slice(x.reshape(-1), (i * _BLOCK,), (_BLOCK,))
 
         return _at_once(part(update), part(param), relative, absolute)
@@ -53,9 +53,9 @@ def _by_blocks(update: jax.Array, param: jax.Array, relative: jax.Array, absolut
 
 
 def _ratios(update: jax.Array, param: jax.Array, relative: jax.Array, absolute: jax.Array) -> jax.Array:
-    """The ratio of every coordinate: 0 where u is, nearly the largest float where the quotient is beyond it."""
+    """Returns the ratio of every coordinate: 0 where u is 0, and just below the largest float if it would overflow."""
     info = jnp.finfo(relative.dtype)
-    most = float(info.max) * (1 - 2.0**-20)  # a quotient rounds by less
+    most = float(info.max) * (1 - 2.0**-20)  # further below the largest float than a quotient rounds
     size, weight = arithmetic.modulus(update), arithmetic.modulus(param).astype(relative.dtype)
     limit = relative * weight + absolute
     attained = jnp.minimum(size, jax.lax.stop_gradient(limit * most))

@@ -1,15 +1,15 @@
-"""Sums over the leading dimension: of examples, or of stacked layers.
+"""Sums over the leading dimension: over examples, or over stacked layers.
 
-XLA for CPUs does not fuse a sum over the leading dimension with the terms: it writes them to memory first. jax 0.10 is
-also slow at the sum itself where a row has more than 2^14 entries (0.3 GB/s instead of 20). A loop over the rows avoids
-both. `per_example_global_norm_clip` of 64 gradients of 300,000 entries, on a CPU:
+XLA for CPUs does not fuse a sum over the leading dimension with its terms: it writes them to memory first. In jax 0.10
+the sum itself is also slow for rows of more than 2^14 entries (0.3 GB/s instead of 20). A loop over the rows avoids
+both. `per_example_global_norm_clip` of 64 gradients of 300,000 entries on a CPU:
 
-| jax | with the loop: ms | temporary memory | with `jnp.sum`: ms | temporary memory |
+| jax | loop: ms | loop: temporary memory | `jnp.sum`: ms | `jnp.sum`: temporary memory |
 |---|---:|---:|---:|---:|
 | 0.10.2 | 13 | 0 | 236 | 77 MB |
 | 0.12.0 | 15 | 0 | 50 | 77 MB |
 
-jax 0.8 writes the terms to memory in both forms.
+jax 0.8 writes the terms to memory in both forms. This module can go when XLA for CPUs fuses the sum with its terms.
 """
 
 import functools
@@ -22,15 +22,15 @@ import jax.numpy as jnp
 
 from optaxclip._arrays import layouts
 
-_MANY = 1 << 14  # entries per row, below which a loop over rows gains nothing
-_BLOCK = 16  # rows per turn of the loop: with one row it is slower, and rounds more often
+_MANY = 1 << 14  # entries per row; for fewer a loop over rows gains nothing
+_BLOCK = 16  # rows per iteration: with one row the loop is slower, and rounds more often
 
 
 def sum_of(f: Callable[..., jax.Array], x: jax.Array, *others: Any) -> jax.Array:
-    """`jnp.sum(f(x, *others), axis=0)`.
+    """Returns `jnp.sum(f(x, *others), axis=0)`.
 
     Args:
-      f: gives an array of the shape of x, and calculates each row of it from the same row of its arguments.
+      f: returns an array with the shape of x. Each of its rows must depend only on the same row of the arguments.
       x: an array.
       *others: pytrees of arrays with as many rows.
     """
@@ -51,7 +51,7 @@ def _row_by_row(f: Callable[..., jax.Array], *arrays: Any) -> jax.Array:
     length = min(rows, _BLOCK)
 
     def row(i: jax.Array | int) -> jax.Array:
-        # One slice per row: XLA for CPUs (jax 0.8 to 0.12) writes a slice of several to memory.
+        # One slice per row: XLA for CPUs (jax 0.8 to 0.12) would write a slice of several rows to memory.
         return f(*jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i), arrays))[0]
 
     def block(start: jax.Array | int, length: int) -> jax.Array:

@@ -1,4 +1,4 @@
-"""An estimate of a quantile that moves by the share of what lies at or below it."""
+"""Estimates a quantile, from the share of values at or below the estimate."""
 
 from typing import Any
 
@@ -7,9 +7,9 @@ import jax.numpy as jnp
 
 
 def moved(log_estimate: jax.Array, share: jax.Array, quantile: Any, learning_rate: Any) -> jax.Array:
-    """The logarithm of the estimate one step on: down where more than a share of `quantile` lies at or below it.
+    """Returns the logarithm of the estimate after one step.
 
-    It stays that of a normal float.
+    It falls if a share of more than `quantile` lies at or below the estimate. The estimate stays a normal float.
     """
     dtype, info = log_estimate.dtype, jnp.finfo(log_estimate.dtype)
     away = share - jnp.asarray(quantile, dtype)
@@ -18,6 +18,6 @@ def moved(log_estimate: jax.Array, share: jax.Array, quantile: Any, learning_rat
 
 
 def estimate(log_estimate: jax.Array) -> jax.Array:
-    """What `moved` has the logarithm of."""
+    """Returns the estimate, given its logarithm as `moved` returns it."""
     info = jnp.finfo(log_estimate.dtype)
-    return jnp.clip(jnp.exp(log_estimate), info.tiny, info.max)  # rounded, a logarithm may be that of inf or subnormal
+    return jnp.clip(jnp.exp(log_estimate), info.tiny, info.max)  # a rounded logarithm may give inf or a subnormal

@@ -15,12 +15,12 @@ from optaxclip._numerics import array_norms
 
 
 def of_all(leaves: Sequence[Leaf], ord: float) -> jax.Array:
-    """One norm of all leaves together. One collective per distinct set of mesh axes."""
+    """Returns one norm of all leaves together. It takes one collective per distinct set of mesh axes."""
     return total_norm([leaf.value for leaf in leaves], [leaf.axes for leaf in leaves], ord)
 
 
 def of_each(leaves: Sequence[Leaf], ord: float, dims: Sequence[tuple[int, ...]] | None = None) -> list[jax.Array]:
-    """The norm of each leaf, or of its parts that extend over its dimensions `dims`."""
+    """Returns the norm of each leaf, or of its parts along the dimensions `dims`."""
     arrays = [leaf.value for leaf in leaves]
     if dims is None:
         return separate_norms(arrays, list(map(all_dims, arrays)), [leaf.axes for leaf in leaves], ord)
@@ -29,7 +29,10 @@ def of_each(leaves: Sequence[Leaf], ord: float, dims: Sequence[tuple[int, ...]] 
 
 
 def total_norm(arrays: Sequence[Any], axes: Sequence[tuple[str, ...]], ord: float) -> jax.Array:
-    """One norm of all arrays, each split over its mesh axes in `axes`. One collective per distinct set of axes."""
+    """Returns one norm of all arrays, each split over its mesh axes in `axes`.
+
+    It takes one collective per distinct set of axes.
+    """
     norms = array_norms.norms(arrays, [tuple(range(jnp.ndim(array))) for array in arrays], ord)
     if not any(axes):
         return norm_of_parts(norms, ord) if norms else jnp.zeros((), jnp.float32)
@@ -39,7 +42,7 @@ def total_norm(arrays: Sequence[Any], axes: Sequence[tuple[str, ...]], ord: floa
 
 
 def norm_of_parts(norms: Sequence[jax.Array], ord: float) -> jax.Array:
-    """The norm of what has these norms, of one shape and perhaps of two dtypes, on this device."""
+    """Returns the norm of parts with these norms, which have one shape and perhaps two dtypes, on this device."""
     if len(norms) == 1:
         return norms[0]
     kinds = {norm.dtype for norm in norms}
@@ -51,12 +54,15 @@ def norm_of_parts(norms: Sequence[jax.Array], ord: float) -> jax.Array:
 def separate_norms(
     arrays: Sequence[Any], dims: Sequence[tuple[int, ...]], axes: Sequence[tuple[str, ...]], ord: float
 ) -> list[jax.Array]:
-    """The norm of each array over its dimensions `dims`, which are split over the mesh axes `axes`."""
+    """Returns the norm of each array over its dimensions `dims`, which are split over the mesh axes `axes`."""
     return across(array_norms.norms(arrays, dims, ord), axes, ord)
 
 
 def across(norms: Sequence[jax.Array], axes: Sequence[tuple[str, ...]], ord: float) -> list[jax.Array]:
-    """Each of `norms`, of what this device holds, taken over its mesh axes. One collective per distinct set of axes."""
+    """Takes each norm of this device's piece over its mesh axes.
+
+    It takes one collective per distinct set of axes.
+    """
     norms = list(norms)
     if not any(axes):
         return norms
@@ -71,18 +77,21 @@ def across(norms: Sequence[jax.Array], axes: Sequence[tuple[str, ...]], ord: flo
 
 
 def _kind(norm: jax.Array, names: tuple[str, ...]) -> Any:
-    """What is taken together. Units of a leaf that lie on different devices must not make others vary as well."""
+    """Returns a key that is equal for norms that may share a collective.
+
+    Units of a leaf that lie on different devices must not make other norms vary.
+    """
     return names, norm.dtype, layouts.varying(norm)
 
 
 def all_dims(array: Any) -> tuple[int, ...]:
-    """Every dimension of an array."""
+    """Returns every dimension of an array."""
     return tuple(range(jnp.ndim(array)))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def _norm_of_norms(norms: jax.Array, axes: tuple[str, ...], ord: float) -> jax.Array:
-    """The norm of norms, over the leading axis of `norms` and over the mesh axes `axes`, the same on every device."""
+    """Returns the norm over the leading axis of `norms` and over mesh axes. It is the same on every device."""
     norm = norms[0] if len(norms) == 1 else array_norms.norms([norms], [(0,)], ord)[0]
     if not axes:
         return norm
@@ -95,9 +104,9 @@ def _norm_of_norms(norms: jax.Array, axes: tuple[str, ...], ord: float) -> jax.A
 
 
 def _from_all(norm: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """The norms of all devices along `axes`, along a leading axis, in one collective.
+    """Returns the norms of all devices along `axes`, on a new leading axis, with one collective.
 
-    A sum in which each device has a place of its own is typed as the same on every device, where a gathered array is
+    It is a sum in which each device has its own place. jax types a sum as the same on every device, a gathered array
     not.
     """
     places = jnp.arange(mesh.whole_size((), axes)) == jax.lax.axis_index(axes)
@@ -114,5 +123,5 @@ def _norm_of_norms_jvp(axes: tuple[str, ...], ord: float, primals: Any, tangents
     return norm, jax.lax.psum(change, axes) if axes else change
 
 
-# At module level and jitted, so that eager calls do not compile anew.
+# At module level and jitted, so that eager calls do not compile again.
 norm_of_norms = jax.jit(_norm_of_norms, static_argnums=(1, 2))

@@ -19,22 +19,22 @@ def adagc(
     axes: Axes = "auto",
     record: int = False,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Clips each leaf to a multiple of the moving average of its own norms after clipping.
+    r"""Clips each leaf to a multiple of the moving average of its own clipped norms.
 
     .. math:: u_l \leftarrow u_l \cdot \min(1, r \gamma_l / n_l), \qquad
         \gamma_l \leftarrow \beta \gamma_l + (1 - \beta) \min(n_l, r \gamma_l)
 
-    In the warm-up all leaves are clipped together to a global norm of `warmup_max_norm`, by default 1. With
-    `warmup_max_norm=None` they pass.
+    During the warm-up, all leaves are clipped together to a global norm of `warmup_max_norm`, by default 1. With
+    `warmup_max_norm=None` they are not clipped.
 
     Args:
       ratio: r, the permitted multiple of the average, at least 0; 1.05 in the paper.
       decay: decay of the average, in [0, 1); 0.98 in the paper.
       warmup_steps: before this step all leaves are clipped together, and gamma is the smallest norm so far; 100 in the
         paper. The first step always belongs to the warm-up.
-      warmup_max_norm: bound on the global norm in the warm-up, positive; 1 in the paper. None bounds nothing there.
-      warmup_take_in: in the warm-up `"raw"` takes norms in as measured. `"clipped"`, as in the paper, takes them in
-        after clipping.
+      warmup_max_norm: bound on the global norm in the warm-up, positive; 1 in the paper. None is no bound.
+      warmup_take_in: which norms enter gamma in the warm-up: `"raw"`, as measured, or `"clipped"`, after clipping, as
+        in the paper.
       axes: which mesh axes split the leaves; see `clip_by`.
       record: how many of the last steps to record for `clip_stats`; see `clip_by`.
 
@@ -56,17 +56,18 @@ def adagc(
       [2.1]
 
     Notes:
-      - Guarantees: those of `clip_by`. The direction of each leaf is kept.
-      - Edge cases: if the norm of any leaf is not finite, the whole step passes and enters no average. A leaf of norm 0
+      - Guarantees: as for `clip_by`. The direction of each leaf is kept.
+      - Edge cases: if the norm of any leaf is non-finite, no leaf is clipped and no average changes. A leaf of norm 0
         stays 0 and does not enter its average.
-      - Level shifts: gamma rises by at most 0.1 % per step. A lasting tenfold rise is followed after 2,200 steps, at a
-        ratio of 1.5 after 180.
-      - Warm-up: with fewer than two steps of it, a first norm of any size is gamma.
+      - Level shifts: gamma rises by at most 0.1 % per step, so it follows a lasting tenfold rise after 2,200 steps.
+        With a ratio of 1.5 it takes 180.
+      - Warm-up: if it has fewer than two steps, gamma starts at the first norm, however large.
       - Placement: before the optimizer.
-      - Differs from the paper: gamma starts from the smallest norm as measured. In the paper it is the smallest after
-        the clip of all leaves together: one leaf of norm 1e8 brings every gamma to 1e-8, from where it rises by 0.1 %
-        per step. Pass `warmup_take_in="clipped"` for that. Zero gradients do not enter gamma. They would hold it near
-        1e-10 for 18,500 steps. The floors of gamma and norm at 1e-8 are those of the published code.
+      - Differs from the paper: gamma starts from the smallest raw norm. In the paper it starts from the smallest norm
+        after all leaves are clipped together: one leaf of norm 1e8 then brings every gamma down to 1e-8, from where it
+        rises by 0.1 % per step. Pass `warmup_take_in="clipped"` for the paper's rule.
+      - Zero gradients: they do not enter gamma here. In the published code they hold it near 1e-10 for 18,500 steps.
+        The floors of gamma and norm at 1e-8 are those of that code.
 
     References:
       Wang et al., AdaGC: improving training stability for large language model pretraining, 2025, arXiv:2502.11034;

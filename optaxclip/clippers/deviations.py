@@ -23,27 +23,29 @@ def zclip(
     axes: Axes = "auto",
     record: int = False,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Clips spikes, norms many standard deviations above a moving average, to near the average.
+    r"""Clips spikes: norms many standard deviations above a moving average are brought close to it.
 
     .. math:: u \leftarrow u \cdot \min(1, c / n), \qquad
         c = \mu + \frac{k^2 \sigma}{z} \quad\text{where}\quad z = \frac{n - \mu}{\sigma + 10^{-6}} > k
 
-    In the warm-up norms are clipped to `warmup_max_norm`, by default 1. With `warmup_max_norm=None` they pass.
+    During the warm-up, norms are clipped to `warmup_max_norm`, by default 1. With `warmup_max_norm=None` they are not
+    clipped.
 
     Args:
-      num_std: k, how many standard deviations make a spike, positive; 2.5 in the paper.
+      num_std: k, the number of standard deviations that makes a norm a spike, positive; 2.5 in the paper.
       decay: decay of mean and variance, in [0, 1); 0.97 in the paper.
       warmup_steps: how many norms are averaged before the first can be a spike; at least 1; 25 in the paper.
-      warmup_max_norm: bound on the norm in the warm-up, positive. A norm of the warm-up counts for at most this, or ten
-        times the mean so far where that is more, so one huge norm does not spoil the statistics. Set it to about the
-        size of your norms: among norms of 0.01 a first one that counts for 1 is a spike itself. None, as in the paper,
-        bounds nothing there and averages norms as measured.
+      warmup_max_norm: bound on the norm in the warm-up, positive. Set it to about the size of your norms. In the
+        statistics, a warm-up norm counts for at most this bound or ten times the mean so far, whichever is larger. So
+        one huge norm does not spoil them, unless the bound itself is far above your norms, such as 1 among norms of
+        0.01. None, as in the paper, is no bound, and raw norms are averaged.
       max_norm: a bound for every step, the warm-up included: a number, an array, a schedule, or a prefix pytree of
-        these. None is no bound; 1 in the published package.
-      patience: after this many spikes in a row the statistics take norms in as measured. None never does, as in the
+        these. None is no bound. It is 1 in the published package.
+      patience: after this many spikes in a row, raw norms enter the statistics. With None they never do, as in the
         paper.
-      clip_to: what a spike is clipped to, `"reciprocal"`, `"mean"` or `"edge"`; see `thresholds.zscore`.
-      scale: `"linear"`, as in the paper, or `"log"` for the statistics of the logarithm of the norm.
+      clip_to: what a spike is clipped to: `"reciprocal"` (the formula above), `"mean"` or `"edge"`; see
+        `thresholds.zscore`.
+      scale: `"linear"`, as in the paper, or `"log"` for statistics of the logarithm of the norm.
       norm: what to measure, from `optaxclip.norms`. Each group has its own history.
       axes: which mesh axes split the leaves; see `clip_by`.
       record: how many of the last steps to record for `clip_stats`; see `clip_by`.
@@ -65,20 +67,21 @@ def zclip(
       1.0625
 
     Notes:
-      - Guarantees: those of `clip_by`. The direction of each group is kept.
-      - Edge cases: those of `clip_by`. A norm of 0, or one that is not finite, does not enter the history.
-      - Level shifts: a lasting tenfold rise is followed within about 40 steps, with `patience=5` within 10.
+      - Guarantees: as for `clip_by`. The direction of each group is kept.
+      - Edge cases: as for `clip_by`. Zero and non-finite norms do not enter the history.
+      - Level shifts: the bound follows a lasting tenfold rise within about 40 steps; with `patience=5`, within 10.
       - Constant norms: after a warm-up of equal norms, every larger norm is a spike until `patience` runs out.
       - Small norms: the 1e-6 is absolute, so with `scale="linear"` norms far below it are never spikes.
-      - Large norms: from a level of 1 the mean reaches any level up to 1e6 within the default warm-up. Far above that
-        it is reached when `patience` runs out.
+      - Large norms: starting at 1, the mean reaches any level up to 1e6 within the default warm-up. It reaches levels
+        far above that when `patience` runs out.
       - Placement: before the optimizer.
-      - Differs from the paper: the published package caps every norm at 1, so it is a fixed clip wherever norms are
-        larger. Here the cap ends with the warm-up, and one exploding step does not spoil the statistics;
-        `zclip(max_norm=1.0, warmup_max_norm=None, patience=None)` is the published setting. `patience`, and NaN stays
-        out of the statistics: the published method takes a spike in as what it was clipped to. After a lasting rise by
-        three times or more its variance is gone, and it clips every step. After one NaN it never clips again. The
-        package multiplies by `c / (n + 1e-6)`.
+      - Differs from the package: the package caps every norm at 1, so it is a fixed clip wherever norms are larger.
+        Here the cap ends with the warm-up, and one exploding step does not spoil the statistics. The package multiplies
+        by `c / (n + 1e-6)`.
+      - Differs from the paper: `patience` is new, and NaN does not enter the statistics. In the paper, the clipped norm
+        of a spike enters them. After a lasting rise by a factor of 3 or more, the variance then vanishes, and every
+        step is clipped. After one NaN, no step is clipped again.
+      - Published settings: `zclip(max_norm=1.0, warmup_max_norm=None, patience=None)`.
 
     References:
       Kumar, Owen, Chowdhury, Güra, ZClip: adaptive spike mitigation for LLM pre-training, 2025, arXiv:2504.02507; the
@@ -122,21 +125,21 @@ def clip_by_history(
 
     .. math:: u \leftarrow u \cdot \min(1, c / n), \qquad c = \mu + k \max(\sigma, 10^{-6} \max(\mu, 1))
 
-    In the warm-up norms are clipped to `warmup_max_norm`, by default 1. With `warmup_max_norm=None` they pass.
+    During the warm-up, norms are clipped to `warmup_max_norm`, by default 1. With `warmup_max_norm=None` they are not
+    clipped.
 
     Args:
       num_std: k, the number of standard deviations, at least 0.
       window: how many of the last norms count, without the current one; at least 1; 128 in levanter.
-      warmup_steps: how many norms must be there before the first is bounded by them; from 1 to `window`; 64 in
-        levanter.
-      warmup_max_norm: bound on the norm in the warm-up, positive. A norm of the warm-up counts for at most this, or ten
-        times the mean so far where that is more, so one huge norm does not spoil the statistics. Set it to about the
-        size of your norms: among norms of 0.01 a first one that counts for 1 is a spike itself. None, as in levanter,
-        bounds nothing there and takes norms in as measured.
-      take_in: `"clipped"` takes norms in after clipping, so one spike does not make room for the next. `"raw"` takes
-        them in as measured, as levanter does.
-      patience: after this many clipped norms in a row, norms are taken in as measured. None never does.
-      scale: `"linear"`, as in levanter, or `"log"` for the statistics of the logarithm of the norm.
+      warmup_steps: how many norms the window needs before it bounds the next; from 1 to `window`; 64 in levanter.
+      warmup_max_norm: bound on the norm in the warm-up, positive. Set it to about the size of your norms. In the
+        statistics, a warm-up norm counts for at most this bound or ten times the mean so far, whichever is larger. So
+        one huge norm does not spoil them, unless the bound itself is far above your norms, such as 1 among norms of
+        0.01. None, as in levanter, is no bound, and raw norms enter the window.
+      take_in: which norms enter the window. `"clipped"`: after clipping, so one spike does not make room for the next.
+        `"raw"`: as measured, as in levanter.
+      patience: after this many clipped norms in a row, raw norms enter the window. With None they never do.
+      scale: `"linear"`, as in levanter, or `"log"` for statistics of the logarithm of the norm.
       norm: what to measure, from `optaxclip.norms`. Each group has its own history.
       axes: which mesh axes split the leaves; see `clip_by`.
       record: how many of the last steps to record for `clip_stats`; see `clip_by`.
@@ -158,14 +161,14 @@ def clip_by_history(
       [4.]
 
     Notes:
-      - Guarantees: those of `clip_by`. The direction of each group is kept.
-      - Edge cases: those of `clip_by`. A norm of 0, or one that is not finite, does not enter the history.
-      - Level shifts: a lasting tenfold rise is followed within about 100 steps, or 500 where all norms before were
-        equal. `patience=33` brings both to about 45, `take_in="raw"` to 5 to 15.
+      - Guarantees: as for `clip_by`. The direction of each group is kept.
+      - Edge cases: as for `clip_by`. Zero and non-finite norms do not enter the history.
+      - Level shifts: the bound follows a lasting tenfold rise within about 100 steps, or 500 if all norms before were
+        equal. With `patience=33` both take about 45 steps; with `take_in="raw"`, 5 to 15.
       - Placement: before the optimizer.
-      - Differs from levanter: levanter bounds nothing in the warm-up and takes in raw norms. One spike then lets the
-        next pass, and one NaN lasts for the whole window. Its floor of the deviation is 1e-6 alone, which float32 loses
-        beside a mean of 100.
+      - Differs from levanter: levanter has no bound in the warm-up, and raw norms enter its window. One spike then lets
+        the next pass, and one NaN stays for a whole window. Its floor of the deviation is 1e-6, which is lost in
+        float32 next to a mean of 100.
 
     References:
       `clip_update_by_historical_norm` of levanter.

@@ -18,7 +18,7 @@ from optaxclip.core import State, Updates
 
 
 def clip(max_delta: Bound) -> optax.GradientTransformationExtraArgs:
-    r"""Clips every coordinate to at most `max_delta` in modulus; name and argument as in optax.
+    r"""Clips every coordinate to at most `max_delta` in modulus, like `optax.clip`.
 
     .. math:: u_i \leftarrow \min(\max(u_i, -\delta), \delta)
 
@@ -41,15 +41,15 @@ def clip(max_delta: Bound) -> optax.GradientTransformationExtraArgs:
       [ 0.5 -1.   1. ]
 
     Notes:
-      - Guarantees: a clipped coordinate is exactly `max_delta`, rounded to the leaf's dtype, or the largest number of
-        that dtype if `max_delta` is beyond it. Coordinates within the bound are returned unchanged.
-      - Edge cases: an infinite coordinate is clipped, NaN passes. A bound of 0 gives zeros, inf changes nothing.
-        Complex coordinates keep their direction and are clipped by modulus. Integer, boolean, float0 and key leaves
-        pass untouched.
+      - Guarantees: a clipped coordinate is exactly `max_delta`, rounded to the leaf's dtype. If that dtype can't hold
+        `max_delta`, it is the largest number of that dtype. Coordinates within the bound are returned unchanged.
+      - Edge cases: an infinite coordinate is clipped; NaN stays NaN. A bound of 0 gives zeros; inf changes nothing.
+        Complex coordinates keep their direction and are clipped by modulus. Integer, boolean, float0 and key leaves are
+        returned unchanged.
       - Placement: before the optimizer. Clipping by value changes the direction of the gradient; clipping by norm does
         not.
-      - Differs from the paper: Mikolov clips the errors that flow back into the hidden neurons, to [-15, 15]. That is
-        `clip_cotangents` with `clip(15.0)`. This clips the complete gradient of the parameters.
+      - Differs from the paper: Mikolov clips the errors that flow back into the hidden neurons, to [-15, 15]. Use
+        `clip_cotangents` with `clip(15.0)` for that. This function clips the complete gradient of the parameters.
 
     References:
       Mikolov, Statistical Language Models Based on Neural Networks, PhD thesis, Brno University of Technology, 2012.
@@ -62,7 +62,7 @@ def clip(max_delta: Bound) -> optax.GradientTransformationExtraArgs:
     checks.bound("max_delta", max_delta)
 
     def interval(high: Any, dtype: Any) -> tuple[Any, Any]:
-        # A traced bound can't be refused when it is negative. As 0 it at least turns no coordinate around.
+        # A traced negative bound can't be refused. It acts as 0, so that no coordinate changes its sign.
         high = jnp.maximum(bounds.as_array(high, dtype), 0)
         return -high, high
 
@@ -78,8 +78,8 @@ def clip_by_value(
 
     Args:
       min_value: the lower end, in the units of the gradient: a number, an array, an optax schedule, or a prefix pytree
-        of these. None is no lower end.
-      max_value: the upper end, of the same kinds. It wins where the two cross.
+        of these. None means no lower end.
+      max_value: the upper end, of the same kinds. If the two cross, the upper end wins.
 
     Returns:
       A transformation without state (`optax.EmptyState`). A schedule adds a step count.
@@ -96,13 +96,12 @@ def clip_by_value(
       [-1.   0.5  2. ]
 
     Notes:
-      - Guarantees: as for `clip`, with either end for the bound.
-      - Edge cases: an infinite coordinate is clipped where there is an end on its side, NaN passes. Complex coordinates
+      - Guarantees: as for `clip`, at each end.
+      - Edge cases: an infinite coordinate is clipped if there is an end on its side; NaN stays NaN. Complex coordinates
         keep their direction and are clipped by modulus; a coordinate of 0 stays 0. Integer, boolean, float0 and key
-        leaves pass untouched.
-      - Placement: before the optimizer. Intervals that are not symmetric about 0 shift the mean of the gradient, which
-        is a bias.
-      - Differs from PyTorch: there one bound serves both sides, as in `clip`.
+        leaves are returned unchanged.
+      - Placement: before the optimizer. An interval that is not symmetric about 0 biases the gradient.
+      - Differs from PyTorch: PyTorch has one bound for both sides, as `clip` has.
 
     References:
       `torch.nn.utils.clip_grad_value_`.
@@ -113,7 +112,7 @@ def clip_by_value(
       Notebook: `notebooks/exploding_gradients.ipynb`, why gradients explode and vanish, with `clip`.
     """
     if min_value is None and max_value is None:
-        raise ValueError("give min_value, max_value, or both; got None for both")
+        raise ValueError("min_value and max_value are both None: pass at least one of them")
     low = -jnp.inf if min_value is None else min_value
     high = jnp.inf if max_value is None else max_value
     checks.bound("min_value", low, signed=True)
@@ -144,9 +143,10 @@ def zero_nonfinite() -> optax.GradientTransformationExtraArgs:
 
     Notes:
       - Guarantees: finite coordinates are returned unchanged. A complex coordinate is finite if both parts are.
-        Integer, boolean, float0 and key leaves pass untouched.
-      - Placement: before the clipper: `chain(zero_nonfinite(), clip_by_global_norm(1.0), adam(1e-3))`. It hides what
-        goes wrong, and a gradient with holes points elsewhere. `skip_nonfinite` skips the whole step and counts it.
+        Integer, boolean, float0 and key leaves are returned unchanged.
+      - Placement: before the clipper: `chain(zero_nonfinite(), clip_by_global_norm(1.0), adam(1e-3))`. It hides the
+        cause of the failure, and a gradient with zeroed coordinates points in another direction. To skip and count the
+        whole step instead, use `skip_nonfinite`.
       - Differs from optax: `optax.zero_nans` lets infinity pass, and records in its state which leaves had a NaN.
 
     References:
@@ -172,7 +172,7 @@ def zero_nonfinite() -> optax.GradientTransformationExtraArgs:
 
 
 def _clip_values(interval: Callable[..., tuple[Any, Any]], *given: Bound) -> optax.GradientTransformationExtraArgs:
-    """A clip of each coordinate to `interval(*bounds, dtype)`."""
+    """Clips each coordinate to `interval(*bounds, dtype)`."""
 
     def clip_leaf(leaf: jax.Array, *ends: Any) -> jax.Array:
         low, high = interval(*ends, dtypes.accumulator(leaf.dtype))
@@ -182,7 +182,7 @@ def _clip_values(interval: Callable[..., tuple[Any, Any]], *given: Bound) -> opt
 
 
 def by_leaf(clip_leaf: Callable[..., jax.Array], *given: Bound) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """`init` and `update` of what does `clip_leaf(leaf, *bounds)` with every leaf of floats."""
+    """`init` and `update` of a transformation that applies `clip_leaf(leaf, *bounds)` to every leaf of floats."""
 
     def init(params: Tree) -> State:
         del params
@@ -202,12 +202,12 @@ def by_leaf(clip_leaf: Callable[..., jax.Array], *given: Bound) -> tuple[Callabl
     return init, update
 
 
-# At module level and jitted, so that it is traced once for all leaves of a kind.
+# At module level and jitted, so that leaves of one shape and dtype share one trace.
 @jax.jit
 def _between(leaf: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
-    """A leaf of real numbers within two ends, which are in float32 or wider."""
+    """A leaf of real numbers, clipped to two ends, which are in float32 or wider."""
     wide = low.dtype
-    has_low, has_high = jnp.isfinite(low) | (low > 0), jnp.isfinite(high) | (high < 0)  # as infinities they are none
+    has_low, has_high = jnp.isfinite(low) | (low > 0), jnp.isfinite(high) | (high < 0)  # an infinite end is no end
     largest = bounds.highest(leaf.dtype)
     low, high = (_usable_end(end, largest).astype(leaf.dtype) for end in (low, high))
     low, high, has_low, has_high = (of_rank(end, leaf.ndim) for end in (low, high, has_low, has_high))
@@ -217,22 +217,22 @@ def _between(leaf: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
 
 
 def of_rank(end: jax.Array, ndim: int) -> jax.Array:
-    """An end for all coordinates as it is, one of fewer dimensions than the leaf with as many."""
+    """An end with as many dimensions as the leaf; a scalar stays a scalar."""
     return jnp.expand_dims(end, range(ndim - end.ndim)) if end.ndim else end
 
 
 def _usable_end(end: Any, largest: float) -> jax.Array:
-    """An end that a leaf can hold, 0 for a subnormal one: XLA (jax 0.8 to 0.12) compares that as 0."""
+    """An end that the leaf's dtype can hold; 0 if it is subnormal, since XLA (jax 0.8 to 0.12) compares it as 0."""
     end = arithmetic.saturated(jnp.asarray(end), largest)
     return jnp.where(jnp.abs(end) < jnp.finfo(end.dtype).tiny, jnp.zeros_like(end), end)
 
 
 def _next(end: jax.Array, direction: int) -> jax.Array:
-    """The float32, or wider, next to an end, upwards or downwards. That is what a coordinate is compared with.
+    """The next float32, or wider, above or below an end. Coordinates are compared with that number.
 
-    Compared with the end itself, the selects are a minimum and a maximum to XLA (jax 0.8 to 0.12), which flush
-    subnormals. The leaf's own dtype need not have a next number: beyond the largest one that is NaN where there is no
-    infinity.
+    In a comparison with the end itself, XLA (jax 0.8 to 0.12) turns the selects into a minimum and a maximum, which
+    flush subnormals. The next number in the leaf's own dtype may not exist: in a dtype without infinity, it is NaN
+    beyond the largest number.
     """
     end = jax.lax.stop_gradient(end)  # `nextafter` has no derivative, and a comparison needs none
     return jnp.nextafter(end, jnp.full_like(end, direction * jnp.finfo(end.dtype).max))
@@ -245,13 +245,13 @@ def _clip_modulus(leaf: jax.Array, low: Any, high: Any) -> jax.Array:
 
 
 def brought_to(leaf: jax.Array, goal: jax.Array) -> jax.Array:
-    """Complex numbers of the modulus `goal`, each in its direction."""
+    """Complex numbers of the modulus `goal`, each in its own direction."""
     direction = _direction(leaf)
     return scaling.rescale(direction, scaling.factor(arithmetic.modulus(direction), goal))
 
 
 def _direction(leaf: jax.Array) -> jax.Array:
-    """A finite number of the same direction, where a complex number is infinite."""
+    """The numbers, with each infinite one replaced by a finite one of the same direction."""
     parts = (jnp.real(leaf), jnp.imag(leaf))
     is_nan = jnp.isnan(parts[0]) | jnp.isnan(parts[1])
     infinite = (jnp.isinf(parts[0]) | jnp.isinf(parts[1])) & ~is_nan

@@ -1,7 +1,5 @@
 """Clippers with a fixed bound on a norm: each is one line over `clip_by`."""
 
-from typing import Any
-
 import optax
 
 from optaxclip import norms, thresholds
@@ -26,7 +24,7 @@ def clip_by_global_norm(
       record: how many of the last steps to record for `clip_stats`; see `clip_by`.
 
     Returns:
-      A transformation without state (`optax.EmptyState`). A schedule adds a step count, `record=` a record.
+      A transformation without state (`optax.EmptyState`). A schedule adds a step count; `record=` adds a record.
 
     Raises:
       ValueError: if `max_norm` is negative or NaN, or `ord` is below 1.
@@ -46,13 +44,13 @@ def clip_by_global_norm(
       >>> optimizer = optax.chain(optaxclip.clip_by_global_norm(gamma), optax.sgd(eta))
 
     Notes:
-      - Guarantees: those of `clip_by`. The direction of the whole gradient is kept.
+      - Guarantees: as for `clip_by`. The direction of the whole gradient is kept.
       - Differs from optax: `optax.clip_by_global_norm` overflows at norms past 2e19 and returns zeros or NaN. This
-        returns the clipped update.
-      - Differs from PyTorch: PyTorch divides by `n + 1e-6`, so it lands just below the bound.
-      - Placement: before the optimizer. For one bound on everything, clip outside `optax.partition`. Two clips inside
-        it bound two norms; the total can reach the root of the sum of their squares. For a bound per group, use
-        `clip_by` with `norms.group_norm`.
+        function returns the clipped update.
+      - Differs from PyTorch: PyTorch divides by `n + 1e-6`, so its result is just below the bound.
+      - Placement: before the optimizer. For one bound on the whole gradient, clip outside `optax.partition`. Two clips
+        inside it bound two norms, whose total can reach the root of the sum of their squares. For a bound per group,
+        use `clip_by` with `norms.group_norm`.
 
     References:
       Pascanu, Mikolov, Bengio, On the difficulty of training recurrent neural networks, ICML 2013, arXiv:1211.5063.
@@ -73,7 +71,12 @@ def clip_by_global_norm(
 
 
 def clip_by_leaf_norm(
-    max_norm: Bound, *, ord: float | None = None, stacked: Any = None, axes: Axes = "auto", record: int = False
+    max_norm: Bound,
+    *,
+    ord: float | None = None,
+    stacked: norms.Stacked = None,
+    axes: Axes = "auto",
+    record: int = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scales each leaf so that its norm is at most `max_norm`.
 
@@ -84,12 +87,12 @@ def clip_by_leaf_norm(
         schedule, or a prefix pytree of these for different bounds on different leaves.
       ord: p of the p-norm, at least 1, or inf. None is 2, as in `numpy.linalg.norm`.
       stacked: how many leading axes of a leaf index independent layers. Each layer is its own group. A number, a prefix
-        pytree of numbers, or a callable from the leaf's path to a number.
+        pytree of numbers, or a function from the leaf's path to a number.
       axes: which mesh axes split the leaves; see `clip_by`.
       record: how many of the last steps to record for `clip_stats`; see `clip_by`.
 
     Returns:
-      A transformation without state (`optax.EmptyState`). A schedule adds a step count, `record=` a record.
+      A transformation without state (`optax.EmptyState`). A schedule adds a step count; `record=` adds a record.
 
     Raises:
       ValueError: if `max_norm` is negative or NaN, `ord` is below 1, or `stacked` exceeds a leaf's rank.
@@ -103,9 +106,9 @@ def clip_by_leaf_norm(
       [0.6 0.8] [0.5]
 
     Notes:
-      - Guarantees: those of `clip_by`. The direction of each leaf is kept, that of the whole gradient is not.
-      - Differs from Keras and TensorFlow: those lose the norm when a square leaves the float range. Otherwise nothing
-        differs.
+      - Guarantees: as for `clip_by`. The direction of each leaf is kept; the direction of the whole gradient is not.
+      - Differs from Keras and TensorFlow: their norm overflows or underflows if a square leaves the float range.
+        Otherwise the results agree.
       - Placement: before the optimizer. The norm of L leaves together can reach `max_norm` times the square root of L.
 
     References:
@@ -123,7 +126,7 @@ def clip_by_leaf_norm(
 
 
 def clip_by_block_rms(
-    threshold: Bound, *, stacked: Any = None, axes: Axes = "auto", record: int = False
+    threshold: Bound, *, stacked: norms.Stacked = None, axes: Axes = "auto", record: int = False
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scales each leaf so that its root mean square is at most `threshold`.
 
@@ -138,7 +141,7 @@ def clip_by_block_rms(
       record: how many of the last steps to record for `clip_stats`; see `clip_by`.
 
     Returns:
-      A transformation without state (`optax.EmptyState`). A schedule adds a step count, `record=` a record.
+      A transformation without state (`optax.EmptyState`). A schedule adds a step count; `record=` adds a record.
 
     Raises:
       ValueError: if `threshold` is negative or NaN, or `stacked` exceeds a leaf's rank.
@@ -152,11 +155,11 @@ def clip_by_block_rms(
       [ 1. -1.  1.  1.]
 
     Notes:
-      - Guarantees: those of `clip_by`. The direction of each leaf is kept.
-      - Placement: after the preconditioning and before the learning rate, as in Adafactor. There a healthy update has a
-        root mean square near 1. Before the optimizer it works too.
-      - Differs from the paper: there the clip is a part of the optimizer, and u is the gradient divided by the root of
-        its second moment.
+      - Guarantees: as for `clip_by`. The direction of each leaf is kept.
+      - Placement: after the preconditioning and before the learning rate, as in Adafactor. There, a healthy update has
+        a root mean square near 1. It also works before the optimizer.
+      - Differs from the paper: in the paper the clip is part of the optimizer, and u is the gradient divided by the
+        root of its second moment.
 
     References:
       Shazeer, Stern, Adafactor, ICML 2018, arXiv:1804.04235, section 6.
@@ -174,20 +177,20 @@ def clip_by_block_rms(
 def clip_by_norm_range(
     min_norm: Bound, max_norm: Bound, *, norm: Norm = norms.global_norm(), axes: Axes = "auto", record: int = False
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Scales updates so that their norm lies between `min_norm` and `max_norm`, against vanishing gradients too.
+    r"""Scales updates so that their norm lies between `min_norm` and `max_norm`; small gradients are scaled up.
 
     .. math:: u \leftarrow u \cdot \frac{\min(\max(n, lo), hi)}{n} \quad (n > 0)
 
     Args:
       min_norm: the lower end, at least 0 and finite, in the units of the norm: a number, an array, an optax schedule,
-        or a prefix pytree of these where the norm has several groups.
+        or a prefix pytree of these if the norm has several groups.
       max_norm: the upper end, of the same kinds; it may be inf.
       norm: what to measure, from `optaxclip.norms`; by default all leaves together.
       axes: which mesh axes split the leaves; see `clip_by`.
       record: how many of the last steps to record for `clip_stats`; see `clip_by`.
 
     Returns:
-      A transformation without state (`optax.EmptyState`). A schedule adds a step count, `record=` a record.
+      A transformation without state (`optax.EmptyState`). A schedule adds a step count; `record=` adds a record.
 
     Raises:
       ValueError: if an end is negative or NaN, `min_norm` is infinite, or `min_norm` is larger than `max_norm`.
@@ -201,10 +204,9 @@ def clip_by_norm_range(
       [0.6 0.8]
 
     Notes:
-      - Guarantees: those of `clip_by`. The direction of each group is kept. A norm of 0 has no direction, so it stays
-        0.
+      - Guarantees: as for `clip_by`. The direction of each group is kept. A norm of 0 has no direction, so it stays 0.
       - Placement: before an optimizer that does not normalise (SGD, momentum). Adam undoes the scaling of small
-        gradients. Near a minimum the lower end keeps the steps from shrinking: lower it with a schedule, or lower the
+        gradients. Near a minimum, the lower end keeps steps from shrinking: lower it with a schedule, or lower the
         learning rate.
       - Differs from the paper: the paper scales down large gradients, and handles vanishing ones with a term in the
         loss. The lower end is this library's own.
@@ -227,7 +229,7 @@ def clip_by_norm_range(
 def smooth_clip_by_global_norm(
     max_norm: Bound, *, axes: Axes = "auto", record: int = False
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Scales all updates together so that their global norm stays below `max_norm`, without a kink.
+    r"""Scales all updates together, smoothly, so that their global norm stays below `max_norm`.
 
     .. math:: u \leftarrow u \cdot \frac{c}{c + n}, \qquad n = \|u\|_2
 
@@ -238,7 +240,7 @@ def smooth_clip_by_global_norm(
       record: how many of the last steps to record for `clip_stats`; see `clip_by`.
 
     Returns:
-      A transformation without state (`optax.EmptyState`). A schedule adds a step count, `record=` a record.
+      A transformation without state (`optax.EmptyState`). A schedule adds a step count; `record=` adds a record.
 
     Raises:
       ValueError: if `max_norm` is negative or NaN.
@@ -258,10 +260,9 @@ def smooth_clip_by_global_norm(
       >>> optimizer = optax.chain(optaxclip.smooth_clip_by_global_norm(beta), optax.sgd(eta_n / beta))
 
     Notes:
-      - Guarantees: those of `clip_by`. The direction is kept, and larger norms stay larger. The norm afterwards is `n *
-        c / (n + c)`. In floats it reaches c where n is far larger.
-      - Placement: before the optimizer. Every gradient is shortened, not only large ones: with SGD, raise the learning
-        rate.
+      - Guarantees: as for `clip_by`. The direction is kept, and larger norms stay larger. The norm after the clip is
+        `n * c / (n + c)`. In floating point it reaches c if n is far larger.
+      - Placement: before the optimizer. Every gradient shrinks, not only large ones: with SGD, raise the learning rate.
       - Differs from the paper: Bu et al. use :math:`R / (n + \gamma)` for the gradient of each example; here R and
         gamma are both c. The step of Zhang et al. is the same.
 

@@ -1,4 +1,4 @@
-"""Clipping inside momentum: the clip acts on an average, and what it leaves is what is kept."""
+"""Clipping inside momentum: the average itself is clipped, and the clipped average is kept."""
 
 from typing import Any, NamedTuple
 
@@ -26,13 +26,13 @@ class ClippedMomentumState(NamedTuple):
     """
 
     clipped_average: Updates
-    bound_state: Any
+    bound_state: bounds.ScheduleState | optax.EmptyState
 
 
 def clipped_momentum(
-    max_norm: Bound, decay: Number = 0.9, *, state_dtype: Any = None, axes: mesh.Axes = "auto"
+    max_norm: Bound, decay: Number = 0.9, *, state_dtype: jax.typing.DTypeLike | None = None, axes: mesh.Axes = "auto"
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Averages the gradients, and clips the average by its global norm before it is kept.
+    r"""Averages the gradients, and clips the stored average by its global norm.
 
     .. math:: d \leftarrow \operatorname{clip}(\beta d + (1 - \beta) g,\ c)
 
@@ -40,7 +40,7 @@ def clipped_momentum(
       max_norm: the bound c, at least 0, in the units of the gradient: a number, an array, or an optax schedule.
       decay: :math:`\beta`, in [0, 1). 0 is clipped gradient descent.
       state_dtype: dtype of the average, a real float dtype of at least 16 bits. None: the parameter's dtype, or float32
-        where that has fewer than 16 bits.
+        if that has fewer than 16 bits.
       axes: which mesh axes split the leaves; see `clip_by`.
 
     Returns:
@@ -63,19 +63,20 @@ def clipped_momentum(
 
     Notes:
       - Guarantees: the norm of the update is at most `max_norm * (1 + 1e-5)` in float32.
-      - Edge cases: the average starts at 0 and is not debiased. A gradient that is not finite is returned unchanged and
-        does not enter the average.
+      - Edge cases: the average starts at 0 and is not debiased. A non-finite gradient is returned unchanged and does
+        not enter the average.
       - Placement: in place of an optimizer's momentum: `chain(clipped_momentum(1.0), scale_by_learning_rate(0.1))`.
-      - Differs from the paper: there is no public code to compare with. Keeping the clipped average follows the
-        method's usual statement. The other common form clips the output and keeps the average: `chain(optax.ema(0.9,
-        debias=False), clip_by_global_norm(1.0))`.
+      - Differs from the paper: there is no public code to compare with. Keeping the clipped average follows the usual
+        statement of the method. The other common form clips the output and keeps the unclipped average:
+        `chain(optax.ema(0.9, debias=False), clip_by_global_norm(1.0))`.
 
     References:
       Mai, Johansson, Stability and convergence of stochastic gradient clipping: beyond Lipschitz continuity and
       smoothness, ICML 2021, arXiv:2102.06489.
 
     See also:
-      `contrib.mixed_clip`; `clip_by_global_norm` for clipped and `smooth_clip_by_global_norm` for normalised descent.
+      `contrib.mixed_clip`; `clip_by_global_norm` for clipped descent; `smooth_clip_by_global_norm` for normalised
+      descent.
 
       Notebook: `notebooks/stability.ipynb`, over which range of step sizes clipped methods converge.
     """
@@ -108,14 +109,14 @@ def clipped_momentum(
 
 
 def clip_together(threshold: Threshold, leaves: Leaves, state: Tree) -> tuple[Updates, Judged]:
-    """Updates clipped by their global norm, and what was measured."""
+    """The updates, clipped by their global norm, and what was measured."""
     norm = norms.global_norm()
     judged = judge(norm, threshold, leaves, state)
     return apply(norm, leaves, judged.factors), judged
 
 
 def averaged(updates: Updates, average: Updates, decay: Number) -> Updates:
-    """The moving average one step on, in its own dtypes."""
+    """The moving average after this step, in its own dtypes."""
 
     def one(leaf: Any, old: jax.Array) -> tuple[Any, jax.Array]:
         return leaf, arithmetic.narrowed(averages.moved_widened(old, leaf, decay), old.dtype)
@@ -124,10 +125,10 @@ def averaged(updates: Updates, average: Updates, decay: Number) -> Updates:
 
 
 def where(flag: jax.Array, new: Updates, old: Updates) -> Updates:
-    """`new` where a flag is set, else `old`; leaves that hold no floats are those of `new`."""
+    """`new` if the flag is set, else `old`; leaves without floats are those of `new`."""
     return each_leaf(lambda new, old: (jnp.where(flag, new, old), old), new, old)[0]
 
 
 def in_dtypes_of(updates: Updates, values: Updates) -> Updates:
-    """`values` beside floats, in their dtypes; other leaves of `updates` as they are."""
+    """`values` in the dtypes of `updates`; leaves without floats are those of `updates`."""
     return each_leaf(lambda leaf, value: (arithmetic.narrowed(value, jnp.result_type(leaf)), value), updates, values)[0]

@@ -23,17 +23,17 @@ def autoclip(
 
     .. math:: u \leftarrow u \cdot \min(1, c_t / n_t), \qquad c_t = \mathrm{percentile}(\{n_1, \dots, n_t\}, p)
 
-    In the warm-up norms are clipped to `warmup_max_norm`, too, by default 1. With `warmup_max_norm=None` the first norm
-    is its own percentile and passes.
+    During the warm-up, norms are also clipped to `warmup_max_norm`, by default 1. With `warmup_max_norm=None`, the
+    first norm is its own percentile and is not clipped.
 
     Args:
       percentile: p in [0, 100], interpolated linearly as in `numpy.percentile`. 10 in the paper, which clips nine of
-        ten gradients. A number between 0 and 1 warns, because it may be meant as a fraction.
-      window: how many of the last norms count, at least 1; the percentile is then exact. None is the whole history:
-        exact for the first 64 norms, then a histogram.
-      warmup_steps: for how many norms `warmup_max_norm` bounds, too; at least 0.
-      warmup_max_norm: bound on the norm in the warm-up, positive. The history takes norms in as measured, so a high
-        percentile needs a longer warm-up. None, as in the paper, bounds by the percentile alone.
+        ten gradients. A number between 0 and 1 raises a warning, because it may be meant as a fraction.
+      window: how many of the last norms count, at least 1; the percentile is then exact. None keeps the whole history:
+        exact for the first 64 norms, then as a histogram.
+      warmup_steps: how many norms `warmup_max_norm` also bounds; at least 0.
+      warmup_max_norm: bound on the norm in the warm-up, positive. Raw norms enter the history, so a high percentile
+        needs a longer warm-up. None, as in the paper, bounds by the percentile alone.
       norm: what to measure, from `optaxclip.norms`. Each group has its own history.
       axes: which mesh axes split the leaves; see `clip_by`.
       record: how many of the last steps to record for `clip_stats`; see `clip_by`.
@@ -52,20 +52,20 @@ def autoclip(
       >>> state = tx.init(jnp.zeros(1))
       >>> for norm in (1.0, 2.0, 0.5, 4.0):
       ...     updates, state = tx.update(jnp.array([norm]), state)
-      >>> print(f"{updates[0]:.2f}")  # 0.5 and three tenths of the way to 1
+      >>> print(f"{updates[0]:.2f}")  # three tenths of the way from 0.5 to 1
       0.65
 
     Notes:
-      - Guarantees: those of `clip_by`. The direction of each group is kept. The histogram's percentile is right to 0.9
-        %, over the whole float range.
-      - Edge cases: those of `clip_by`. A norm of 0, or one that is not finite, does not enter the history.
-      - Level shifts: the whole history forgets nothing. A tenfold rise after 500 steps is followed after some 4,600
-        more; with a window of 100, after 90.
+      - Guarantees: as for `clip_by`. The direction of each group is kept. The percentile of the histogram is accurate
+        to 0.9 %, over the whole float range.
+      - Edge cases: as for `clip_by`. Zero and non-finite norms do not enter the history.
+      - Level shifts: the whole history forgets nothing. After 500 steps, the bound needs some 4,600 more to follow a
+        tenfold rise. With a window of 100, it needs 90.
       - Placement: before the optimizer. The updates have about the norm of the p-th percentile, so with SGD raise the
         learning rate.
-      - Differs from the paper: the paper has no bound at the start, and a run that explodes in its first steps stays
-        lost. It keeps all norms; here a histogram replaces them. Norms of 0 stay out: twenty zeros at the start would
-        hold the bound at 0 for 190 steps.
+      - Differs from the paper: the paper has no bound at the start, so a run that explodes in its first steps does not
+        recover. The paper keeps all norms; here a histogram replaces them. Norms of 0 stay out: twenty zeros at the
+        start would hold the bound at 0 for 190 steps.
 
     References:
       Seetharaman, Wichern, Pardo, Le Roux, AutoClip: adaptive gradient clipping for source separation networks, MLSP

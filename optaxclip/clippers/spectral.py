@@ -21,7 +21,7 @@ from optaxclip.core import Leaf, Leaves, State, Updates, clip_by, upper_end
 
 
 def clip_by_spectral_norm(
-    max_norm: Bound, *, units: str = "io", stacked: Any = None, axes: Axes = "auto", record: int = False
+    max_norm: Bound, *, units: str = "io", stacked: norms.Stacked = None, axes: Axes = "auto", record: int = False
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scales each matrix so that its largest singular value is at most `max_norm`.
 
@@ -30,19 +30,20 @@ def clip_by_spectral_norm(
     Args:
       max_norm: the bound c on each spectral norm, at least 0, in the units of the gradient: a number, an array, an
         optax schedule, or a prefix pytree of these for different bounds on different leaves.
-      units: which matrix a leaf of rank over 2 is. `"io"`: the last axis against all others (kernels [in, out] or HWIO,
-        as in Flax). `"oi"`: the first axis against all others (kernels [out, in, ...], as in PyTorch and Equinox).
+      units: how a leaf of rank over 2 becomes a matrix. `"io"`: the last axis against all others (kernels [in, out] or
+        HWIO, as in Flax). `"oi"`: the first axis against all others (kernels [out, in, ...], as in PyTorch and
+        Equinox).
       stacked: how many leading axes of a leaf index independent matrices; see `clip_by_leaf_norm`.
-      axes: which mesh axes split the leaves; see `clip_by`. In `shard_map` every device needs whole matrices. Leaves
-        that are split over their `stacked` axes need PartitionSpecs.
+      axes: which mesh axes split the leaves; see `clip_by`. Inside `shard_map`, every device needs whole matrices.
+        Leaves that are split over their `stacked` axes need PartitionSpecs.
       record: how many of the last steps to record for `clip_stats`; see `clip_by`.
 
     Returns:
-      A transformation without state (`optax.EmptyState`). A schedule adds a step count, `record=` a record.
+      A transformation without state (`optax.EmptyState`). A schedule adds a step count; `record=` adds a record.
 
     Raises:
       ValueError: if `max_norm` is negative or NaN, `units` is unknown, or `stacked` exceeds a leaf's rank; at update,
-        in `shard_map`, for a matrix that is split over devices.
+        if `shard_map` splits a matrix over devices.
 
     Example:
       >>> import jax.numpy as jnp
@@ -54,14 +55,16 @@ def clip_by_spectral_norm(
        [0.  2. ]]
 
     Notes:
-      - Guarantees: those of `clip_by`. Direction, rank and condition of each matrix are kept. A matrix is returned
+      - Guarantees: as for `clip_by`. Direction, rank and condition number of each matrix are kept. A matrix is returned
         unchanged if its norm is below the bound by more than its own error: rounding on CPUs, 1e-5 elsewhere. The 1e-5
-        is calculated, with the matrix units of TPUs and GPUs emulated on a CPU; it is not measured on a device.
-      - Edge cases: vectors and numbers (biases, gains) are clipped by their 2-norm, which is their only singular value.
-      - Placement: before the optimizer. After it and before the learning rate, it bounds how much a step can change a
-        layer's output. The norm of `clip_by_leaf_norm` is larger by up to the root of the rank.
-      - Differs from the paper: there the weights are divided by their norm, whatever it is. The norm comes from one
-        step of power iteration, which never exceeds it. Here updates are scaled, and only those beyond the bound.
+        was computed with the matrix units of TPUs and GPUs emulated on a CPU, not measured on a device.
+      - Edge cases: vectors and scalars (biases, gains) are clipped by their 2-norm, which is their only singular value.
+      - Placement: before the optimizer. Or after the optimizer and before the learning rate: there it bounds how much a
+        step changes the output of a layer. The norm of `clip_by_leaf_norm` is larger by a factor of up to the root of
+        the rank.
+      - Differs from the paper: the paper divides the weights by their norm, whatever its size. It estimates the norm by
+        one step of power iteration, which never exceeds the true norm. Here updates are scaled, and only those beyond
+        the bound.
 
     References:
       Miyato, Kataoka, Koyama, Yoshida, Spectral normalization for generative adversarial networks, ICLR 2018,
@@ -80,7 +83,7 @@ def clip_by_spectral_norm(
 
 
 def clip_singular_values(
-    max_value: Bound, *, smooth: bool = False, units: str = "io", stacked: Any = None, axes: Axes = "auto"
+    max_value: Bound, *, smooth: bool = False, units: str = "io", stacked: norms.Stacked = None, axes: Axes = "auto"
 ) -> optax.GradientTransformationExtraArgs:
     r"""Caps every singular value of each matrix at `max_value`, and keeps its singular vectors.
 
@@ -89,19 +92,20 @@ def clip_singular_values(
     Args:
       max_value: the cap c, at least 0, in the units of the gradient: a number, an array, an optax schedule, or a prefix
         pytree of these.
-      smooth: whether to cap without a kink. A singular value of c then becomes 0.71 c.
-      units: which matrix a leaf of rank over 2 is. `"io"`: the last axis against all others (kernels [in, out] or HWIO,
-        as in Flax). `"oi"`: the first axis against all others (kernels [out, in, ...], as in PyTorch and Equinox).
+      smooth: whether to use the smooth cap. It brings a singular value of c to 0.71 c.
+      units: how a leaf of rank over 2 becomes a matrix. `"io"`: the last axis against all others (kernels [in, out] or
+        HWIO, as in Flax). `"oi"`: the first axis against all others (kernels [out, in, ...], as in PyTorch and
+        Equinox).
       stacked: how many leading axes of a leaf index independent matrices; see `clip_by_leaf_norm`.
-      axes: which mesh axes split the leaves; see `clip_by`. In `shard_map` every device needs whole matrices. Leaves
-        that are split over their `stacked` axes need PartitionSpecs.
+      axes: which mesh axes split the leaves; see `clip_by`. Inside `shard_map`, every device needs whole matrices.
+        Leaves that are split over their `stacked` axes need PartitionSpecs.
 
     Returns:
       A transformation without state (`optax.EmptyState`). A schedule adds a step count.
 
     Raises:
       ValueError: if `max_value` is negative or NaN, `units` is unknown, or `stacked` exceeds a leaf's rank; at update,
-        in `shard_map`, for a matrix that is split over devices.
+        if `shard_map` splits a matrix over devices.
 
     Example:
       >>> import jax.numpy as jnp
@@ -112,8 +116,8 @@ def clip_singular_values(
       [[1. 0.]
        [0. 2.]]
 
-      Muon brings all singular values to 1, also those of noise. This caps the large ones and keeps the sizes of the
-      rest. Only for a cap far below all of them the two agree, except for the factor c:
+      Muon brings all singular values to 1, also those of noise. This function caps the large ones and keeps the rest.
+      The two agree, up to the factor c, only if the cap is far below all singular values:
 
       >>> tx = optaxclip.clip_singular_values(0.1)
       >>> updates, _ = tx.update(jnp.array([[0.0, 3.0], [-4.0, 0.0]]), tx.init(None))
@@ -125,23 +129,25 @@ def clip_singular_values(
       - Guarantees: in float32 the error is at most `1e-3 * c` plus 20 eps of the largest singular value, in the
         spectral norm. This holds for caps down to a thousandth of that value. For smaller caps the result stays finite,
         and its norm is at most the cap plus that error.
-      - Within the cap: without `smooth=`, a matrix whose singular values lie within the cap by more than their error is
-        returned unchanged.
-      - Derivatives: first ones are finite everywhere, also at equal or zero singular values. Second ones are finite
-        where singular values are distinct and positive.
-      - Accelerators: the accuracy on TPUs and GPUs is calculated, with their matrix units emulated on a CPU; it is not
-        measured on a device.
-      - Edge cases: vectors and numbers (biases, gains) have one singular value, their 2-norm, and are scaled by the
-        same map. A matrix of zeros stays 0. A matrix that is not finite is returned unchanged. A cap of 0 gives zeros,
-        inf changes nothing.
-      - Placement: before the optimizer, against spikes in a few singular directions, where a norm clip would shrink all
-        of them. Or after the optimizer and before the learning rate.
-      - Cost: a decomposition of each matrix beyond the cap, 0.15 to 0.3 s at 1024 x 1024 on two CPU cores. Accelerators
-        need 92 matrix products in full precision, with `smooth=True` 54. A 512 x 512 matrix takes 11 s of processor
-        time to compile for a TPU v5e (jax 0.10.2). Matrices of one shape, or its transpose, share one program.
-      - Differs from the paper: SPECTRA finds the smooth cap by ten coupled Newton-Schulz steps. These are off by 28 %
-        for a singular value 60 times the cap, and by 95 % at 1000 times. For vectors SPECTRA jumps from the identity to
-        0.71 c at a norm of c; this is continuous.
+      - Within the cap: without `smooth=`, a matrix is returned unchanged if its singular values are below the cap by
+        more than their error.
+      - Derivatives: first derivatives are finite everywhere, also at equal or zero singular values. Second derivatives
+        are finite where singular values are distinct and positive.
+      - Accelerators: the accuracy on TPUs and GPUs was computed with their matrix units emulated on a CPU, not measured
+        on a device.
+      - Edge cases: vectors and scalars (biases, gains) have one singular value, their 2-norm, which the same formula
+        caps. A matrix of zeros stays 0. A non-finite matrix is returned unchanged. A cap of 0 gives zeros; inf changes
+        nothing.
+      - Placement: before the optimizer, against spikes in a few singular directions: a norm clip would shrink all
+        directions. Or after the optimizer and before the learning rate.
+      - Cost on CPUs: one decomposition of each matrix beyond the cap. At 1024 x 1024 it takes 0.15 to 0.3 s on two
+        cores.
+      - Cost on accelerators: 92 matrix products in full precision, or 54 with `smooth=True`.
+      - Compile time: 11 s of processor time for a 512 x 512 matrix on a TPU v5e (jax 0.10.2). Matrices of one shape, or
+        its transpose, share one program.
+      - Differs from the paper: SPECTRA computes the smooth cap by ten coupled Newton-Schulz steps. Their error is 28 %
+        for a singular value of 60 times the cap, and 95 % at 1000 times. For vectors, SPECTRA jumps from the identity
+        to 0.71 c at a norm of c. This function is continuous.
 
     References:
       Jiang, Semenov, Stich, Enhancing LLM training via spectral clipping (SPECTRA), 2026, arXiv:2603.14315.
@@ -169,7 +175,7 @@ def clip_singular_values(
         leaves = Leaves(filled, params, axes)
         layers = stacks.layers(stacked, leaves)
         matrices = stacks.of_leaves(leaves, layers, units)
-        # Vectors have norms, and matrices for the moment only as many zeros as there are of them.
+        # Only vectors need their norms here. Matrices get one zero each, for the shape.
         zeros = {i: _zeros(stack, leaves[i], layers[i]) for i, stack in matrices.items()}
         sizes = leaves.to_tree(stacks.with_vectors(leaves, layers, zeros))
         (cap,), state = bounds.resolve([max_value], state, sizes)
@@ -191,7 +197,7 @@ def _zeros(stack: jax.Array, leaf: Leaf, layers: int) -> jax.Array:
 
 
 def _factor(smooth: bool) -> Callable[[jax.Array, jax.Array], scaling.Factor]:
-    """What takes a norm, the only singular value of a vector, to what becomes of it."""
+    """The factor from the norm of a vector, its only singular value, to the capped norm."""
 
     def capped(norm: jax.Array, cap: jax.Array) -> jax.Array:
         low, high = jnp.minimum(norm, cap), jnp.maximum(norm, cap)
@@ -204,15 +210,15 @@ def _factor(smooth: bool) -> Callable[[jax.Array, jax.Array], scaling.Factor]:
 
 
 def _capped(matrices: dict[int, jax.Array], caps: list[Any], smooth: bool) -> dict[int, capping.Capped]:
-    """The stacks with capped singular values, by their place."""
+    """The stacks with capped singular values, by the index of their leaf."""
     columns = {i: layouts.whole(caps[i]).reshape(-1) for i in matrices}
     return stacks.together(lambda stack, cap: capping.capped(stack, cap, smooth), matrices, columns)
 
 
-# At module level and jitted, so that eager calls do not compile anew.
+# At module level and jitted, so that eager calls do not recompile.
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _as_leaf(capped: capping.Capped, leaf: jax.Array, layers: int, units: str) -> jax.Array:
-    # The leaf itself where it is kept: in float32 and back, subnormal numbers may become 0.
+    # A kept leaf is returned itself: on the way to float32 and back, subnormal numbers may become 0.
     kept = capped.kept.reshape(leaf.shape[:layers] + (1,) * (leaf.ndim - layers))
     kept = layouts.like(jnp.broadcast_to(kept, leaf.shape), leaf)
     matrices = arithmetic.narrowed(stacks.as_leaf(capped.matrices, leaf.shape, layers, units), leaf.dtype)

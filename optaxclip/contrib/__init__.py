@@ -1,14 +1,14 @@
 """Published methods that are young, costly, or an optimizer as much as a clip; README.md here has the criteria.
 
 ====================  =============================================================================================
-values                `tanh_clip`, `arcsinh_clip`: without a kink
+values                `tanh_clip`, `arcsinh_clip`: smooth
 relative to weights   `clippy`: by the worst coordinate
-the norms so far      `percentile_clip`, `clip_by_tracked_quantile`: a quantile of them; `aggc`: a band about a moving
-                      average; `clip_norm_growth`: a multiple of the last one
+history of the norms  `percentile_clip`, `clip_by_tracked_quantile`: a quantile; `aggc`: a band around a moving average;
+                      `clip_norm_growth`: a multiple of the last norm
 spiking coordinates   `spam_clip`, with `reset_state_every` around the optimizer; `adaptive_spike_clip`, with
                       `scale_by_adaptive_norm`
-attention logits      `qk_clip`, by the weights of queries and keys, which `Projection` describes
-inside momentum       `mixed_clip`; `centered_clip`, about the last update; `scale_by_acclip`, `scale_by_stable_adam`
+attention logits      `qk_clip`: scales the weights of queries and keys, which `Projection` describes
+inside momentum       `mixed_clip`; `centered_clip`, around the last update; `scale_by_acclip`, `scale_by_stable_adam`
 ====================  =============================================================================================
 """
 

@@ -1,9 +1,9 @@
-"""Bounds on the logits of attention, by the weights that they are made of."""
+"""Bounds the logits of attention by scaling the weights of queries and keys."""
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -20,28 +20,28 @@ from optaxclip._numerics import arithmetic
 from optaxclip.core import Updates
 
 _KINDS = ("query", "key")
-_NO_LOGITS = object()  # None, in a tree in which that is a leaf
+_NO_LOGITS = object()  # stands for None in a tree, as a leaf
 
 
 @dataclasses.dataclass(frozen=True)
 class Projection:
-    """How the heads lie in a leaf that makes queries or keys, for `qk_clip`.
+    """The layout of the heads in a leaf of query or key weights, for `qk_clip`.
 
     Attributes:
       kind: "query" or "key".
-      axis: the axis of the heads. Either each index is a head, or the heads follow each other along it in blocks. The
-        default -2 fits kernels of shape (model, heads, entries) and their biases; -1 is for kernels of shape
-        (model, heads * entries), 0 for PyTorch's.
-      tail: the number of entries at the end of each head that get another factor. In a query they are the rotary part
-        of multi-head latent attention, whose key all heads share: they get the whole factor. In a key they are the
-        values: they stay.
+      axis: the axis of the heads. Each index is a head, or the heads are consecutive blocks along it. The default -2
+        fits kernels of shape (model, heads, entries) and their biases. Use -1 for kernels of shape (model, heads *
+        entries), and 0 for those of PyTorch.
+      tail: the number of entries at the end of each head that get another factor. In a query, they are the rotary part
+        of multi-head latent attention. All heads share its key, so these entries get the whole factor. In a key, they
+        are the values, which do not change.
 
     Example:
       The up-projections of latent attention, with 64 rotary entries and 128 values per head:
 
       >>> from optaxclip.contrib import Projection, qk_clip
       >>> specs = {"q_up": Projection("query", tail=64), "kv_up": Projection("key", tail=128)}
-      >>> tx = qk_clip(projections=lambda path: specs.get(path.split("/")[-1]))  # of "layers/0/q_up"
+      >>> tx = qk_clip(projections=lambda path: specs.get(path.split("/")[-1]))  # for paths such as "layers/0/q_up"
 
     See also:
       `qk_clip`, which takes it.
@@ -58,38 +58,39 @@ class Projection:
         checks.whole("tail", self.tail, at_least=0)
 
 
-Projections: TypeAlias = Any  # a prefix pytree of Projection or None, or a function of a path
+# A prefix pytree of Projection and None, or a function of a leaf's path.
+Projections: TypeAlias = Tree | Callable[[str], Projection | None]
 
 
 def qk_clip(
     max_logit: Number = 100.0, *, projections: Projections, alpha: Number = 0.5, queries_per_key: int = 1
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Scales the query and key weights of each head whose largest attention logit is beyond `max_logit`.
+    r"""Scales the query and key weights of each head whose largest attention logit exceeds `max_logit`.
 
     .. math:: w_q + u_q \leftarrow \eta_h^\alpha (w_q + u_q),
         \quad w_k + u_k \leftarrow \eta_h^{1 - \alpha} (w_k + u_k), \qquad \eta_h = \min(1, \tau / S_h)
 
     Args:
-      max_logit: the bound :math:`\tau` on the logits before the softmax, more than 0: a number or a scalar array. The
-        report of Kimi K2 has 100.
+      max_logit: the bound :math:`\tau` on the logits before the softmax, more than 0: a number or a scalar array. 100
+        in the report of Kimi K2.
       projections: which leaves make queries and keys: a prefix pytree of `Projection` and None (for all other leaves),
-        or a function of a leaf's whole path ("layers/0/q/kernel") that returns one of them. A function that names no
-        leaf is an error, except where `optax.masked` hides some.
+        or a function from a leaf's whole path ("layers/0/q/kernel") to one of these. A function that names no leaf is
+        an error, unless `optax.masked` hides some leaves.
       alpha: the share of the query in the factor, from 0 to 1: a number or a scalar array.
       queries_per_key: how many query heads share a key head: 1, or more in grouped-query attention. Query heads that
-        share a key head follow each other.
+        share a key head must be consecutive.
 
     Returns:
-      A transformation without state (`optax.EmptyState`). Its `update` needs `params`, and the logits as a keyword
-      argument, max_logits: the largest logit of each query head in this batch, :math:`S_h`, with the scale of the
-      attention in it. One array of the heads serves all layers; a dict by the paths of the layers has one for each.
-      Where layers are stacked, the array has their axes in front, as the leaves do. None says that there are no logits
-      at this step, and changes nothing.
+      A transformation without state (`optax.EmptyState`). Its `update` needs `params`, and a keyword argument
+      ``max_logits``: the largest logit of each query head in this batch, :math:`S_h`, including the scale of the
+      attention. Pass one array over the heads for all layers, or a dict from the path of a layer to its array. For
+      stacked layers, the array has the axes of the layers in front, as the leaves do. None means no logits at this
+      step, and changes nothing.
 
     Raises:
-      ValueError: if an argument is none of the above; at update, without `params` or logits, where the logits do not
-        fit the leaves, or where they differ between devices that share a leaf; if `projections` names no leaf, or only
-        queries or only keys while `alpha` splits the factor between both; if heads of queries and keys differ in size.
+      ValueError: if an argument is of another kind. At update: without `params` or logits; if the logits do not fit the
+        leaves, or differ between devices that share a leaf; if `projections` names no leaf, or only queries or only
+        keys while `alpha` splits the factor between both; if heads of queries and keys differ in size.
 
     Example:
       >>> import jax.numpy as jnp
@@ -104,29 +105,29 @@ def qk_clip(
       [1. 2.]
 
     Notes:
-      - Guarantees: a head within the bound is returned bit for bit. Factors are applied in float32 or wider.
-      - Edge cases: a logit that is NaN or infinite changes nothing: the factor would be 0, and a head of zeros never
-        learns again. Skip such a step with `skip_nonfinite`. For the same reason no factor is below the precision of
-        the updates or the weights: 1/128 in bfloat16. What is left is clipped at the next step. A leaf whose update is
-        None is left.
-      - Micro-batches: `optax.MultiSteps` passes on the logits of the last micro-batch only. Keep the largest of all
-        yourself, and pass that.
-      - Name queries and keys of each layer: a layer with only one of the two gets only its share of the factor. That is
-        an error only if all layers lack the same one. For queries alone pass `alpha=1`, for keys alone `alpha=0`.
-      - Placement: the last in the chain, after the learning rate. Nothing behind it may scale the updates.
-      - Meshes: inside `shard_map`, take the largest logits of all devices (`jax.lax.pmax`) over each axis that the
-        leaves are not split over. Where heads are split, pass the logits of the heads of this device.
-      - Grouped queries: a key head and all of its query heads get the factor of the largest of their logits, as in
-        Megatron-LM.
-      - Latent attention: name the up-projections. Rotary entries of a query get the whole :math:`\eta_h`, since their
-        key is shared and stays. Leave the shared rotary key and the down-projections out.
-      - With a normalisation of queries and keys behind the projections, scaling the weights changes no logit.
+      - Guarantees: a head within the bound is returned unchanged. Factors are applied in float32 or wider.
+      - Edge cases: a NaN or infinite logit changes nothing: its factor would be 0, and a head of zeros never learns
+        again. Skip such steps with `skip_nonfinite`. For the same reason, no factor is below the precision of the
+        updates or the weights, 1/128 in bfloat16; the next step clips the rest. A leaf whose update is None does not
+        change.
+      - Micro-batches: `optax.MultiSteps` only passes on the logits of the last micro-batch. Keep the largest of all
+        micro-batches, and pass that with the last one.
+      - Missing leaves: name the queries and the keys of each layer. A layer with only one of them gets only its share
+        of the factor; this is an error only if all layers lack the same one. For queries alone, pass `alpha=1`; for
+        keys alone, `alpha=0`.
+      - Placement: last in the chain, after the learning rate. Nothing after it may scale the updates.
+      - Meshes: inside `shard_map`, take the largest logits (`jax.lax.pmax`) over each axis that does not split the
+        leaves. If an axis splits the heads, pass the logits of this device's heads.
+      - Grouped queries: a key head and all its query heads get the factor of their largest logit, as in Megatron-LM.
+      - Latent attention: name the up-projections. Rotary entries of a query get the whole :math:`\eta_h`, because their
+        shared key does not change. Leave out the shared rotary key and the down-projections.
+      - Normalisation: if queries and keys are normalised after the projections, scaling the weights changes no logit.
 
     References:
       Kimi Team, Kimi K2: open agentic intelligence, arXiv:2507.20534, algorithm 1.
 
     See also:
-      `skip_nonfinite`; `clip_cotangents`, for what flows back through attention.
+      `skip_nonfinite`; `clip_cotangents`, for the gradient that flows back through attention.
 
       Notebook: `notebooks/recipes.ipynb`, logits of attention.
     """
@@ -139,14 +140,14 @@ def qk_clip(
 
     def update(updates: Updates, state: Any, params: Tree = None, **extra_args: Any) -> tuple[Updates, Any]:
         if "max_logits" not in extra_args:
-            raise ValueError("qk_clip needs update(..., max_logits=...): the largest logit of each head, or None")
+            raise ValueError("qk_clip needs the largest logit of each head, or None: call update(..., max_logits=...)")
         filled, params = beside(updates, params)
         mesh.require_reduced(filled, params)
         leaves = Leaves(filled, params, axes=None)  # nothing is measured
         weights = leaves.params()
         named = leaves.lookup("projections", projections)
         if others := [spec for spec in named if spec is not None and not _is_projection(spec)]:
-            raise ValueError(f"projections must say Projection or None of each leaf, got {others[0]!r}")
+            raise ValueError(f"projections must give a Projection or None for each leaf, got {others[0]!r}")
         _require_all_of_the_factor(leaves, filled, named, projections, alpha)
         paths = [path if spec else None for path, spec in zip(leaves.paths, named, strict=True)]
         by_leaf = _logits_of(paths, extra_args["max_logits"])
@@ -170,14 +171,16 @@ def qk_clip(
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
-def _is_projection(value: Any) -> bool:
+def _is_projection(value: Any) -> TypeGuard[Projection]:
     return isinstance(value, Projection)
 
 
-def _require_all_of_the_factor(leaves: Leaves, tree: Tree, named: list[Any], projections: Any, alpha: Any) -> None:
-    """Refuses projections that turn the clip off, or a share of it, unnoticed.
+def _require_all_of_the_factor(
+    leaves: Leaves, tree: Tree, named: list[Any], projections: Projections, alpha: Any
+) -> None:
+    """Raises ValueError if projections would silently turn off the clip, or a share of it.
 
-    Leaves that are not there (None, say of frozen parameters) count as named.
+    Missing leaves (None, for example of frozen parameters) count as named.
     """
     missing = trees.empty_nodes(tree)
     if not leaves or any(isinstance(node, optax.MaskedNode) for _, node in missing):
@@ -189,54 +192,54 @@ def _require_all_of_the_factor(leaves: Leaves, tree: Tree, named: list[Any], pro
     leaves.require_any([spec is not None for spec in specs], projections, "projections names no leaf of")
     specs = list(filter(_is_projection, specs))
     kinds = {spec.kind for spec in specs}
-    has_rotary = any(spec.kind == "query" and spec.tail for spec in specs)  # they get the whole factor
+    has_rotary = any(spec.kind == "query" and spec.tail for spec in specs)  # rotary entries get the whole factor
     if len(kinds) != 1 or has_rotary or not isinstance(alpha, float):
         return
     named_kind, other, whole = ("queries", "keys", 1.0) if "query" in kinds else ("keys", "queries", 0.0)
     if alpha != whole:
         raise ValueError(
-            f"projections names {named_kind} and no {other}, and at alpha={alpha:g} these get only a share of the "
-            f"factor: name the leaves of both, or pass alpha={whole:g}"
+            f"projections names {named_kind} but no {other}, so at alpha={alpha:g} only a share of the factor applies: "
+            f"name the leaves of both, or pass alpha={whole:g}"
         )
 
 
 def _require_heads_of_one_size(
     leaves: Leaves, named: Sequence[Projection | None], by_leaf: Sequence[jax.Array | None], queries_per_key: int
 ) -> None:
-    """Refuses blocks that are parts of heads: query and key have a product only if they are of one size."""
-    sizes: dict[tuple[int, str], dict[int, str]] = {}  # by logits and kind: from size to the path of a leaf
+    """Raises ValueError if blocks are not whole heads: query and key heads must have the same size."""
+    sizes: dict[tuple[int, str], dict[int, str]] = {}  # (logits, kind) -> size -> path of a leaf
     for leaf, spec, logits in zip(leaves, named, by_leaf, strict=True):
         if spec is not None and logits is not None:
             layout = _layout(leaf, spec, _heads(logits.shape, spec, queries_per_key))
             own = layout.size - spec.tail
-            # Where each index is a head, without a tail, nothing says which axis has the entries.
+            # If each index is a head, and there is no tail, the axis of the entries is unknown.
             if own and (layout.block > 1 or spec.tail):
                 sizes.setdefault((id(logits), spec.kind), {}).setdefault(own, leaf.path)
     for (of, kind), queries in sizes.items():
         keys = sizes.get((of, "key"), {}) if kind == "query" else {}
-        # Layers with heads of several sizes may share an array.
+        # Layers with heads of different sizes may share an array.
         if keys and queries.keys() != keys.keys():
             size, path = next(((n, at) for n, at in queries.items() if n not in keys), next(iter(queries.items())))
             other, beside = next(((n, at) for n, at in keys.items() if n not in queries), next(iter(keys.items())))
             raise ValueError(
                 f"query heads of the leaf {path!r} have {size} entries, key heads of the leaf {beside!r} have {other} "
-                f"(without tails), at queries_per_key={queries_per_key}: pass the number of query heads per key head "
-                "there, and max_logits of each query head"
+                f"(without tails): queries_per_key={queries_per_key} must be the number of query heads per key head, "
+                "and max_logits must have one entry per query head"
             )
 
 
 def _logits_of(paths: Sequence[str | None], max_logits: Tree) -> list[jax.Array | None]:
-    """The logits for each path that is not None: of the entry at the path of the leaf, or at the beginning of it.
+    """The logits for each path that is not None: the entry at the path of the leaf, or at the start of it.
 
     Raises:
-      ValueError: if a leaf has no entry, an entry no leaf, or an entry is no array of real numbers.
+      ValueError: if a leaf has no entry, an entry has no leaf, or an entry is not an array of real numbers.
     """
     marked = jax.tree.map(lambda entry: _NO_LOGITS if entry is None else entry, max_logits, is_leaf=trees.is_none)
     flat = zip(trees.paths(marked), jax.tree.leaves(marked), strict=True)
     entries = {path: _as_logits(path, entry) for path, entry in flat}
     places = [None if path is None else _place(path, entries) for path in paths]
     if unused := sorted(entries.keys() - set(places) - {""}):
-        raise ValueError(f"max_logits has an entry for {unused[0]!r}, where projections names no leaf")
+        raise ValueError(f"max_logits has an entry for {unused[0]!r}, but projections names no leaf there")
     return [None if place is None else entries[place] for place in places]
 
 
@@ -262,7 +265,7 @@ def _as_logits(path: str, entry: Any) -> jax.Array | None:
 
 def _logs(logits: jax.Array, max_logit: Any, queries_per_key: int) -> jax.Array:
     """The logarithm of the factor of each key head."""
-    logits = layouts.whole(logits)  # there are few, and heads are grouped and repeated
+    logits = layouts.whole(logits)  # small, and heads are grouped and repeated next
     known = jnp.where(jnp.isfinite(logits), logits, jnp.zeros_like(logits))
     largest = jnp.max(known.reshape(*logits.shape[:-1], logits.shape[-1] // queries_per_key, queries_per_key), axis=-1)
     bound = jnp.asarray(max_logit, largest.dtype)
@@ -272,7 +275,7 @@ def _logs(logits: jax.Array, max_logit: Any, queries_per_key: int) -> jax.Array:
 
 
 class _Layout(NamedTuple):
-    """Where the heads of a leaf are: `block` indices of `axis` each, with `size` entries along the axis `along`."""
+    """Where the heads of a leaf are: each has `block` indices of `axis`, and `size` entries along the axis `along`."""
 
     axis: int
     block: int
@@ -284,12 +287,12 @@ def _heads(shape: tuple[int, ...], spec: Projection, queries_per_key: int) -> tu
     """The shape of the heads of a leaf, from that of the logits."""
     *front, number = shape
     if number % queries_per_key:
-        raise ValueError(f"max_logits has {number} heads, which queries_per_key={queries_per_key} does not divide")
+        raise ValueError(f"max_logits must have a multiple of queries_per_key={queries_per_key} heads, got {number}")
     return shape if spec.kind == "query" else (*front, number // queries_per_key)
 
 
 def _layout(leaf: Leaf, spec: Projection, heads: tuple[int, ...]) -> _Layout:
-    """Where heads of this shape lie in a leaf.
+    """Where the heads of this shape are in a leaf.
 
     Raises:
       ValueError: if the heads, or their tails, do not fit the leaf.
@@ -304,13 +307,13 @@ def _layout(leaf: Leaf, spec: Projection, heads: tuple[int, ...]) -> _Layout:
     )
     if not fits:
         raise ValueError(
-            f"leaf {leaf.path!r} of shape {shape} has no heads of shape {heads} at {spec}: its axes in front "
-            "must be those of max_logits, and its axis of heads a multiple of their number"
+            f"leaf {leaf.path!r} of shape {shape} has no heads of shape {heads} at {spec}: its leading axes must be "
+            "those of max_logits, and its axis of heads must be a multiple of their number"
         )
     block = shape[axis] // number
     along, size = (axis, block) if block > 1 else (axis + 1, shape[axis + 1] if axis + 1 < len(shape) else 0)
     if spec.tail > size:
-        raise ValueError(f"heads of the leaf {leaf.path!r} of shape {shape} have {size} entries, fewer than in {spec}")
+        raise ValueError(f"tail must fit into a head of {size} entries of the leaf {leaf.path!r}, got {spec}")
     return _Layout(axis, block, along, size)
 
 
@@ -329,12 +332,12 @@ def _exponents(leaf: Leaf, spec: Projection, heads: jax.Array, alpha: Any) -> ja
 
 
 def _rescaled(update: jax.Array, param: jax.Array, exponents: jax.Array) -> jax.Array:
-    """The update after which the parameter is exp(`exponents`) times what it would be."""
+    """The update that multiplies the new parameter by exp(`exponents`)."""
     dtype = np.promote_types(dtypes.wide(update.dtype), dtypes.wide(param.dtype))
-    # The update is rounded: with a factor below eps it can become -w, and the head 0. A factor of eps keeps it apart.
+    # The update is rounded: with a factor below eps, it may become -w and the head 0. So no factor is below eps.
     smallest = max(float(jnp.finfo(kind.dtype).eps) for kind in (update, param))
     minus = jnp.expm1(jnp.maximum(exponents, math.log(smallest)))
     wide = update.astype(dtype)
-    minus = minus.astype(dtype) + jnp.zeros_like(wide)  # laid out as the leaf is
+    minus = minus.astype(dtype) + jnp.zeros_like(wide)  # with the layout of the leaf
     moved = wide + (param.astype(dtype) + wide) * minus
     return jnp.where((minus == 0) | ~jnp.isfinite(update), update, arithmetic.narrowed(moved, update.dtype))

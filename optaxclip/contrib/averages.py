@@ -1,6 +1,4 @@
-"""Clippers whose bound follows what was let through before, within a band or by how much it grows."""
-
-from typing import Any
+"""Clippers whose bound follows the clipped norms: a band around their average, or a limit on their growth."""
 
 import optax
 
@@ -12,7 +10,7 @@ from optaxclip.core import Norm, clip_by
 
 
 def aggc(
-    labels: Any,
+    labels: norms.Labels,
     ratio: Number,
     *,
     min_ratio: Number | None = None,
@@ -24,28 +22,28 @@ def aggc(
     axes: Axes = "auto",
     record: int = False,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Keeps the norm of each labelled group of leaves in a band around its moving average.
+    r"""Keeps the norm of each labelled group of leaves in a band around the moving average of its clipped norms.
 
     .. math:: n_G \leftarrow \min(\max(n_G, low \cdot e_G), high \cdot e_G), \qquad
         e_G \leftarrow \beta e_G + (1 - \beta) n_G
 
-    The first norm is its own average, so with a `ratio` of at least 1 it passes, however large. If your run can explode
-    at once, put a fixed clip in front: `chain(clip_by_global_norm(10.0), contrib.aggc(labels, 2.0))`.
+    The first norm is its own average, so a `ratio` of at least 1 does not bound it. If your run can explode at once,
+    put a fixed clip in front: `chain(clip_by_global_norm(10.0), contrib.aggc(labels, 2.0))`.
 
     Args:
-      labels: the groups: a prefix pytree of strings, or a callable from a leaf's path to a string; see
+      labels: the groups: a prefix pytree of strings, or a function from a leaf's path to a string; see
         `norms.group_norm`.
       ratio: high, the upper end as a multiple of the average, at least 0. Required: the published default works only
         together with `max_down`.
       min_ratio: low, the lower end as a multiple of the average, from 0 to 1 and at most `ratio`. None is 0.
       decay: beta, decay of the average of the norms after clipping, in [0, 1).
       min_norm: a norm below this is raised to it, whatever the average; at least 0 and finite.
-      max_down: the smallest factor that a norm is scaled by, in [0, 1]; 0.9 in the published code. Norms can then
+      max_down: the smallest factor by which a norm is scaled, in [0, 1]; 0.9 in the published code. Norms can then
         exceed the bound. None allows any factor.
-      max_up: the largest factor that a norm is scaled by, at least 1; 1.1 in the published code. None allows any
+      max_up: the largest factor by which a norm is scaled, at least 1; 1.1 in the published code. None allows any
         factor.
-      initial: the average before the first step, at least 0 and finite; 0 in the published code. None is the first
-        norm.
+      initial: the average before the first step, at least 0 and finite; 0 in the published code. None starts at the
+        first norm.
       axes: which mesh axes split the leaves; see `clip_by`.
       record: how many of the last steps to record for `clip_stats`; see `clip_by`.
 
@@ -66,12 +64,12 @@ def aggc(
       [2.] [1.]
 
     Notes:
-      - Guarantees: those of `clip_by`. The direction of each group is kept.
-      - Edge cases: those of `clip_by`. A norm of 0, or one that is not finite, does not enter the history.
+      - Guarantees: as for `clip_by`. The direction of each group is kept.
+      - Edge cases: as for `clip_by`. Zero and non-finite norms do not enter the history.
       - Placement: before the optimizer.
       - Differs from the paper: the published average starts at 0 and is not debiased. With a ratio of 1 the output then
-        stays at a fiftieth of the first norm. `max_down` avoids that, but then norms can exceed the bound. You can ask
-        for both; neither is the default.
+        stays at a fiftieth of the first norm. `max_down` avoids that, but then norms can exceed the bound. The
+        published settings are `initial=0`, `max_down=0.9` and `max_up=1.1`.
 
     References:
       AGGC: adaptive group gradient clipping, 2026, arXiv:2601.11864, and its published code.
@@ -91,11 +89,11 @@ def aggc(
 def clip_norm_growth(
     ratio: Number = 1.01, *, norm: Norm = norms.leaf_norm(), axes: Axes = "auto", record: int = False
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Clips each norm to a multiple of its norm in the last step, after clipping.
+    r"""Clips each norm to a multiple of its last clipped norm.
 
     .. math:: u_t \leftarrow u_t \cdot \min(1, \gamma (m_{t-1} + 10^{-8}) / n_t), \qquad m_t = \|u_t\|
 
-    The first norm passes, however large. If your run can explode at once, put a fixed clip in front:
+    The first norm is not bounded. If your run can explode at once, put a fixed clip in front:
     `chain(clip_by_leaf_norm(1.0), contrib.clip_norm_growth())`.
 
     Args:
@@ -121,12 +119,12 @@ def clip_norm_growth(
       [1.01]
 
     Notes:
-      - Guarantees: those of `clip_by`. The direction of each group is kept.
-      - Edge cases: those of `clip_by`. A norm of 0, or one that is not finite, does not enter the history.
-      - Level shifts: after a dip a norm comes back at 1 % per step: tenfold takes 232 steps. A dip to 1e-12 takes
-        1,388.
+      - Guarantees: as for `clip_by`. The direction of each group is kept.
+      - Edge cases: as for `clip_by`. Zero and non-finite norms do not enter the history.
+      - Level shifts: after a dip, a norm recovers by 1 % per step: a factor of 10 takes 232 steps. After a dip to 1e-12
+        it takes 1,388.
       - Placement: on the scaled update, before the learning rate. Fira and APOLLO apply it to their optimizer's output.
-      - Differs from the paper: a norm of 0 leaves the state alone.
+      - Differs from the paper: a norm of 0 does not change the state.
 
     References:
       Chen et al., Fira, 2024, arXiv:2410.01623; Zhu et al., APOLLO, 2024, arXiv:2412.05270.

@@ -1,4 +1,4 @@
-"""Clipping how far a gradient is from the last update, instead of how large it is."""
+"""Clips the distance of a gradient from the last update, instead of its norm."""
 
 from typing import Any, NamedTuple
 
@@ -28,23 +28,23 @@ class CenteredClipState(NamedTuple):
     """
 
     clip_center: Updates
-    bound_state: Any
+    bound_state: bounds.ScheduleState | optax.EmptyState
 
 
 def centered_clip(
-    max_norm: Bound, *, state_dtype: Any = None, axes: mesh.Axes = "auto"
+    max_norm: Bound, *, state_dtype: jax.typing.DTypeLike | None = None, axes: mesh.Axes = "auto"
 ) -> optax.GradientTransformationExtraArgs:
     r"""Moves the update towards the gradient, each step by a global norm of at most `max_norm`.
 
     .. math:: v \leftarrow v + (g - v) \min(1, c / \|g - v\|)
 
-    The updates start at 0: with a gradient of norm 100 and a bound of 1 they take 100 steps to get there.
+    The updates start at 0. With a gradient of norm 100 and a bound of 1, they need 100 steps to reach it.
 
     Args:
       max_norm: the bound c on the distance between gradient and last update, at least 0, in the units of the gradient:
         a number, an array, or an optax schedule. :math:`\tau` in the paper.
       state_dtype: dtype of the last update, a real float dtype of at least 16 bits. None: the parameter's dtype, or
-        float32 where that has fewer than 32 bits.
+        float32 if that has fewer than 32 bits.
       axes: which mesh axes split the leaves; see `clip_by`.
 
     Returns:
@@ -68,23 +68,24 @@ def centered_clip(
 
     Notes:
       - Guarantees: the update differs from the last one by a norm of at most `max_norm * (1 + 1e-5)` in float32. A
-        gradient within `max_norm` of the last update is returned bit for bit, however large it is.
-      - Edge cases: a gradient that is not finite is returned unchanged, and the next step starts from the update before
-        it. With a bound of 0 all updates are 0; inf clips nothing.
-      - Precision: with a `state_dtype` of 16 bits the update can stop short of the gradient. In bfloat16, steps of 0.01
+        gradient within `max_norm` of the last update is returned unchanged, however large it is.
+      - Edge cases: a non-finite gradient is returned unchanged, and the next step starts from the update before it.
+        With a bound of 0, all updates are 0; inf clips nothing.
+      - Precision: with a `state_dtype` of 16 bits, the update may never reach the gradient: in bfloat16, steps of 0.01
         stop at 4.
-      - Placement: before Adam, or behind the momentum of SGD and before the learning rate, as the paper clips momenta:
-        `chain(optax.ema(0.9, debias=False), contrib.centered_clip(1.0), scale_by_learning_rate(0.1))`.
-      - Differs from the paper: the paper clips the momenta of many workers about one centre, and averages them, so that
-        a minority of bad workers does little. This is its case of one worker and one iteration: it bounds how fast the
-        update changes. Gradients averaged over workers before are no longer robust to a bad one. The paper leaves the
-        first centre open; the public codes start at 0, too.
+      - Placement: before Adam. Or after the momentum of SGD and before the learning rate, since the paper clips
+        momenta: `chain(optax.ema(0.9, debias=False), contrib.centered_clip(1.0), scale_by_learning_rate(0.1))`.
+      - Differs from the paper: the paper clips the momenta of many workers around one centre and averages them, so that
+        a minority of bad workers has little effect. This is the case of one worker and one iteration: it bounds how
+        fast the update changes. It does not protect against a bad worker if the gradients were averaged over workers
+        before. The paper leaves the first centre open; public implementations start at 0, too.
 
     References:
       Karimireddy, He, Jaggi, Learning from history for Byzantine robust optimization, ICML 2021, arXiv:2012.10333.
 
     See also:
-      `clipped_momentum`, which bounds the average itself; `contrib.clip_norm_growth`, how fast its norm grows.
+      `clipped_momentum`, which bounds the average itself; `contrib.clip_norm_growth`, which bounds the growth of the
+      norm.
 
       Notebook: `notebooks/stability.ipynb`, over which range of step sizes clipped methods converge.
     """
@@ -94,7 +95,7 @@ def centered_clip(
     checks.axes(axes)
     threshold = thresholds.constant(max_norm)
 
-    # A step below half the distance to the next number is lost, and in 16 bits small steps soon are.
+    # At least 32 bits: in 16 bits, small steps are soon below half the distance to the next number, and are lost.
     def init(params: Tree) -> CenteredClipState:
         return CenteredClipState(zeros_like(parameters(params), dtype, min_bits=32), bounds.init(max_norm))
 
@@ -121,7 +122,7 @@ def centered_clip(
 
 
 def _away(grad: Any, center: jax.Array) -> jax.Array:
-    """Gradient less centre in the wider of their dtypes, or float32; finite if the gradient is."""
+    """Gradient minus centre, in the wider of their dtypes or float32; finite if the gradient is."""
     grad = jnp.asarray(grad)
     wide = np.promote_types(dtypes.wide(grad.dtype), dtypes.wide(center.dtype))
     away = arithmetic.saturated(grad.astype(wide) - center.astype(wide), bounds.highest(wide))

@@ -1,4 +1,4 @@
-"""Clips of single coordinates without a kink."""
+"""Smooth clips of single coordinates."""
 
 import functools
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from optaxclip.clippers.elementwise import brought_to, by_leaf, of_rank
 
 
 def tanh_clip(max_delta: Bound) -> optax.GradientTransformationExtraArgs:
-    r"""Keeps every coordinate below `max_delta` in modulus, without a kink.
+    r"""Smoothly keeps every coordinate below `max_delta` in modulus.
 
     .. math:: u_i \leftarrow \delta \tanh(u_i / \delta)
 
@@ -41,15 +41,14 @@ def tanh_clip(max_delta: Bound) -> optax.GradientTransformationExtraArgs:
 
     Notes:
       - Guarantees: no coordinate grows, none changes its sign, and none is larger than `max_delta` rounded to the
-        leaf's dtype. It is right over the whole float range, in the value and in the derivative. A coordinate
-        below 1.7e-4 of `max_delta`, where float32 has no number between it and the result, is returned bit for bit.
-      - Edge cases: an infinite coordinate becomes `max_delta`, NaN passes. A bound of 0 gives zeros, inf changes
+        leaf's dtype. Value and derivative are accurate over the whole float range. A coordinate below 1.7e-4 of
+        `max_delta` is returned unchanged: in float32 the result rounds to it.
+      - Edge cases: an infinite coordinate becomes `max_delta`; NaN stays NaN. A bound of 0 gives zeros; inf changes
         nothing. Complex coordinates keep their direction, and their modulus is bounded. Integer, boolean, float0 and
-        key leaves pass untouched.
-      - Placement: before the optimizer. It changes the direction of the gradient, and shrinks ordinary coordinates,
-        too: by 1 % at 0.17 of `max_delta`.
-      - Differs from the papers: they analyse classes of clips without a kink, not this one alone, and name no bound
-        that would do as a default.
+        key leaves are returned unchanged.
+      - Placement: before the optimizer. It changes the direction of the gradient. It also shrinks ordinary coordinates:
+        by 1 % at 0.17 of `max_delta`.
+      - Differs from the papers: they analyse classes of smooth clips, not only this one, and name no default bound.
 
     References:
       Williamson, Eisenmann, Stillfjord, Analysis of a class of stochastic component-wise soft-clipping schemes, 2024,
@@ -59,8 +58,8 @@ def tanh_clip(max_delta: Bound) -> optax.GradientTransformationExtraArgs:
       symmetrization, 2025, arXiv:2507.09093.
 
     See also:
-      `clip`, with a kink; `contrib.arcsinh_clip`, which keeps large coordinates apart; `smooth_clip_by_global_norm`,
-      which keeps the direction.
+      `clip`, which is not smooth; `contrib.arcsinh_clip`, which keeps large coordinates apart;
+      `smooth_clip_by_global_norm`, which keeps the direction.
 
       Notebook: `notebooks/which_clipper.ipynb`, all methods compared, with `clip`.
     """
@@ -69,15 +68,15 @@ def tanh_clip(max_delta: Bound) -> optax.GradientTransformationExtraArgs:
 
 
 def arcsinh_clip(scale: Bound) -> optax.GradientTransformationExtraArgs:
-    r"""Replaces coordinates beyond `scale` by about their logarithm, so that large ones shrink and stay in order.
+    r"""Compresses coordinates beyond `scale` about logarithmically, so that large ones shrink but keep their order.
 
     .. math:: u_i \leftarrow c \operatorname{arsinh}(u_i / c)
 
-    There is no bound: the result grows by 2.3 `scale` with every factor of 10.
+    There is no bound: for every factor of 10, the result grows by 2.3 times `scale`.
 
     Args:
       scale: c, at least 0, in the units of the gradient: a number, an array, an optax schedule, or a prefix pytree of
-        these. A coordinate of `scale` becomes 0.88 of it, one of 100 times as much 5.3.
+        these. A coordinate of `scale` becomes 0.88 of it. A coordinate of 100 times `scale` becomes 5.3 times `scale`.
 
     Returns:
       A transformation without state (`optax.EmptyState`). A schedule adds a step count.
@@ -94,16 +93,15 @@ def arcsinh_clip(scale: Bound) -> optax.GradientTransformationExtraArgs:
       [0.1, 0.881, -5.298, 14.509]
 
     Notes:
-      - Guarantees: no coordinate grows, and none changes its sign. It is right over the whole float range, in the value
-        and in the derivative. A coordinate below 1.7e-4 of `scale`, where float32 has no number between it and the
-        result, is returned bit for bit.
-      - Edge cases: an infinite coordinate counts as the largest number of its dtype: 89 times `scale` for a scale of 1
-        in float32. NaN passes. A scale of 0 gives zeros, inf changes nothing. Complex coordinates keep their
-        direction; what shrinks is the modulus. Integer, boolean, float0 and key leaves pass untouched.
-      - Placement: before the optimizer. It changes the direction of the gradient, and shrinks ordinary coordinates,
-        too: by 1 % at 0.25 of `scale`.
-      - Differs from the paper: it analyses a class of clips without a kink, not this one alone. The form with a scale
-        is that of the sampler nutpie, in its triangular_adapter.py.
+      - Guarantees: no coordinate grows, and none changes its sign. Value and derivative are accurate over the whole
+        float range. A coordinate below 1.7e-4 of `scale` is returned unchanged: in float32 the result rounds to it.
+      - Edge cases: an infinite coordinate counts as the largest number of its dtype. In float32, with a scale of 1, it
+        becomes 89. NaN stays NaN. A scale of 0 gives zeros; inf changes nothing. Complex coordinates keep their
+        direction, and their modulus shrinks. Integer, boolean, float0 and key leaves are returned unchanged.
+      - Placement: before the optimizer. It changes the direction of the gradient. It also shrinks ordinary coordinates:
+        by 1 % at 0.25 of `scale`.
+      - Differs from the paper: it analyses a class of smooth clips, not only this one. The form with a scale is from
+        the sampler nutpie, in its triangular_adapter.py.
 
     References:
       Williamson, Eisenmann, Stillfjord, Analysis of a class of stochastic component-wise soft-clipping schemes, 2024,
@@ -119,11 +117,11 @@ def arcsinh_clip(scale: Bound) -> optax.GradientTransformationExtraArgs:
 
 
 class _Curve(NamedTuple):
-    """An odd function of slope 1 at 0 that flattens, for arguments of at least 0.
+    """An odd function with slope 1 at 0 that flattens; for arguments of at least 0.
 
     Attributes:
-      value: (size, scale) -> the function at size / scale, a quotient that may be no float.
-      slope: its derivative, from that quotient.
+      value: (size, scale) -> the function at size / scale, a quotient that may overflow.
+      slope: quotient -> the derivative.
     """
 
     value: Callable[[jax.Array, jax.Array], jax.Array]
@@ -131,13 +129,13 @@ class _Curve(NamedTuple):
 
 
 def _ratio(size: jax.Array, scale: jax.Array) -> jax.Array:
-    """size / scale, which may be no float."""
-    # Behind a barrier, because XLA (jax 0.8 to 0.12) multiplies by the reciprocal of a scale that is a constant, and
-    # that of 1e38 is subnormal, so 0.
+    """size / scale, which may overflow."""
+    # The barrier keeps XLA (jax 0.8 to 0.12) from multiplying by the reciprocal of a constant scale: the reciprocal of
+    # 1e38 is subnormal, which counts as 0.
     return arithmetic.quotient(size, jax.lax.optimization_barrier(scale))
 
 
-_FAR = 2.0**60  # from here on the arsinh of x is log(2 x)
+_FAR = 2.0**60  # beyond this, the arsinh of x is log(2 x)
 
 
 def _arcsinh(size: jax.Array, scale: jax.Array) -> jax.Array:
@@ -147,12 +145,12 @@ def _arcsinh(size: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 def _slope_of_arcsinh(x: jax.Array) -> jax.Array:
-    near = jnp.minimum(x, 2.0**30)  # the square of a much larger one is no float
+    near = jnp.minimum(x, 2.0**30)  # the square of a much larger x overflows
     return jnp.where(x > near, 1 / jnp.maximum(x, 1), 1 / jnp.sqrt(1 + near * near))
 
 
 def _slope_of_tanh(x: jax.Array) -> jax.Array:
-    near = jnp.minimum(x, 40.0)  # the square of the cosh of a much larger one is no float
+    near = jnp.minimum(x, 40.0)  # the square of the cosh of a much larger x overflows
     return jnp.where(x > near, 0, 1 / jnp.square(jnp.cosh(near)))
 
 
@@ -165,18 +163,19 @@ def _squash_leaf(curve: _Curve, leaf: jax.Array, scale: Any) -> jax.Array:
     return _squash(curve, leaf, of_rank(jnp.maximum(scale, 0), leaf.ndim))
 
 
-# At module level and jitted, so that it is traced once for all leaves of a kind.
+# At module level and jitted, so that leaves of one shape and dtype share one trace.
 @functools.partial(jax.jit, static_argnums=0)
 def _squash(curve: _Curve, leaf: jax.Array, scale: jax.Array) -> jax.Array:
-    """A leaf, each modulus n of which becomes `scale * curve(n / scale)`."""
+    """The leaf, with each modulus n brought to `scale * curve(n / scale)`."""
     modulus = arithmetic.modulus(leaf)
-    size = jnp.minimum(modulus, bounds.highest(leaf.dtype))  # an infinite one counts as the largest
+    size = jnp.minimum(modulus, bounds.highest(leaf.dtype))  # inf counts as the largest float
     info = jnp.finfo(size.dtype)
     has_scale = scale >= info.tiny  # a subnormal scale is 0
     squashed = _on_curve(curve, size, jnp.where(has_scale & (scale < jnp.inf), scale, jnp.ones_like(scale)))
-    # Rounded, the result may be larger than what came in.
+    # By rounding, the result may exceed the input.
     goal = jnp.where(has_scale | jnp.isnan(size), jnp.minimum(squashed, size), jnp.zeros_like(size))
-    # Below this the curve is a straight line: what it takes away is x^3 / 6 or x^3 / 3, a part of the last place.
+    # Below this, the curve is a straight line in floating point: the difference is x^3 / 6 or x^3 / 3, less than one
+    # ulp.
     is_kept = (has_scale & (modulus <= scale * (float(np.sqrt(info.eps)) / 2))) | jnp.isnan(scale)
     if jnp.iscomplexobj(leaf):
         return jnp.where(is_kept, leaf, brought_to(leaf, goal))
@@ -190,7 +189,7 @@ def _on_curve(curve: _Curve, size: jax.Array, scale: jax.Array) -> jax.Array:
 
 @_on_curve.defjvp
 def _on_curve_jvp(curve: _Curve, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    """By formulas of the quotient alone: the derivative of a division squares the denominator, which may underflow."""
+    """Formulas that use only the quotient: the derivative of a division squares the scale, which may underflow."""
     (size, scale), (d_size, d_scale) = primals, tangents
     value = curve.value(size, scale)
     x = jnp.minimum(_ratio(size, scale), 2.0**126)

@@ -1,4 +1,4 @@
-"""Clipping a gradient and its average, each by itself."""
+"""Clips a gradient and its average separately, and mixes them."""
 
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ class MixedClipState(NamedTuple):
     """
 
     mixed_average: Updates
-    bound_state: Any
+    bound_state: bounds.ScheduleState | optax.EmptyState
 
 
 def mixed_clip(
@@ -36,7 +36,7 @@ def mixed_clip(
     decay: Number = 0.999,
     mix: Number = 0.7,
     smooth: bool = False,
-    state_dtype: Any = None,
+    state_dtype: jax.typing.DTypeLike | None = None,
     axes: mesh.Axes = "auto",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Mixes the clipped average of the gradients with the clipped gradient.
@@ -45,14 +45,14 @@ def mixed_clip(
         m \leftarrow \beta m + (1 - \beta) g
 
     Args:
-      max_norm: the bound c on both, at least 0: a number, an array, or an optax schedule. In the paper's terms
+      max_norm: the bound c on both, at least 0: a number, an array, or an optax schedule. In the paper it is
         :math:`\gamma / \eta`, with :math:`\eta` the learning rate.
       decay: :math:`\beta`, in [0, 1); 0.999 in the paper.
-      mix: :math:`\nu`, the share of the average, in [0, 1]; 0.7 in the paper. 1 is momentum clipping, 0 clipped
+      mix: :math:`\nu`, the share of the average, in [0, 1]; 0.7 in the paper. 1 is momentum clipping; 0 is clipped
         descent.
-      smooth: whether to clip without a kink: x c / (c + n), as in the published code, instead of x min(1, c / n).
+      smooth: whether to use the smooth clip x c / (c + n), as in the published code, instead of x min(1, c / n).
       state_dtype: dtype of the average, a real float dtype of at least 16 bits. None: the parameter's dtype, or float32
-        where that has fewer than 16 bits.
+        if that has fewer than 16 bits.
       axes: which mesh axes split the leaves; see `clip_by`.
 
     Returns:
@@ -72,8 +72,8 @@ def mixed_clip(
 
     Notes:
       - Guarantees: the norm of the update is at most `max_norm * (1 + 1e-5)` in float32.
-      - Edge cases: the average starts at 0, is not debiased, and is kept unclipped. A gradient that is not finite is
-        returned unchanged and does not enter the average.
+      - Edge cases: the average starts at 0, is not debiased, and is kept unclipped. A non-finite gradient is returned
+        unchanged and does not enter the average.
       - Placement: in place of an optimizer's momentum: `chain(contrib.mixed_clip(1.0), scale_by_learning_rate(0.1))`.
       - Differs from the paper: the bound is the paper's divided by the learning rate, so that the learning rate can
         follow in the chain.

@@ -17,17 +17,17 @@ def percentile_clip(
     axes: Axes = "auto",
     record: int = False,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Clips the norm of each leaf to one of its last norms: the one that `percentile` percent lie below.
+    r"""Clips the norm of each leaf to one of its last norms, chosen so that `percentile` percent of them are smaller.
 
     .. math:: u \leftarrow u \cdot \min(1, s_k / n), \qquad k = \min(\lfloor p w / 100 \rfloor, w - 1)
 
-    The first norm fills the whole window and passes, however large. If your run can explode at once, put a fixed clip
-    in front: `chain(clip_by_leaf_norm(1.0), contrib.percentile_clip())`.
+    The first norm fills the whole window, so it is not bounded. If your run can explode at once, put a fixed clip in
+    front: `chain(clip_by_leaf_norm(1.0), contrib.percentile_clip())`.
 
     Args:
-      percentile: p in [0, 100]; 5 in bitsandbytes, and 100 clips nothing. A number between 0 and 1 warns, because it
-        may be meant as a fraction.
-      window: w, how many norms are kept, the current one included; at least 1; 100 in bitsandbytes. s are these in
+      percentile: p in [0, 100]; 5 in bitsandbytes; 100 clips nothing. A number between 0 and 1 raises a warning,
+        because it may be meant as a fraction.
+      window: w, how many norms are kept, the current one included; at least 1; 100 in bitsandbytes. s is the window in
         ascending order.
       norm: what to measure, from `optaxclip.norms`. Each group has its own history.
       axes: which mesh axes split the leaves; see `clip_by`.
@@ -50,8 +50,8 @@ def percentile_clip(
       [2.]
 
     Notes:
-      - Guarantees: those of `clip_by`. The direction of each group is kept.
-      - Edge cases: those of `clip_by`. A norm of 0, or one that is not finite, does not enter the history.
+      - Guarantees: as for `clip_by`. The direction of each group is kept.
+      - Edge cases: as for `clip_by`. Zero and non-finite norms do not enter the history.
       - Placement: before the optimizer.
       - Differs from bitsandbytes: bitsandbytes keeps squares, which overflow. Here the norms themselves are kept, and
         norms of 0 stay out.
@@ -85,8 +85,8 @@ def clip_by_tracked_quantile(
 
     Args:
       quantile: q in [0, 1], the share of norms that are not clipped; 0.5 in the paper.
-      learning_rate: learning rate of the logarithm of the bound, at least 0; 0.2 in the paper, which averages over 100
-        norms per step.
+      learning_rate: :math:`\eta`, the learning rate of the logarithm of the bound, at least 0; 0.2 in the paper, which
+        averages over 100 norms per step.
       initial: the first bound, positive and finite. At the defaults the bound grows tenfold in 24 steps.
       norm: what to measure, from `optaxclip.norms`. Each group has its own history.
       axes: which mesh axes split the leaves; see `clip_by`.
@@ -108,7 +108,7 @@ def clip_by_tracked_quantile(
       >>> print(f"{updates[0]:.4f}")  # the exponential of 0.2 times 0.5
       1.1052
 
-      With a learning rate that decays the bound settles:
+      With a decaying learning rate, the bound settles:
 
       >>> import optax
       >>> tx = optax.inject_hyperparams(optaxclip.contrib.clip_by_tracked_quantile)(
@@ -116,13 +116,13 @@ def clip_by_tracked_quantile(
       ... )
 
     Notes:
-      - Guarantees: those of `clip_by`. The direction of each group is kept.
-      - Edge cases: those of `clip_by`. A norm of 0, or one that is not finite, does not enter the history.
-      - Precision: with one norm per step the logarithm of the bound moves in steps of `learning_rate` times q. It
-        arrives within 24 to 55 steps, then wanders with a standard deviation of 0.12 to 0.25.
+      - Guarantees: as for `clip_by`. The direction of each group is kept.
+      - Edge cases: as for `clip_by`. Zero and non-finite norms do not enter the history.
+      - Precision: with one norm per step, the logarithm of the bound moves in steps of `learning_rate` times q. It
+        reaches the quantile within 24 to 55 steps, then wanders around it with a standard deviation of 0.12 to 0.25.
       - Placement: before the optimizer.
-      - Differs from the paper: there is no noise, so it is not private. It sees one norm per step, not the share of a
-        round's clients.
+      - Differs from the paper: there is no noise, so it is not private. It sees one norm per step; the paper sees the
+        share of a round's clients.
 
     References:
       Andrew, Thakkar, McMahan, Ramaswamy, Differentially private learning with adaptive clipping, NeurIPS 2021,

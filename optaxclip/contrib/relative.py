@@ -1,4 +1,4 @@
-"""The clipper by the worst coordinate, beside its parameter."""
+"""A clipper that bounds the change of each coordinate relative to its parameter."""
 
 import optax
 
@@ -11,15 +11,15 @@ from optaxclip.core import clip_by
 def clippy(
     relative: Number = 0.1, absolute: Number = 1e-7, *, axes: Axes = "auto", record: int = False
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Scales each leaf so that no coordinate of a parameter changes by more than a share of itself.
+    r"""Scales each leaf so that no parameter changes by more than a share of its own modulus.
 
     .. math:: u_l \leftarrow u_l \cdot \min\Bigl(1, \min_i \frac{relative \cdot |w_i| + absolute}{|u_i|}\Bigr)
 
     Args:
-      relative: permitted share of the parameter's modulus, at least 0: a number or a scalar array. 0.1 in TensorFlow
-        Recommenders.
+      relative: the permitted share of the parameter's modulus, at least 0: a number or a scalar array. 0.1 in
+        TensorFlow Recommenders.
       absolute: added to the limit, at least 0, in the units of the parameters: a number or a scalar array. 1e-7 in
-        TensorFlow Recommenders. Only this lets a coordinate leave 0.
+        TensorFlow Recommenders. Only with this can a parameter leave 0.
       axes: which mesh axes split the leaves; see `clip_by`.
       record: how many of the last steps to record for `clip_stats`; see `clip_by`.
 
@@ -35,23 +35,23 @@ def clippy(
       >>> tx = optaxclip.contrib.clippy()
       >>> params = jnp.array([1.0, -2.0, 0.0])
       >>> updates, _ = tx.update(jnp.array([0.02, -0.4, 0.0]), tx.init(params), params)
-      >>> print(updates.round(4))  # -0.4 is twice what -2 permits: all are halved
+      >>> print(updates.round(4))  # -0.4 is twice what -2 permits, so all are halved
       [ 0.01 -0.2   0.  ]
       >>> updates, _ = tx.update(jnp.array([0.02, -0.4, 0.01]), tx.init(params), params)
-      >>> print(updates)  # 0.01 where w = 0 permits 1e-7: all shrink by 1e-5
+      >>> print(updates)  # w = 0 permits 1e-7, not 0.01, so all shrink by 1e-5
       [ 2.e-07 -4.e-06  1.e-07]
 
     Notes:
-      - Guarantees: those of `clip_by`. The direction of each leaf is kept.
-      - Parameters at 0: one coordinate with w = 0 caps its whole leaf, as the second example shows. Raise `absolute`
-        where parameters start at 0.
-      - Edge cases: coordinates with u = 0 do not count. A limit of 0 under a non-zero update (`absolute=0`, w = 0), or
-        a ratio past the largest float, scales the leaf to 0. A leaf with an update or parameter that is not finite is
-        returned unchanged.
+      - Guarantees: as for `clip_by`. The direction of each leaf is kept.
+      - Parameters at 0: one coordinate with w = 0 caps its whole leaf, as the second example shows. If parameters start
+        at 0, raise `absolute`.
+      - Edge cases: coordinates with u = 0 do not count. A non-zero update with a limit of 0 (`absolute=0`, w = 0), or a
+        ratio beyond the largest float, scales the leaf to 0. A leaf with a non-finite update or parameter is returned
+        unchanged.
       - Placement: after the learning rate, at the end of the chain. It bounds the change of the parameters, not the
         gradient.
       - Differs from the paper: the defaults are those of `ClippyAdagrad` in TensorFlow Recommenders; public ports of
-        the paper use 0.5 and 0.01. That class has Adagrad inside, and a third term in the limit, relative to Adagrad's
+        the paper use 0.5 and 0.01. That class includes Adagrad, and its limit has a third term, relative to Adagrad's
         accumulator and 0 by default. Here any optimizer may come before.
 
     References:

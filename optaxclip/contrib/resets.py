@@ -1,4 +1,4 @@
-"""An optimizer that forgets from time to time."""
+"""Resets the state of an optimizer periodically."""
 
 import functools
 from typing import Any, NamedTuple
@@ -29,25 +29,25 @@ class ResetState(NamedTuple):
 def reset_state_every(
     inner: optax.GradientTransformation, period: int = 500, *, warmup_steps: int = 150
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Resets what an optimizer keeps per parameter to its initial value every `period` steps.
+    r"""Resets the state that an optimizer keeps per parameter, every `period` steps.
 
-    A spike stays in Adam's moments for hundreds of steps; a reset forgets it. Counts and schedules continue. After a
-    reset the updates start small and grow along a half cosine:
+    A spike stays in Adam's moments for hundreds of steps; a reset removes it. The state returns to its initial value;
+    counts and schedules continue. After a reset, the updates start small and grow along a half cosine:
 
     .. math:: u \leftarrow u \cdot \Bigl(1 - 0.99 \cdot \tfrac12 \bigl(1 + \cos\tfrac{\pi j}{W + 1}\bigr)\Bigr),
         \qquad j = t \bmod P < W,\ t \ge P
 
     Args:
       inner: the optimizer.
-      period: P, how many steps from one reset to the next, at least 1; 500 in the paper. The reset comes before the
-        gradient of its step enters.
+      period: P, the number of steps from one reset to the next, at least 1; 500 in the paper. A reset comes before the
+        gradient of its step enters the state.
       warmup_steps: W, over how many steps the updates grow after a reset, at least 0; 150 in the paper.
 
     Returns:
-      An optax transformation. Its state is the inner one and a step count. Its `update` needs `params`.
+      An optax transformation. Its state is the inner state and a step count. Its `update` needs `params`.
 
     Raises:
-      ValueError: if `period` is less than 1 or `warmup_steps` negative; at update, without `params`.
+      ValueError: if `period` is less than 1, or `warmup_steps` is negative; at update, without `params`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -62,10 +62,10 @@ def reset_state_every(
       0.100 0.190 0.271 0.001 0.049 0.271
 
     Notes:
-      - Guarantees: outside the warm-up after a reset the updates are those of `inner`, unchanged. So are the first
-        `period - 1` steps.
+      - Guarantees: outside the warm-up after a reset, and in the first `period - 1` steps, the updates are those of
+        `inner`, unchanged.
       - Edge cases: `optax.tree.map_params` decides which part of the state is per parameter.
-      - Placement: around the optimizer, and inside `optax.MultiSteps`. Around `optax.MultiSteps` it would also empty
+      - Placement: around the optimizer, and inside `optax.MultiSteps`. Around `optax.MultiSteps` it would also reset
         the sum of gradients. SPAM is `chain(contrib.spam_clip(period=500), contrib.reset_state_every(adam(1e-3),
         500))`.
       - Differs from other code: the class in the published code has a warm-up of 50 steps by default. The port in
@@ -112,7 +112,7 @@ def reset_state_every(
 
 
 def _known_at_init(tx: optax.GradientTransformationExtraArgs, state: ResetState, params: Tree, updates: Updates) -> Any:
-    """What of `params` the inner state was made of: with a whole model, perhaps only what has a gradient."""
+    """The parameters that the inner state was made from: all of `params`, or only those that have a gradient."""
     arrays = parameters(params, updates)
     if arrays is params or _has_structure(tx, arrays, state.inner_state):
         return arrays
@@ -124,7 +124,7 @@ def _has_structure(tx: optax.GradientTransformationExtraArgs, params: Tree, stat
 
 
 def _reset_if(resets: jax.Array, tx: optax.GradientTransformationExtraArgs, state: Tree, params: Tree) -> Any:
-    """The state, with all that it has per parameter as it is at first if `resets`."""
+    """The state; if `resets` is set, with its parts per parameter at their initial value."""
     per_param: Any = optax.tree.map_params(
         tx,
         lambda _: True,
@@ -139,7 +139,7 @@ def _put_back_if(resets: jax.Array, is_per_param: bool, now: Any, first: Any) ->
         return now
     if jnp.shape(now) != jnp.shape(first):
         raise ValueError(
-            f"the inner state and what init makes of params differ in shape: {jnp.shape(now)}, {jnp.shape(first)}. In "
-            "shard_map pass of the parameters the piece that belongs to the piece of the state"
+            f"params and the inner state differ in shape: {jnp.shape(first)} and {jnp.shape(now)}. In shard_map, pass "
+            "the piece of the parameters that belongs to this piece of the state"
         )
-    return jnp.where(resets, layouts.like(first, now), now)  # on an Explicit mesh the former may be whole
+    return jnp.where(resets, layouts.like(first, now), now)  # on an Explicit mesh, `first` may be unsharded

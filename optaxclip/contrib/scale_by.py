@@ -1,4 +1,4 @@
-"""Optimizers with a clip inside them, as the transformations that optax builds optimizers from."""
+"""Optimizers with a clip inside, as `scale_by_` transformations."""
 
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ class AcclipState(NamedTuple):
 
     Attributes:
       acclip_momentum: like the parameters, the average of the gradients, not debiased.
-      acclip_size: like the parameters, the root of order alpha of the average of the powers of the moduli.
+      acclip_size: like the parameters, the power mean of order alpha of the moduli.
     """
 
     acclip_momentum: Updates
@@ -29,7 +29,12 @@ class AcclipState(NamedTuple):
 
 
 def scale_by_acclip(
-    b1: Number = 0.9, b2: Number = 0.99, *, alpha: float = 1.0, eps: Number = 1e-5, state_dtype: Any = None
+    b1: Number = 0.9,
+    b2: Number = 0.99,
+    *,
+    alpha: float = 1.0,
+    eps: Number = 1e-5,
+    state_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Clips each coordinate of the momentum to the average size of its gradients.
 
@@ -42,7 +47,7 @@ def scale_by_acclip(
       alpha: order of the average of sizes, at least 1; 1 in the paper, 2 in the public code.
       eps: added to the momentum's modulus, at least 0.
       state_dtype: dtype of both averages, a real float dtype of at least 16 bits. None: the parameter's dtype, or
-        float32 where that has fewer than 16 bits.
+        float32 if that has fewer than 16 bits.
 
     Returns:
       An optax transformation. Its state is two numbers per coordinate.
@@ -60,9 +65,9 @@ def scale_by_acclip(
       [ 0.01 -0.01]
 
     Notes:
-      - Guarantees: no coordinate of the update exceeds the average size of its gradients.
-      - Edge cases: nothing is debiased. At alpha 1 the update starts at a hundredth of the gradient and takes 100 steps
-        to 0.63 of it. A coordinate that is not finite is returned unchanged and leaves its averages alone.
+      - Guarantees: no coordinate of the update exceeds :math:`\tau`, the average size of its gradients.
+      - Edge cases: nothing is debiased. At alpha 1, the update starts at a hundredth of the gradient and needs 100
+        steps to reach 0.63 of it. A non-finite coordinate is returned unchanged and does not change its averages.
       - Placement: in place of `scale_by_adam`: `chain(contrib.scale_by_acclip(), scale_by_learning_rate(0.1))`.
       - Differs from the paper: the public code uses alpha 2, and by default also divides by the root of the second
         moment.
@@ -118,7 +123,7 @@ class StableAdamState(NamedTuple):
     """State of `scale_by_stable_adam`.
 
     Attributes:
-      adam_steps: int32 vector, for each leaf the number of gradients that its averages took in.
+      adam_steps: int32 vector, the number of gradients in the averages of each leaf.
       adam_mean: like the parameters, the debiased average of the gradients.
       adam_rms: like the parameters, the root of the debiased average of their squares.
     """
@@ -129,9 +134,14 @@ class StableAdamState(NamedTuple):
 
 
 def scale_by_stable_adam(
-    b1: Number = 0.9, b2: Number = 0.99, *, eps: Number = 1e-6, state_dtype: Any = None, axes: mesh.Axes = "auto"
+    b1: Number = 0.9,
+    b2: Number = 0.99,
+    *,
+    eps: Number = 1e-6,
+    state_dtype: jax.typing.DTypeLike | None = None,
+    axes: mesh.Axes = "auto",
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Divides Adam's update of each leaf by how much its gradients exceed the second moment, as StableAdamW does.
+    r"""Divides Adam's update of each leaf by the excess of its gradient over the second moment, as StableAdamW does.
 
     .. math:: u_l \leftarrow \frac{\hat m}{\sqrt{\hat v} + \epsilon} \Big/ \max(1, r_l), \qquad
         r_l = \sqrt{\operatorname{mean}_i \frac{g_i^2}{\max(\hat v_i, \epsilon^2)}}
@@ -141,7 +151,7 @@ def scale_by_stable_adam(
       b2: decay of the squares, in [0, 1); 0.99 in the paper.
       eps: added to the root, at least 0; 1e-6 in the paper.
       state_dtype: dtype of both averages, a real float dtype of at least 16 bits. None: the parameter's dtype, or
-        float32 where that has fewer than 16 bits.
+        float32 if that has fewer than 16 bits.
       axes: which mesh axes split the leaves; see `clip_by`.
 
     Returns:
@@ -162,13 +172,13 @@ def scale_by_stable_adam(
       0.6095 0.0710
 
     Notes:
-      - Guarantees: a leaf whose gradients fit the second moment gets Adam's update. The root of the second moment is
-        kept, so it is right over the whole float range.
-      - Edge cases: a leaf of zeros at the start stays 0. A leaf with an entry that is not finite is returned unchanged
-        and leaves its averages alone.
+      - Guarantees: a leaf whose gradient does not exceed the second moment (r at most 1) gets Adam's update. The state
+        holds the root of the second moment, so it is accurate over the whole float range.
+      - Edge cases: a leaf of zeros at the start stays 0. A leaf with a non-finite entry is returned unchanged and does
+        not change its averages.
       - Placement: in place of `scale_by_adam`. StableAdamW is `chain(contrib.scale_by_stable_adam(),
         add_decayed_weights(0.01), scale_by_learning_rate(1e-3))`.
-      - Differs from the paper: weight decay is another transformation here. The paper divides it by r too.
+      - Differs from the paper: weight decay is a separate transformation here. The paper also divides it by r.
 
     References:
       Wortsman et al., Stable and low-precision training for large-scale vision-language models, NeurIPS 2023,
@@ -188,7 +198,7 @@ def scale_by_stable_adam(
 
     def init(params: Tree) -> StableAdamState:
         params = parameters(params)
-        # Without leaves one stands in: checkpoints refuse empty arrays.
+        # Without leaves there is one placeholder: checkpoints refuse empty arrays.
         steps = jnp.zeros(max(len(jax.tree.leaves(params)), 1), jnp.int32)
         return StableAdamState(steps, zeros_like(params, dtype), sizes_like(params, dtype))
 
@@ -223,7 +233,7 @@ def scale_by_stable_adam(
 def _averages(
     leaf: jax.Array, mean: jax.Array, root: jax.Array, b1: Number, b2: Number, step: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Both moments one step on, the second as its root, in float32 or wider."""
+    """Both moments after this step, the second as its root, in float32 or wider."""
     wide, real = dtypes.wide(leaf.dtype), dtypes.accumulator(leaf.dtype)
     return (
         averages.moved(mean.astype(wide), leaf.astype(wide), averages.debiased(b1, step, real)),
@@ -232,7 +242,7 @@ def _averages(
 
 
 def _excess(leaves: Leaves, moments: list[tuple[jax.Array, jax.Array]], eps: Number) -> list[jax.Array]:
-    """The root mean square of each leaf's gradient, measured in its second moment. No share exceeds 1 / (1 - b2)."""
+    """The root mean square of each leaf's gradient over its second moment's root. No share exceeds 1 / (1 - b2)."""
     local = []
     for leaf, (_, root) in zip(leaves, moments, strict=True):
         unit = _or_tiny(jnp.maximum(root, jnp.asarray(eps, root.dtype)))
@@ -242,5 +252,5 @@ def _excess(leaves: Leaves, moments: list[tuple[jax.Array, jax.Array]], eps: Num
 
 
 def _or_tiny(x: jax.Array) -> jax.Array:
-    """x, or the smallest number that one can divide by."""
+    """x, or the smallest normal number if x is smaller."""
     return jnp.maximum(x, jnp.finfo(x.dtype).tiny)

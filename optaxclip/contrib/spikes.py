@@ -1,4 +1,4 @@
-"""Clippers of single coordinates that spike, by what these coordinates or their tensor did before."""
+"""Clippers of single coordinates that spike, compared with earlier values of the coordinate or its leaf."""
 
 from typing import Any, NamedTuple
 
@@ -36,25 +36,25 @@ def spam_clip(
     decay: Number = 0.999,
     warmup_steps: int = 19,
     period: int | None = None,
-    state_dtype: Any = None,
+    state_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Clips each coordinate whose square is more than `ratio` times the moving average of its squares.
 
     .. math:: u \leftarrow \operatorname{sign}(u) \sqrt{\theta v} \text{ where } u^2 > \theta v > 0, \qquad
         v \leftarrow \beta v + (1 - \beta) u^2
 
-    The first `warmup_steps` steps pass, however large. If your run can explode at once, put a fixed clip in front:
+    The first `warmup_steps` steps are not clipped. If your run can explode at once, put a fixed clip in front:
     `chain(clip_by_global_norm(10.0), contrib.spam_clip())`.
 
     Args:
       ratio: :math:`\theta`, the permitted multiple of the average of squares, at least 0; 5000 in the paper.
       decay: :math:`\beta`, decay of the average of the squares after clipping, in [0, 1); 0.999 in the paper.
-      warmup_steps: how many steps nothing is clipped at the start, while the average fills, at least 0. The paper clips
+      warmup_steps: how many steps at the start are not clipped while the average fills, at least 0. The paper clips
         from step 20 on.
-      period: how many steps from one restart of the average to the next; each restart begins a new warm-up. 500 in the
-        paper. None never restarts.
+      period: the number of steps from one restart of the average to the next. Each restart begins a new warm-up. 500 in
+        the paper. None never restarts.
       state_dtype: dtype of the average, a real float dtype of at least 16 bits. None: the parameter's dtype, or float32
-        where that has fewer than 16 bits. In 16 bits an average of this decay hardly moves.
+        if that has fewer than 16 bits. In 16 bits, an average with the default decay hardly moves.
 
     Returns:
       An optax transformation. Its state is one number per coordinate, and a step count.
@@ -75,16 +75,16 @@ def spam_clip(
 
     Notes:
       - Guarantees: the sign of each coordinate is kept (of a complex one, the phase). Coordinates that do not spike are
-        returned unchanged, except subnormals in bfloat16, which some versions of XLA flush. The average is kept as its
-        root, so it is right over the whole float range.
-      - Edge cases: a coordinate that was always 0 is not clipped (v = 0, as in the rows of an embedding). An infinite
-        coordinate is clipped where there is an average, NaN passes, and neither enters the average. Integer, boolean,
-        float0 and key leaves pass untouched.
+        returned unchanged, except subnormals in bfloat16, which some versions of XLA flush. The state holds the root of
+        the average, so it is accurate over the whole float range.
+      - Edge cases: a coordinate that was always 0 is not clipped (v = 0, as in unused rows of an embedding). An
+        infinite coordinate is clipped if there is an average; NaN stays NaN. Neither enters the average. Integer,
+        boolean, float0 and key leaves are returned unchanged.
       - Placement: before the optimizer. SPAM is this and a reset of Adam's moments:
         `chain(contrib.spam_clip(period=500), contrib.reset_state_every(adam(1e-3), 500))`.
-      - Differs from the paper: the published code clips to 0 where v = 0. A coordinate that was silent in the warm-up
-        is then dead until the next restart. There v is Adam's own second moment; here it is another, so that any
-        optimizer can follow.
+      - Differs from the paper: the published code clips to 0 where v = 0. A coordinate that was 0 throughout the
+        warm-up then stays 0 until the next restart. In the paper, v is Adam's own second moment. Here it is a separate
+        average, so that any optimizer can follow.
 
     References:
       Huang et al., SPAM: spike-aware Adam with momentum reset for stable LLM training, ICLR 2025, arXiv:2501.06842.
@@ -139,7 +139,7 @@ def adaptive_spike_clip(
     .. math:: u_i \leftarrow u_i \hat M / \max_j |u_j| \text{ where } |u_i| > \hat M, \qquad
         M \leftarrow \beta M + (1 - \beta) \max_j |u_j|, \quad \hat M = M / (1 - \beta^t)
 
-    The first step passes, however large. If your run can explode at once, put a fixed clip in front:
+    The first step is not clipped. If your run can explode at once, put a fixed clip in front:
     `chain(clip_by_global_norm(10.0), contrib.adaptive_spike_clip())`.
 
     Args:
@@ -165,14 +165,14 @@ def adaptive_spike_clip(
       [ 1. 12.]
 
     Notes:
-      - Guarantees: those of `clip_by`. No coordinate exceeds the debiased average of the largest moduli, the current
-        one included. Coordinates within it are returned unchanged.
-      - Edge cases: those of `clip_by`. A norm of 0, or one that is not finite, does not enter the history.
+      - Guarantees: as for `clip_by`. No coordinate exceeds the debiased average of the largest moduli, the current one
+        included. Coordinates within it are returned unchanged.
+      - Edge cases: as for `clip_by`. Zero and non-finite norms do not enter the history.
       - Placement: before the optimizer, and before `scale_by_adaptive_norm`. Up to the first reset, Stable-SPAM is
         `chain(contrib.adaptive_spike_clip(), contrib.scale_by_adaptive_norm(), contrib.reset_state_every(adam(1e-3),
         1000))`. At a reset the published code restarts Adam's count, without a warm-up.
       - Differs from the paper: the published code restarts its count at every reset, which breaks the debiasing; here
-        it continues. Leaves of zeros stay out.
+        it continues. Leaves of zeros do not enter the average.
 
     References:
       AdaClip of Huang et al., Stable-SPAM, 2025, arXiv:2502.17055.
@@ -188,12 +188,12 @@ def adaptive_spike_clip(
 def scale_by_adaptive_norm(
     b1: Number = 0.7, b2: Number = 0.9, *, eps: Number = 1e-8, axes: Axes = "auto", record: int = False
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Gives each leaf the norm :math:`\hat m / (\sqrt{\hat v} + \epsilon)`: near 1, less after a spike.
+    r"""Scales each leaf to the norm :math:`\hat m / (\sqrt{\hat v} + \epsilon)`: near 1, less after a spike.
 
     .. math:: m \leftarrow b_1 m + (1 - b_1) n, \quad v \leftarrow b_2 v + (1 - b_2) n^2, \quad
         u \leftarrow \frac{u}{n} \frac{\hat m}{\sqrt{\hat v} + \epsilon}, \qquad n = \|u\|
 
-    It is a normaliser, not a clip: small gradients come out as large as large ones.
+    It is a normaliser, not a clip: small gradients are scaled up to the same norm as large ones.
 
     Args:
       b1: decay of the average of norms, in [0, 1); 0.7 in the paper.
@@ -218,9 +218,9 @@ def scale_by_adaptive_norm(
       [0.6 0.8]
 
     Notes:
-      - Guarantees: those of `clip_by`. The direction of each leaf is kept.
-      - Edge cases: a leaf of zeros stays 0 and enters the averages, as in the authors' code. A leaf that is not finite
-        is returned unchanged and leaves its averages alone.
+      - Guarantees: as for `clip_by`. The direction of each leaf is kept.
+      - Edge cases: a leaf of zeros stays 0 and enters the averages, as in the authors' code. A non-finite leaf is
+        returned unchanged and does not change its averages.
       - Placement: before the optimizer; see `adaptive_spike_clip`.
       - Differs from the paper: the counts never restart.
 
@@ -237,7 +237,7 @@ def scale_by_adaptive_norm(
 
 
 def _with_modulus(leaf: jax.Array, size: jax.Array, where: jax.Array) -> jax.Array:
-    """The leaf, with another modulus where so said."""
+    """The leaf, with the modulus `size` for the coordinates in `where`."""
     if jnp.iscomplexobj(leaf):
         modulus = arithmetic.modulus(leaf)
         moved = scaling.rescale(leaf, scaling.factor(modulus, jnp.where(where, size, modulus)))

@@ -6,12 +6,11 @@ import jax
 import jax.numpy as jnp
 
 SEQUENCE = 64  # characters that are predicted, each from those before it; a sequence is one longer
-BATCH = 32
 
 
-def random_batch(key: jax.Array, text: jax.Array) -> jax.Array:
-    """Sequences from anywhere in the text, each with one character before those to predict."""
-    starts = jax.random.randint(key, (BATCH,), 0, len(text) - SEQUENCE)
+def random_batch(key: jax.Array, text: jax.Array, size: int) -> jax.Array:
+    """`size` sequences from anywhere in the text, each with one character before those to predict."""
+    starts = jax.random.randint(key, (size,), 0, len(text) - SEQUENCE)
     return jax.vmap(lambda start: jax.lax.dynamic_slice_in_dim(text, start, SEQUENCE + 1))(starts)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jax
 
-from optaxclip.demo import corpus, csv_files, figures, memory, model, options, replaying
+from optaxclip.demo import corpus, csv_files, figures, memory, options, picture, replaying
 from optaxclip.demo.corpus import Corpus
 from optaxclip.demo.ending import INTERRUPTED, ended
 from optaxclip.demo.folder import Write, folder
@@ -17,14 +17,16 @@ from optaxclip.demo.options import Options
 from optaxclip.demo.panels import require_matplotlib
 from optaxclip.demo.progress import Progress
 from optaxclip.demo.rows import ROWS
+from optaxclip.demo.runs import runs
 from optaxclip.demo.table import Line, table
 from optaxclip.demo.timing import ROUNDS
 
-FILES = ("loss.png", "norm.png", "table.csv", "steps.csv")
+FILES = (picture.NAME, "loss.png", "norm.png", "table.csv", "steps.csv")
+HERE = Path(".")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Trains one model per clipper and prints a table; after the word "replay", does what `replaying` says.
+    """Trains a model per clipper and optimizer and prints a table. After the word "replay", see `replaying`.
 
     Args:
       argv: the arguments; those of the process by default.
@@ -51,10 +53,12 @@ def _run(asked: Options) -> int:
 def _train(asked: Options) -> int:
     """The whole job. What is wrong with the input comes to light before anything is printed."""
     text = corpus.language_reference() if asked.text is None else corpus.from_file(asked.text)
-    write = _folder(asked.out)
-    each = bytes_per_step(len(asked.rows), figures=write is not None)
+    require_matplotlib()
+    write = folder(asked.out or HERE, _files(asked))
+    count = len(asked.rows) * len(asked.optimizers)
+    each = bytes_per_step(count, figures=True)
     memory.require("--steps", asked.steps, each, ", or for fewer --clippers")
-    job = Job(asked, text, Progress(len(asked.rows), asked.steps))
+    job = Job(asked, text, Progress(count, asked.steps))
     print(_heading(asked, text), flush=True)
     interrupted = _is_interrupted(job)
     if interrupted:
@@ -66,14 +70,19 @@ def _train(asked: Options) -> int:
     return INTERRUPTED if interrupted else 0
 
 
-def _show(asked: Options, lines: Sequence[Line], text: Corpus, write: Callable[[Write], None] | None) -> None:
+def _files(asked: Options) -> tuple[str, ...]:
+    return (picture.NAME,) if asked.out is None else FILES
+
+
+def _show(asked: Options, lines: Sequence[Line], text: Corpus, write: Callable[[Write], None]) -> None:
     """Files first: they must not be lost if the reader of stdout has gone. The table comes even if the disk is full."""
     try:
-        if write is not None:
-            write(lambda unfinished: _write_files(unfinished, lines, text))
+        write(lambda unfinished: _write_files(unfinished, asked, lines, text))
     finally:
-        print(f"\n{table(lines)}\n\n{_footing(text)}", flush=True)
-    if write is not None:
+        print(f"\n{table(asked.optimizers, lines)}\n\n{_footing(asked, text)}", flush=True)
+    if asked.out is None:
+        print(f"Picture: {picture.NAME}", flush=True)
+    else:
         print(f"Figures and numbers: {', '.join(FILES)} in {str(asked.out)!r}", flush=True)
 
 
@@ -85,19 +94,16 @@ def _is_interrupted(job: Job) -> bool:
     return False
 
 
-def _folder(out: Path | None) -> Callable[[Write], None] | None:
-    if out is None:
-        return None
-    require_matplotlib()
-    return folder(out, FILES)
-
-
-def _write_files(where: Path, lines: Sequence[Line], text: Corpus) -> None:
+def _write_files(where: Path, asked: Options, lines: Sequence[Line], text: Corpus) -> None:
     guess = _bits_of_a_guess(text)
-    figures.write_losses(where / "loss.png", lines, guess)
-    figures.write_norms(where / "norm.png", lines)
-    csv_files.write_table(where / "table.csv", lines)
-    csv_files.write_steps(where / "steps.csv", lines)
+    picture.write_picture(where / picture.NAME, asked.optimizers, lines, guess)
+    if asked.out is None:
+        return
+    trained = runs(asked.optimizers, lines)
+    figures.write_losses(where / "loss.png", trained, guess)
+    figures.write_norms(where / "norm.png", trained)
+    csv_files.write_table(where / "table.csv", trained)
+    csv_files.write_steps(where / "steps.csv", trained)
 
 
 def _listing() -> str:
@@ -107,17 +113,20 @@ def _listing() -> str:
 
 def _heading(asked: Options, text: Corpus) -> str:
     characters = len(text.train) + len(text.held_out)
+    optimizers = " and ".join(f"{each.shown} ({each.learning_rate:g})" for each in asked.optimizers.values())
     return (
-        f"Text:  {text.name}, {characters:,} characters; the last tenth is held out\n"
-        f"Model: ReLU recurrent network with {model.UNITS} units, {asked.steps} steps of Adam, "
-        f"learning rate {asked.learning_rate:g}, seed {asked.seed}, on {jax.default_backend()}"
+        f"Text:  {text.name}, {characters:,} characters\n"
+        f"Model: {asked.model.shown}\n"
+        f"Runs:  {asked.steps} steps of {optimizers}, seed {asked.seed}, on {jax.default_backend()}"
     )
 
 
-def _footing(text: Corpus) -> str:
+def _footing(asked: Options, text: Corpus) -> str:
     return (
-        f"Guessing among the {len(text.alphabet)} characters of the text takes {_bits_of_a_guess(text):.3f} bits.\n"
-        f"Step time: relative to a step without clipping, median of {ROUNDS} pairs."
+        f"Bits per character of the last tenth of the text; guessing takes {_bits_of_a_guess(text):.3f}.\n"
+        "Clipped: the share of the steps that were clipped or skipped.\n"
+        f"Time: of a step of {next(iter(asked.optimizers.values())).shown}, relative to one without clipping, "
+        f"median of {ROUNDS} pairs."
     )
 
 

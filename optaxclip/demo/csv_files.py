@@ -1,4 +1,6 @@
-"""The numbers as CSV: `table.csv`, a line per row of the table, and `steps.csv`, a line per row and step.
+"""The numbers as CSV: `table.csv`, a line per run, and `steps.csv`, a line per run and step.
+
+A run is named by its optimizer and its row: `sgd/clip_by_global_norm`.
 
 Losses are in bits per character, as in the table. Norm, limit and scale are those of the group furthest beyond its
 limit. Where a clipper keeps no record, the norm is the gradient's, and limit and scale are empty.
@@ -11,34 +13,34 @@ from typing import Any
 
 import numpy as np
 
-from optaxclip.demo.table import Line
+from optaxclip.demo.runs import Run
 
 TABLE = ("row", "clipper", "bits_per_character", "nonfinite_steps", "clipped_share", "relative_step_time")
 STEPS = ("row", "step", "loss", "norm", "limit", "scale", "clipped")
 
 
-def write_table(path: Path, lines: Sequence[Line]) -> None:
+def write_table(path: Path, runs: Sequence[Run]) -> None:
     """What the table shows, unrounded."""
-    _write(path, TABLE, map(_table_values, lines))
+    _write(path, TABLE, map(_table_values, runs))
 
 
-def write_steps(path: Path, lines: Sequence[Line]) -> None:
-    """Every step of every row: what the figures show."""
-    _write(path, STEPS, (values for line in lines for values in _steps_values(line)))
+def write_steps(path: Path, runs: Sequence[Run]) -> None:
+    """Every step of every run: what the figures show."""
+    _write(path, STEPS, (values for run in runs for values in _steps_values(run)))
 
 
-def _table_values(line: Line) -> Sequence[Any]:
-    result = line.result
-    return line.name, line.shown, result.bits, result.nonfinite_steps, result.clipped_share, line.step_time
+def _table_values(run: Run) -> Sequence[Any]:
+    result = run.result
+    return run.name, run.shown, result.bits, result.nonfinite_steps, result.clipped_share, run.step_time
 
 
-def _steps_values(line: Line) -> Iterable[Sequence[Any]]:
-    history = line.result.history
+def _steps_values(run: Run) -> Iterable[Sequence[Any]]:
+    history = run.result.history
     clipped = None if history.clipped is None else history.clipped.astype(np.int32)
     columns = (history.loss, history.norm, history.limit, history.scale, clipped)
     count = len(history.loss)
     filled = ([None] * count if column is None else column for column in columns)
-    return zip([line.name] * count, range(1, count + 1), *filled, strict=True)
+    return zip([run.name] * count, range(1, count + 1), *filled, strict=True)
 
 
 def _write(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

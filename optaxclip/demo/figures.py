@@ -7,24 +7,24 @@ from typing import Any
 import numpy as np
 
 from optaxclip.demo.panels import panels
-from optaxclip.demo.table import Line
+from optaxclip.demo.runs import Run
 from optaxclip.diagnostics.marks import DASHED, FAINT, draw_below, draw_limit, hatch_nonfinite, norm_range, tick_off
 
 BEYOND = 30.0  # times the 95th percentile: larger norms leave the panel
 
 
-def write_losses(path: Path, lines: Sequence[Line], guess: float) -> None:
-    """The loss of every row, with all the others behind it.
+def write_losses(path: Path, runs: Sequence[Run], guess: float) -> None:
+    """The loss of every run, with all the others behind it.
 
     Args:
       path: the file, a PNG.
-      lines: what is shown.
+      runs: what is shown.
       guess: the bits that a guess takes; the axis ends a little above.
     """
-    bits = [line.result.history.loss for line in lines]
+    bits = [run.result.history.loss for run in runs]
     top = 1.25 * guess or 1.0  # no bits if the text has one character only
     lowest = min(_lowest(each, default=guess) for each in bits)
-    with panels(path, lines, "loss (bits per character)", sharey=True) as used:
+    with panels(path, runs, "loss (bits per character)", sharey=True) as used:
         for axes, each in zip(used, bits, strict=True):
             _draw_faintly(axes, bits, top)
             axes.axhline(guess, color="0.4", linewidth=0.8, linestyle=":", label="guessing")
@@ -34,16 +34,16 @@ def write_losses(path: Path, lines: Sequence[Line], guess: float) -> None:
             axes.set_ylim(min(lowest, guess) - 0.05 * top, top)
 
 
-def write_norms(path: Path, lines: Sequence[Line]) -> None:
+def write_norms(path: Path, runs: Sequence[Run]) -> None:
     """What each clipper measured and permitted, and in which steps it changed anything.
 
     Args:
       path: the file, a PNG.
-      lines: what is shown.
+      runs: what is shown.
     """
-    with panels(path, lines, "measured norm", sharey=False) as used:
-        for axes, line in zip(used, lines, strict=True):
-            history = line.result.history
+    with panels(path, runs, "measured norm", sharey=False) as used:
+        for axes, run in zip(used, runs, strict=True):
+            history = run.result.history
             steps, limits = _steps(history.norm), [] if history.limit is None else [history.limit]
             bottom, top = norm_range(history.norm, limits, BEYOND)
             axes.set_yscale("log")
@@ -66,7 +66,7 @@ def _draw_faintly(axes: Any, curves: Sequence[np.ndarray], top: float) -> None:
     together = np.concatenate([np.append(curve, np.nan) for curve in curves])  # one line with gaps is drawn faster
     steps = np.tile(np.arange(1, len(curves[0]) + 2), len(curves))
     shown = np.where(together <= top, together, np.nan)
-    axes.plot(steps, shown, color=FAINT, linewidth=0.4, zorder=1, label="the other rows")
+    axes.plot(steps, shown, color=FAINT, linewidth=0.4, zorder=1, label="the other runs")
 
 
 def _lowest(values: np.ndarray, default: float) -> float:

@@ -11,6 +11,7 @@ from typing import Any, NoReturn, TypeVar
 import numpy as np
 
 from optaxclip.demo.ending import one_line
+from optaxclip.demo.models import MODELS, Model, Optimizer
 from optaxclip.demo.rows import ROWS, Row
 
 Named = TypeVar("Named")
@@ -25,18 +26,20 @@ class Options(argparse.Namespace):
     """What was asked for.
 
     Attributes:
+      model: what is trained.
       text: the file to train on; None for the Python language reference.
-      steps: training steps of each row.
-      learning_rate: of Adam.
-      rows: what is compared, in this order.
+      steps: training steps of each run.
+      optimizers: what it is trained with, by name.
+      rows: the clippers that are compared, in this order.
       seed: of the initial parameters and the batches.
-      out: the folder for figures and numbers; None if none are wanted.
+      out: the folder for figures and numbers; None for the picture alone, in the working folder.
       list: whether the rows are only to be listed.
     """
 
+    model: Model
     text: Path | None
     steps: int
-    learning_rate: float
+    optimizers: dict[str, Optimizer]
     rows: list[Row]
     seed: int
     out: Path | None
@@ -56,40 +59,72 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser() -> Parser:
-    """The parser of `python -m optaxclip`, which fills in `Options`."""
+    """The parser of `python -m optaxclip`. `parsed` fills in what depends on the model."""
     made = Parser(
         prog=COMMAND,
-        description="Trains a character model that explodes on its own, once without clipping and once per clipper.",
+        description="Trains a small transformer that diverges under SGD, once without clipping and once per clipper, "
+        "and the same with AdamW. Prints a table and draws a picture.",
         epilog=f"'{COMMAND} replay FILE' says what clippers would have done on the norms in a CSV file.",
         allow_abbrev=False,
     )
+    made.add_argument("--model", choices=MODELS, default="decoder", help="what is trained (%(default)s)")
     made.add_argument(
         "--text", type=path, metavar="FILE", help="train on this text, in UTF-8 (the Python language reference)"
     )
-    made.add_argument("--steps", type=integer(1), default=400, help="training steps of each row (%(default)s)")
-    made.add_argument("--learning-rate", type=_learning_rate, default=0.03, help="of Adam (%(default)s)")
+    made.add_argument("--steps", type=integer(1), help=f"training steps of each run ({_by_model('steps')})")
+    made.add_argument("--optimizer", help="train with this one alone (decoder: sgd and adamw, rnn: adam)")
+    made.add_argument("--learning-rate", type=_learning_rate, help="its peak learning rate; needs one optimizer")
     made.add_argument(
         "--clippers",
         type=named("clipper", ROWS),
         dest="rows",
-        default=",".join(ROWS),
         metavar="A,B,C",
-        help="which rows, in order (all)",
+        help="which rows, in order (decoder: six, rnn: all)",
     )
     made.add_argument(
         "--seed",
         type=integer(0),
         default=0,
-        help="of the initial parameters and the batches of every row (%(default)s)",
+        help="of the initial parameters and the batches of every run (%(default)s)",
     )
-    made.add_argument("--out", type=path, metavar="DIR", help="write figures and numbers to this folder (nothing)")
+    made.add_argument(
+        "--out", type=path, metavar="DIR", help="write all figures and numbers to this folder (one picture to this one)"
+    )
     made.add_argument("--list", action="store_true", help="list the rows and stop")
     return made
 
 
+def _by_model(attribute: str) -> str:
+    return ", ".join(f"{name}: {getattr(model, attribute)}" for name, model in MODELS.items())
+
+
 def parsed(argv: Sequence[str] | None) -> Options:
     """The options in a command line, that of the process if it is None; exits with code 2 if it is wrong."""
-    return parser().parse_args(argv, Options())
+    reader = parser()
+    given = reader.parse_args(argv)
+    model = MODELS[given.model]
+    optimizers = model.optimizers
+    if given.optimizer is not None:
+        if given.optimizer not in optimizers:
+            reader.error(
+                f"argument --optimizer: --model {model.name} is trained with {' or '.join(optimizers)}, "
+                f"got {shown(given.optimizer)}"
+            )
+        optimizers = {given.optimizer: optimizers[given.optimizer]}
+    if given.learning_rate is not None:
+        if len(optimizers) > 1:
+            reader.error(f"argument --learning-rate: choose one with --optimizer, {' or '.join(optimizers)}")
+        optimizers = {name: each._replace(learning_rate=given.learning_rate) for name, each in optimizers.items()}
+    return Options(
+        model=model,
+        text=given.text,
+        steps=given.steps or model.steps,
+        optimizers=optimizers,
+        rows=given.rows or [ROWS[name] for name in model.rows],
+        seed=given.seed,
+        out=given.out,
+        list=given.list,
+    )
 
 
 def path(text: str) -> Path:

@@ -1,4 +1,4 @@
-"""What the two figures share: a file with a grid of small panels, one per row of the table."""
+"""What the two figures share: a file with a grid of small panels, one per run."""
 
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from optaxclip.demo.ending import InputError
-from optaxclip.demo.table import Line
+from optaxclip.demo.runs import Run
 from optaxclip.diagnostics.panels import add_legend, grid
 
-LEGEND = ("loss", "norm", "limit", "clipped steps", "the other rows", "guessing", "beyond the axis", "not finite")
+LEGEND = ("loss", "norm", "limit", "clipped steps", "the other runs", "guessing", "beyond the axis", "not finite")
 
 
 class FiguresError(InputError):
@@ -26,16 +26,16 @@ def require_matplotlib() -> None:
 
 
 @contextmanager
-def panels(path: Path, lines: Sequence[Line], label: str, *, sharey: bool) -> Generator[list[Any], None, None]:
-    """The panels of a figure, one per line, in order; the figure is written when the context ends.
+def panels(path: Path, runs: Sequence[Run], label: str, *, sharey: bool) -> Generator[list[Any], None, None]:
+    """The panels of a figure, one per run, in order; the figure is written when the context ends.
 
     Args:
       path: the file, a PNG.
-      lines: what is shown.
+      runs: what is shown.
       label: of the vertical axes.
       sharey: whether they are the same.
     """
-    with grid([line.shown for line in lines], label, sharey=sharey) as (figure, used):
+    with grid([run.shown for run in runs], label, sharey=sharey) as (figure, used):
         yield used
         add_legend(figure, used, order=LEGEND)
         figure.savefig(path, format="png")

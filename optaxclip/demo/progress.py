@@ -60,23 +60,23 @@ class Progress(Bar):
     """The progress of the whole job.
 
     Args:
-      rows: how many rows will be trained.
+      runs: how many models will be trained.
       steps: how many steps each of them takes.
 
     Raises:
       ProgressError: if tqdm is missing.
     """
 
-    def __init__(self, rows: int, steps: int) -> None:
-        super().__init__(rows * steps, "step")
-        self._rows, self._steps, self._row = rows, steps, 0
+    def __init__(self, runs: int, steps: int) -> None:
+        super().__init__(runs * steps, "step")
+        self._runs, self._steps, self._run = runs, steps, 0
 
     def report(self, done: int, bits: float) -> None:
-        """The row has done this many steps, the last one with this loss in bits per character."""
+        """The run has done this many steps, the last one with this loss in bits per character."""
         self._bar.set_postfix_str(f"{bits:.3g} bits", refresh=False)
-        self._bar.update(self._row * self._steps + done - self._bar.n)
+        self._bar.update(self._run * self._steps + done - self._bar.n)
 
-    def finish_row(self, shown: str) -> None:
-        """The row is measured."""
-        self._row += 1
-        self.finish(f"[{self._row}/{self._rows}] {shown}: {self._steps} steps")
+    def finish_run(self, shown: str) -> None:
+        """The model is trained and measured."""
+        self._run += 1
+        self.finish(f"[{self._run}/{self._runs}] {shown}: {self._steps} steps")

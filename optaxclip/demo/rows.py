@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeAlias
 import optax
 
 import optaxclip
-from optaxclip import contrib
+from optaxclip import contrib, thresholds
 from optaxclip.demo.watching import watch
 
 Clipper: TypeAlias = Callable[..., optax.GradientTransformation]
@@ -19,13 +19,13 @@ class Row(NamedTuple):
     Attributes:
       name: what `--clippers` calls it.
       shown: what the table calls it.
-      optimizer: from the learning rate, and the number of steps to record, to the whole optimizer.
-      clipper: makes what clips in it; None for the row that does not clip.
+      around: from an optimizer, and the number of steps to record, to the optimizer with the clip.
+      clipper: makes the clipper alone, for `replay`; None if the row has none that could be replayed.
     """
 
     name: str
     shown: str
-    optimizer: Callable[[float, int], optax.GradientTransformation]
+    around: Callable[[optax.GradientTransformation, int], optax.GradientTransformation]
     clipper: Callable[[], optax.GradientTransformation] | None
 
 
@@ -36,40 +36,51 @@ def _named(clipper: Clipper, arguments: tuple[Any, ...]) -> tuple[str, str]:
 
 
 def layer(path: str) -> str:
-    """Which of the three layers a parameter belongs to."""
+    """Which layer a parameter belongs to: the path of its matrix."""
     return path.removesuffix("_bias")
 
 
 def _watched(clipper: Clipper, arguments: tuple[Any, ...], steps: int) -> optax.GradientTransformation:
-    """The clipper, watched; what `clip_by` made records its steps besides."""
+    """The clipper, watched. What `clip_by` made also records its steps."""
     if "record" in inspect.signature(clipper).parameters:
         return watch(clipper(*arguments, record=steps))
     return watch(clipper(*arguments))
 
 
 def _clip_gradients(clipper: Clipper, *arguments: Any) -> Row:
-    """A clipper before Adam."""
+    """A clipper before the optimizer."""
     name, shown = _named(clipper, arguments)
     return Row(
         name,
         shown,
-        lambda rate, steps: optax.chain(_watched(clipper, arguments, steps), optax.adam(rate)),
+        lambda optimizer, steps: optax.chain(_watched(clipper, arguments, steps), optimizer),
         lambda: clipper(*arguments),
     )
 
 
 def _clip_changes(clipper: Clipper, *arguments: Any) -> Row:
-    """A clipper after Adam and the learning rate: it sees by how much the parameters are about to change."""
+    """A clipper after the optimizer: it sees by how much the parameters are about to change."""
     name, shown = _named(clipper, arguments)
     return Row(
         name,
-        f"{shown} after Adam",
-        lambda rate, steps: optax.chain(optax.adam(rate), _watched(clipper, arguments, steps)),
+        f"{shown}, last",
+        lambda optimizer, steps: optax.chain(optimizer, _watched(clipper, arguments, steps)),
         lambda: clipper(*arguments),
     )
 
 
-UNCLIPPED = Row("none", "no clipping", lambda rate, _: optax.adam(rate), None)
+def _skip_spikes(deviations: float, bound: float) -> Row:
+    """Steps whose norm stands out are skipped; in the others the gradient is clipped."""
+
+    def around(optimizer: optax.GradientTransformation, steps: int) -> optax.GradientTransformation:
+        del steps  # the training logs the norms of these steps, too
+        clipped = optax.chain(optaxclip.clip_by_global_norm(bound), optimizer)
+        return optaxclip.skip_spikes(clipped, thresholds.mean_std(deviations))
+
+    return Row("skip_spikes", f"skip_spikes(.., mean_std({deviations}))", around, None)
+
+
+UNCLIPPED = Row("none", "no clipping", lambda optimizer, _: optimizer, None)
 
 _ALL = [
     UNCLIPPED,
@@ -90,6 +101,7 @@ _ALL = [
     _clip_gradients(contrib.aggc, layer, 2.0),
     _clip_gradients(optaxclip.clip_by_history, 3.0),
     _clip_gradients(contrib.clip_norm_growth, 1.01),
+    _skip_spikes(6.0, 1.0),
 ]
 
 ROWS = {row.name: row for row in _ALL}

@@ -1,13 +1,12 @@
-"""The table that is printed, as plain text."""
+"""The table that is printed, as plain text, at most 80 columns wide."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from optaxclip.demo.models import Optimizer
 from optaxclip.demo.training import Result
 from optaxclip.diagnostics import tables
-
-HEADER = ("clipper", "bits per character", "non-finite steps", "steps clipped", "step time")
 
 
 class Line(NamedTuple):
@@ -16,30 +15,34 @@ class Line(NamedTuple):
     Attributes:
       name: what `--clippers` calls it.
       shown: what the table calls it.
-      result: what came of its run.
+      results: what came of its runs, by the optimizer's name.
       step_time: the time of its step, as a multiple of that without clipping; None if it was not measured.
     """
 
     name: str
     shown: str
-    result: Result
+    results: dict[str, Result]
     step_time: float | None
 
 
-def table(lines: Sequence[Line]) -> str:
+def table(optimizers: Mapping[str, Optimizer], lines: Sequence[Line]) -> str:
     """The lines below a header, columns aligned: the names on the left, the numbers on the right."""
-    return tables.table(HEADER, [_cells(line) for line in lines])
+    header = [
+        "clipper",
+        *(title for each in optimizers.values() for title in (f"{each.shown} bits", "clipped")),
+        "time",
+    ]
+    return tables.table(header, [_cells(list(optimizers), line) for line in lines])
 
 
-def _cells(line: Line) -> tuple[str, ...]:
-    share, time = line.result.clipped_share, line.step_time
-    return (
-        line.shown,
-        loss(line.result.bits),
-        str(line.result.nonfinite_steps),
-        "-" if share is None else f"{share:.1%}",
-        "-" if time is None else f"{time:.2f}x",
-    )
+def _cells(optimizers: Sequence[str], line: Line) -> tuple[str, ...]:
+    time = "-" if line.step_time is None else f"{line.step_time:.2f}x"
+    return (line.shown, *(cell for name in optimizers for cell in _result(line.results[name])), time)
+
+
+def _result(result: Result) -> tuple[str, str]:
+    share = result.clipped_share
+    return loss(result.bits), "-" if share is None else f"{share:.1%}"
 
 
 def loss(value: float) -> str:

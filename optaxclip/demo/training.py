@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -10,10 +11,10 @@ import numpy as np
 import optax
 
 import optaxclip
-from optaxclip.demo import model
 from optaxclip.demo.batches import random_batch, sequences
 from optaxclip.demo.corpus import Corpus
-from optaxclip.demo.watching import last_update_clipped
+from optaxclip.demo.models import Model
+from optaxclip.demo.watching import last_step_changed
 
 REPORT_EVERY = 20  # steps; a report waits for the device, a step does not
 
@@ -25,7 +26,7 @@ class Log(NamedTuple):
       loss: in nats per character.
       norm: global norm of the gradient; None where the clipper's own record has one.
       finite: whether loss and gradient were finite.
-      clipped: whether the clip changed anything; None if nothing is watched.
+      clipped: whether the step was clipped or skipped; None without a clip.
     """
 
     loss: jax.Array
@@ -44,7 +45,7 @@ class Run(NamedTuple):
       log: what they were like.
     """
 
-    params: model.Params
+    params: Any
     opt_state: Any
     step: jax.Array
     log: Log
@@ -56,10 +57,12 @@ class Program(NamedTuple):
     Attributes:
       start: makes a run before its first step, of fresh arrays, since a step takes them away.
       step: one step of it, and its loss; compiled when it is first called.
+      held_out_loss: the loss of parameters on the held-out text, in nats per character.
     """
 
     start: Callable[[], Run]
     step: Callable[[Run], tuple[Run, jax.Array]]
+    held_out_loss: Callable[[Any], jax.Array]
 
 
 class History(NamedTuple):
@@ -68,9 +71,9 @@ class History(NamedTuple):
     Attributes:
       loss: in bits per character.
       norm: what the clipper measured; for one that keeps no record, the gradient's global norm.
-      limit: what it permitted, and
-      scale: by what it multiplied; None if it keeps no record.
-      clipped: whether loss and gradient were finite and the clip changed anything; None without a clip.
+      limit: what it permitted; None if it keeps no record.
+      scale: what it multiplied by; None if it keeps no record.
+      clipped: whether loss and gradient were finite and the step was clipped or skipped; None without a clip.
     """
 
     loss: np.ndarray
@@ -86,7 +89,7 @@ class Result(NamedTuple):
     Attributes:
       bits: per character of the held-out text, after the last step. Not finite if the model was lost.
       nonfinite_steps: steps whose loss or gradient was not finite.
-      clipped_share: which share of the other steps was clipped; None if there was no clip, or no such step.
+      clipped_share: the share of the other steps that was clipped or skipped; None without a clip or such a step.
       history: the run step by step.
     """
 
@@ -96,10 +99,11 @@ class Result(NamedTuple):
     history: History
 
 
-def prepare(optimizer: optax.GradientTransformation, corpus: Corpus, *, steps: int, seed: int) -> Program:
+def prepare(model: Model, optimizer: optax.GradientTransformation, corpus: Corpus, *, steps: int, seed: int) -> Program:
     """A program that trains a model on a text.
 
     Args:
+      model: the model.
       optimizer: the optimizer, clipping included.
       corpus: the text.
       steps: how many steps are logged; at least 1.
@@ -107,10 +111,11 @@ def prepare(optimizer: optax.GradientTransformation, corpus: Corpus, *, steps: i
     """
     init_key, batch_key = jax.random.split(jax.random.key(seed))
     text = jnp.asarray(corpus.train)
-    step = _make_step(optimizer)
+    step = _make_step(model, optimizer)
     return Program(
         start=lambda: _start(optimizer, model.init(init_key, len(corpus.alphabet)), steps),
         step=lambda run: step(run, text, batch_key),
+        held_out_loss=lambda params: _loss_in_pieces(model.batch_loss, params, sequences(corpus.held_out)),
     )
 
 
@@ -128,7 +133,7 @@ def train(program: Program, corpus: Corpus, *, steps: int, report: Callable[[int
         run, loss = program.step(run)
         if done % REPORT_EVERY == 0 or done in {1, steps}:
             report(done, float(loss) / math.log(2))
-    bits = float(_held_out_loss(run.params, sequences(corpus.held_out))) / math.log(2)
+    bits = float(program.held_out_loss(run.params)) / math.log(2)
     record = optaxclip.clip_stats(run.opt_state, history=True) if _is_recorded(run.opt_state) else {}
     return _result(bits, jax.device_get(run.log), record)
 
@@ -150,22 +155,22 @@ def _result(bits: float, log: Any, record: dict[str, Any]) -> Result:
     )
 
 
-def _start(optimizer: optax.GradientTransformation, params: model.Params, steps: int) -> Run:
+def _start(optimizer: optax.GradientTransformation, params: Any, steps: int) -> Run:
     opt_state = optimizer.init(params)
     log = Log(
         loss=jnp.zeros(steps),
         norm=None if _is_recorded(opt_state) else jnp.zeros(steps),
         finite=jnp.zeros(steps, jnp.bool_),
-        clipped=None if last_update_clipped(opt_state) is None else jnp.zeros(steps, jnp.bool_),
+        clipped=None if last_step_changed(opt_state) is None else jnp.zeros(steps, jnp.bool_),
     )
     return Run(params, opt_state, jnp.zeros((), jnp.int32), log)
 
 
 def _make_step(
-    optimizer: optax.GradientTransformation,
+    model: Model, optimizer: optax.GradientTransformation
 ) -> Callable[[Run, jax.Array, jax.Array], tuple[Run, jax.Array]]:
     def step(run: Run, text: jax.Array, key: jax.Array) -> tuple[Run, jax.Array]:
-        batch = random_batch(jax.random.fold_in(key, run.step), text)
+        batch = random_batch(jax.random.fold_in(key, run.step), text, model.batch)
         loss, grads = jax.value_and_grad(model.batch_loss)(run.params, batch)
         updates, opt_state = optimizer.update(grads, run.opt_state, run.params)
         params: Any = optax.apply_updates(run.params, updates)
@@ -173,7 +178,7 @@ def _make_step(
             loss=loss,
             norm=None if _is_recorded(opt_state) else optaxclip.global_norm(grads),
             finite=jnp.stack([jnp.isfinite(x).all() for x in (loss, *jax.tree.leaves(grads))]).all(),
-            clipped=last_update_clipped(opt_state),
+            clipped=last_step_changed(opt_state),
         )
         log = jax.tree.map(lambda column, now: column.at[run.step].set(now), run.log, seen)
         return Run(params, opt_state, run.step + 1, log), loss
@@ -185,8 +190,8 @@ def _is_recorded(opt_state: Any) -> bool:
     return bool(optax.tree.get_all_with_path(opt_state, "clip_stats"))
 
 
-@jax.jit
-def _held_out_loss(params: model.Params, text: jax.Array) -> jax.Array:
-    # In pieces, so that a long text needs no more memory than a short one.
-    losses = jax.lax.map(lambda sequence: model.sequence_loss(params, sequence), text, batch_size=256)
+@partial(jax.jit, static_argnums=0)
+def _loss_in_pieces(batch_loss: Callable[[Any, jax.Array], jax.Array], params: Any, text: jax.Array) -> jax.Array:
+    """In pieces, so that a long text needs no more memory than a short one."""
+    losses = jax.lax.map(lambda sequence: batch_loss(params, sequence[None]), text, batch_size=128)
     return losses.mean()

@@ -1,4 +1,4 @@
-"""Whether a clip changed anything, for any transformation: optax's clips say nothing about it."""
+"""Whether a clip or a skip changed anything, for any transformation: optax's clips don't say."""
 
 from typing import Any, NamedTuple
 
@@ -22,7 +22,8 @@ class WatchState(NamedTuple):
 def watch(clip: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """`clip`, and in its state whether it changed the last updates.
 
-    It compares what goes in with what comes out, inside the step: no host traffic, but a pass over the updates.
+    It compares what goes in with what comes out, inside the step. That takes no traffic with the host, but one pass
+    over the updates.
     """
     clip = optax.with_extra_args_support(clip)
 
@@ -40,6 +41,9 @@ def watch(clip: optax.GradientTransformation) -> optax.GradientTransformationExt
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def last_update_clipped(opt_state: Any) -> jax.Array | None:
-    """What the `watch` in an optimizer's state saw last; None if there is none in it."""
+def last_step_changed(opt_state: Any) -> jax.Array | None:
+    """Whether the last step was clipped, or skipped; None if the optimizer does neither."""
+    skipped_in_row = optax.tree.get(opt_state, "skipped_in_row")
+    if skipped_in_row is not None:
+        return skipped_in_row > 0
     return optax.tree.get(opt_state, "last_update_clipped")

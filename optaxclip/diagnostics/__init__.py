@@ -1,8 +1,7 @@
-"""What a history of gradient norms says: a summary in numbers, what other clippers would have done, and a figure.
+"""Analyzes a history of gradient norms: a summary in numbers, what other clippers would have done, and a figure.
 
-A history is a vector of norms, one per step, measured before the clip: any array, or what a clipper with `record=` has
-kept (`from_state`). NumPy computes `summary` on the host. `replay` runs the thresholds themselves. Only `plot` needs
-matplotlib.
+A history is a vector of norms before the clip, one per step: any array, or the record of a clipper with `record=`
+(`from_state`). `summary` uses NumPy on the host. `replay` runs the thresholds themselves. Only `plot` needs matplotlib.
 """
 
 from optaxclip.diagnostics.histories import from_state

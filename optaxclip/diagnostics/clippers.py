@@ -1,4 +1,4 @@
-"""Clippers that can be replayed: what they would measure of the updates that a history is of, and permit of it."""
+"""Clippers for replays: what they measure of the updates behind a history, and what they permit."""
 
 import math
 from collections.abc import Mapping
@@ -15,14 +15,14 @@ from optaxclip.core import Clip, MadeOf, Norms, Threshold, permit, shapes_of
 from optaxclip.diagnostics.histories import ONE_GROUP, History
 
 Clipper = optax.GradientTransformation
-UNKNOWN = ("one/leaf", "another/leaf")  # stand for the leaves of a history that does not say which it is of
+UNKNOWN = ("one/leaf", "another/leaf")  # in place of the leaves of a history, if they are unknown
 
 
 def named(clippers: tuple[Clipper, ...], by_name: Mapping[str, Clipper]) -> dict[str, MadeOf]:
-    """What each clipper was made of, by its name; those without a name are numbered.
+    """Returns what each clipper was made of, by its name. Clippers without a name are numbered.
 
     Raises:
-      ValueError: if one was not made by `clip_by`.
+      ValueError: if a clipper was not made by `clip_by`.
     """
     numbered = {f"clipper {number}": each for number, each in enumerate(clippers, 1)}
     return {name: _made_of(name, each) for name, each in (numbered | dict(by_name)).items()}
@@ -42,7 +42,7 @@ class Permitted(NamedTuple):
     """What a clipper permits over a history, in arrays of shape (n, G).
 
     Attributes:
-      limit: the upper end of the band; inf where nothing bounds.
+      limit: the upper end of the band; inf if there is no bound.
       norm_after: the norm after the clip.
       clipped: whether the clip scaled the group.
     """
@@ -53,16 +53,18 @@ class Permitted(NamedTuple):
 
 
 def permitted(name: str, made_of: MadeOf, history: History) -> Permitted:
-    """Asks the threshold of a clipper about each step of a history, in order and from its initial state.
+    """Asks a clipper's threshold about each step of a history, in order and from its initial state.
 
     Raises:
-      ValueError: if the clipper does not measure the groups of the history, or asks for more than their norms.
+      ValueError: if the clipper measures other groups than the history has, or needs more than their norms.
     """
     measured = _measured(name, made_of, history)
     order = _order(name, trees.paths(measured), history.groups)
 
     def no_params() -> Norms:
-        raise ValueError(f"{name} can't be replayed: its threshold asks for the parameters, which no history has")
+        raise ValueError(
+            f"{name} can't be replayed: its threshold asks for the parameters, but a history has only norms"
+        )
 
     limits, goals, changed = jax.device_get(
         _scan(made_of.threshold, measured, jnp.asarray(history.norms[:, order]), no_params)
@@ -76,7 +78,7 @@ def permitted(name: str, made_of: MadeOf, history: History) -> Permitted:
 
 
 def _scan(threshold: Threshold, measured: Norms, rows: jax.Array, param_norms: Any) -> Any:
-    """The limit of each norm, the norm that it is brought to, and whether it is brought there at all."""
+    """Returns the limit of each norm, the norm that the clip aims at, and whether it scales at all."""
     treedef = jax.tree.structure(measured)
 
     def step(state: Any, row: jax.Array) -> Any:
@@ -93,7 +95,7 @@ def _scan(threshold: Threshold, measured: Norms, rows: jax.Array, param_norms: A
 
 
 def _measured(name: str, made_of: MadeOf, history: History) -> Norms:
-    """What the clipper's norm measures of the updates that a history is of, as shapes."""
+    """Returns the shapes that the clipper's norm measures of the updates behind a history."""
     updates = _tree(history.leaves or UNKNOWN)
     try:
         measured = shapes_of(made_of.norm, updates, None)
@@ -101,14 +103,14 @@ def _measured(name: str, made_of: MadeOf, history: History) -> Norms:
         raise ValueError(f"{name} can't be replayed on these norms: {error}") from error
     if any(norm.shape for norm in jax.tree.leaves(measured)):
         raise ValueError(
-            f"{name} can't be replayed on these norms: {made_of.norm} measures parts of leaves, and a history has at "
+            f"{name} can't be replayed on these norms: {made_of.norm} measures parts of leaves, but a history has at "
             "most one norm per leaf"
         )
     return jax.tree.map(lambda norm: jax.ShapeDtypeStruct(norm.shape, history.norms.dtype), measured)
 
 
 def _tree(leaves: tuple[str, ...]) -> Tree:
-    """Matrices at these paths, as nested dicts."""
+    """Returns shapes of matrices at these paths, as nested dicts."""
     tree: dict[str, Any] = {}
     for path in leaves:
         *above, last = path.split("/")
@@ -120,17 +122,19 @@ def _tree(leaves: tuple[str, ...]) -> Tree:
 
 
 def _order(name: str, paths: list[str], groups: tuple[str, ...] | None) -> list[int]:
-    """The column of a history for each group of a clipper."""
+    """Returns the column of a history for each group of a clipper."""
     if len(paths) == 1 and groups == ONE_GROUP:
         return [0]
     if groups is None:
-        raise ValueError("this record does not know the names of its groups; migrate and the next step bring them back")
+        raise ValueError(
+            "this record does not know the names of its groups: restore them with optaxclip.migrate, or run a step"
+        )
     if set(paths) != set(groups):
         if groups == ONE_GROUP:
-            differs = "it measures several per step, and there is one"
+            differs = "it measures several per step, but there is one"
         elif len(paths) == 1:
-            differs = f"it measures one per step, and there is one for each of {trees.listed(list(groups))}"
+            differs = f"it measures one per step, but there is one for each of {trees.listed(list(groups))}"
         else:
-            differs = f"its groups are {trees.listed(paths)}, and theirs {trees.listed(list(groups))}"
+            differs = f"its groups are {trees.listed(paths)}, but theirs are {trees.listed(list(groups))}"
         raise ValueError(f"{name} can't be replayed on these norms: {differs}")
     return [groups.index(path) for path in paths]

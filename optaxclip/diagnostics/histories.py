@@ -1,4 +1,4 @@
-"""Where a history of norms comes from: an array, or the record in an optimizer's state."""
+"""Reads a history of norms from an array, or from the record in an optimizer's state."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from optaxclip._arrays.trees import Tree
 from optaxclip.records import reader
 from optaxclip.records.reader import KEPT, Recorded
 
-LAST = "last"  # which history: the last steps, or those that led to the first one that was not finite
+LAST = "last"  # a value of `history`: the last steps. The other one is `KEPT`
 ONE_GROUP = ("",)  # a single norm has no path
 
 
@@ -19,12 +19,12 @@ class History(NamedTuple):
     """Norms over the steps, of one group or several.
 
     Attributes:
-      steps: whole numbers of shape (n,), counted from 1.
+      steps: integers of shape (n,), counted from 1.
       norms: floats of shape (n, G).
-      groups: the paths of the groups; None where a record does not know them.
-      leaves: the paths of the leaves that were measured; none where they are not known.
-      limits: of the clipper that recorded the norms, of the same shape; None for norms without a record.
-      scales: by what it multiplied, likewise.
+      groups: the paths of the groups; None if a record does not know them.
+      leaves: the paths of the measured leaves; empty if they are unknown.
+      limits: the limits of the clipper that recorded the norms, of the same shape; None without a record.
+      scales: the factors of that clipper, of the same shape; None without a record.
     """
 
     steps: np.ndarray
@@ -36,21 +36,23 @@ class History(NamedTuple):
 
 
 def history_of(norms: Tree, place: str, history: str) -> History:
-    """A history from a vector of norms, or from the record in a state.
+    """Returns a history from a vector of norms, or from the record in a state.
 
     Args:
-      norms: either of these.
-      place: which record, as `from_state` takes it.
-      history: which of its steps.
+      norms: a vector of norms, or a state.
+      place: which record, as in `from_state`.
+      history: which of its steps, as in `from_state`.
 
     Raises:
-      ValueError: if `norms` is neither, or the other two fit no record in it.
+      ValueError: if `norms` is neither, or if `place` or `history` do not fit.
     """
     if not reader.is_recorded(norms):
         vector = _as_measured(norms)
         _require_choice(place, history)
         if place or history != LAST:
-            raise ValueError(f"place={place!r} and history={history!r} choose from a state, and norms is a vector")
+            raise ValueError(
+                f"place={place!r} and history={history!r} choose from a state, but norms is a vector: leave them out"
+            )
         return History(np.arange(1, len(vector) + 1), vector[:, None])
     record = _record_at(norms, place, history)
     number = record.norm.shape[1]
@@ -59,11 +61,11 @@ def history_of(norms: Tree, place: str, history: str) -> History:
 
 
 def _as_measured(norms: Tree) -> np.ndarray:
-    """A vector in the dtype in which a clipper measures: float64 for norms of float64 leaves, float32 else."""
+    """Returns a vector in the dtype of a clipper's norms: float64 for float64 leaves, else float32."""
     vector = checked(norms)
     is_wide = np.asarray(norms).dtype == np.float64 and jax.dtypes.canonicalize_dtype(np.float64) == np.float64
     info = np.finfo(np.float64 if is_wide else np.float32)
-    # As a measured norm: at most the largest float where it is finite, and 0 below the smallest normal one.
+    # Like a measured norm: finite ones are at most the largest float, and 0 below the smallest normal one.
     in_range = np.where(np.isinf(vector), vector, np.minimum(vector, float(info.max)))
     return np.where(vector < info.tiny, 0, in_range).astype(info.dtype)
 
@@ -74,7 +76,7 @@ def _require_choice(place: str, history: str) -> None:
 
 
 def _record_at(opt_state: Tree, place: str, history: str) -> Recorded:
-    """The record at a place, which need not be named where there is one only."""
+    """Returns the record at a place. If there is only one record, the place may be empty."""
     _require_choice(place, history)
     records = reader.recorded(opt_state, KEPT if history == KEPT else True)
     if not place and len(records) == 1:
@@ -85,20 +87,20 @@ def _record_at(opt_state: Tree, place: str, history: str) -> Recorded:
 
 
 def checked(norms: Tree) -> np.ndarray:
-    """A history as a float64 vector.
+    """Returns a history as a float64 vector.
 
     Raises:
-      ValueError: if it has not one dimension, is not real, or has a negative number in it.
+      ValueError: if it is no vector, not real, or has a negative number in it.
     """
     try:
-        # `optax.EmptyState` would be a vector of no norms.
+        # `np.asarray(optax.EmptyState())` would be an empty vector of norms.
         history = np.empty((), object) if hasattr(norms, "_fields") else np.asarray(norms)
     except (TypeError, ValueError):
         history = np.empty((), object)  # a tree of arrays or a key, refused below
     if history.ndim != 1 or not (history.dtype.kind in "fiu" or history.dtype.name == "bfloat16"):
         raise ValueError(
             f"norms must be a vector of real numbers, got shape {history.shape} of {history.dtype}; "
-            "from_state(opt_state) takes them out of the state of a clipper that was built with record="
+            "diagnostics.from_state(opt_state) reads them from the state of a clipper that was built with record="
         )
     history = history.astype(np.float64)
     if (history < 0).any():
@@ -108,23 +110,23 @@ def checked(norms: Tree) -> np.ndarray:
 
 
 def from_state(opt_state: Tree, *, place: str = "", group: str = "", history: str = LAST) -> np.ndarray:
-    """The norms that a clipper with `record=` has in an optimizer's state: up to k steps, oldest first.
+    """Returns the norms that a clipper with `record=k` has in an optimizer's state: up to k steps, oldest first.
 
-    They are measured before the clip, so the clip does not hide what came in. `clip_by_global_norm(math.inf, record=k)`
+    They are measured before the clip, so the clip does not hide spikes. `clip_by_global_norm(math.inf, record=k)`
     records the global norm and clips nothing.
 
     Args:
       opt_state: the state of any chain, wrapper or nesting of these.
-      place: which record is meant where there are several, as `clip_stats` leads its keys: "0" for "0/clip_norm".
-      group: the path of one group, a leaf say, where the record has several.
-      history: "last" for the last steps; "first_nonfinite" for those that led to the first step that was not finite,
-        and a few after it, however long ago that was.
+      place: which record, if there are several: the start of its keys in `clip_stats`, "0" for "0/clip_norm".
+      group: the path of one group, for example of a leaf, if the record has several.
+      history: "last" (the default) for the last steps; "first_nonfinite" for the steps up to the first one that was not
+        finite, and a few after it, however long ago that was.
 
     Returns:
       A vector of up to k floats.
 
     Raises:
-      ValueError: if there is no record; if there are several and no such place, or several groups and no such group.
+      ValueError: if there is no record, or if `place` or `group` names none of several.
 
     Example:
       >>> import jax.numpy as jnp
@@ -159,10 +161,10 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def ordinary(history: np.ndarray) -> np.ndarray:
-    """Which steps have a norm that is finite and positive."""
+    """Returns which steps have a norm that is finite and positive."""
     return np.isfinite(history) & (history > 0)
 
 
 def ordinary_norms(history: np.ndarray) -> np.ndarray:
-    """The norms that are finite and positive, in order."""
+    """Returns the norms that are finite and positive, in order."""
     return history[ordinary(history)]

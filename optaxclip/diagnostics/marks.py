@@ -1,6 +1,6 @@
-"""What may be in a panel of a figure: a curve, a limit, and marks for what was clipped, lost or too large.
+"""Draws the contents of a panel: a curve, a limit, and marks for clipped, lost and too large norms.
 
-Colours only help: dashes, ticks, triangles and hatching tell things apart in black and white.
+Nothing depends on colours: dashes, ticks, triangles and hatching distinguish everything in black and white.
 """
 
 import math
@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 
 INK, MARK, BAND, FAINT = "#202020", "#c51b00", "#2166ac", "#c8c8c8"
-TRIANGLES = 30  # so many fit side by side
-DASHED = {"color": MARK, "linewidth": 1.0, "linestyle": (0, (4, 2))}  # of a limit
+TRIANGLES = 30  # that fit side by side
+DASHED = {"color": MARK, "linewidth": 1.0, "linestyle": (0, (4, 2))}  # for a limit
 
 
 def draw_below(axes: Any, steps: np.ndarray, values: np.ndarray, top: float, label: str) -> None:
-    """A curve where it stays below `top`; where it does not, triangles, and the largest number that is not shown.
+    """Draws a curve up to `top`. Values above it become triangles, with a note of the largest one.
 
-    One number of 1e25 would squeeze all others into a line.
+    Otherwise a single 1e25 would squeeze all other values into a line.
     """
-    values = values.astype(np.float64)  # `top` may be beyond float32
+    values = values.astype(np.float64)  # `top` may exceed float32
     shown = np.where(np.isfinite(values), np.minimum(values, top), np.nan)
     axes.plot(steps, shown, color=INK, linewidth=0.8, label=label, **_dots(shown))
     above = np.flatnonzero(np.isfinite(values) & (values > top))
@@ -32,12 +32,12 @@ def draw_below(axes: Any, steps: np.ndarray, values: np.ndarray, top: float, lab
 
 
 def draw_limit(axes: Any, steps: np.ndarray, limit: np.ndarray, label: str, style: dict[str, Any]) -> None:
-    """A limit over the steps; where it bounds nothing there is no line."""
+    """Draws a limit over the steps, with gaps where nothing bounds."""
     axes.plot(steps, np.where(np.isfinite(limit), limit, np.nan), label=label, **style)
 
 
 def hatch_nonfinite(axes: Any, steps: np.ndarray, values: np.ndarray) -> None:
-    """Hatches the steps whose number is infinite or NaN, and says so if that is how it ends."""
+    """Hatches the steps whose value is infinite or NaN, with a note if the last one is."""
     lost = ~np.isfinite(values)
     runs = _runs(steps, lost)
     for first, length in runs:
@@ -48,7 +48,7 @@ def hatch_nonfinite(axes: Any, steps: np.ndarray, values: np.ndarray) -> None:
 
 
 def tick_off(axes: Any, steps: np.ndarray, which: np.ndarray, label: str) -> None:
-    """Ticks along the lower edge at some of the steps; they are a bar where all of them are meant."""
+    """Draws ticks along the lower edge at some steps. Adjacent ticks form a bar."""
     ticks = [(first - 0.5, length) for first, length in _runs(steps, which)]
     below = axes.get_xaxis_transform()  # steps to the right, parts of the panel upwards
     if ticks:
@@ -56,12 +56,12 @@ def tick_off(axes: Any, steps: np.ndarray, which: np.ndarray, label: str) -> Non
 
 
 def norm_range(norm: np.ndarray, limits: Sequence[np.ndarray], beyond: float) -> tuple[float, float]:
-    """From below the smallest norm to above most: the few that are far larger leave the panel.
+    """Returns the range of the vertical axis: from below the smallest norm to above most norms.
 
     Args:
       norm: the norms.
-      limits: what is drawn beside them; a twentieth of each may leave the panel.
-      beyond: how many times the 95th percentile of the norms is far larger.
+      limits: the limits in the same panel; a twentieth of each may leave the panel.
+      beyond: norms may leave the panel above this many times their 95th percentile.
     """
     norm = _positive(norm, otherwise=np.ones(1))
     limits = [_positive(limit, otherwise=norm) for limit in limits]
@@ -69,24 +69,24 @@ def norm_range(norm: np.ndarray, limits: Sequence[np.ndarray], beyond: float) ->
     highest = max([min(norm.max(), beyond * np.quantile(norm, 0.95)), *(np.quantile(limit, 0.95) for limit in limits)])
     bottom, top = math.log10(lowest), math.log10(highest)
     height = max(top - bottom, 1.0)
-    return 10 ** (bottom - 0.2 * height), 10 ** (top + 0.1 * height)  # room for the ticks below, and for a note above
+    return 10 ** (bottom - 0.2 * height), 10 ** (top + 0.1 * height)  # room for ticks below and a note above
 
 
 def _positive(values: np.ndarray, otherwise: np.ndarray) -> np.ndarray:
-    """Those that a logarithmic axis can show, or `otherwise` if there are none."""
-    values = values.astype(np.float64)  # 30 times a large float32 is no float32
+    """Returns the values that a logarithmic axis can show, or `otherwise` if there are none."""
+    values = values.astype(np.float64)  # multiples of a large float32 overflow
     shown = values[np.isfinite(values) & (values > 0)]
     return shown if shown.size else otherwise
 
 
 def _runs(steps: np.ndarray, which: np.ndarray) -> list[tuple[int, int]]:
-    """The first step, and the length, of each run of True."""
+    """Returns the first step and the length of each run of True."""
     edges = np.flatnonzero(np.diff(which.astype(np.int8), prepend=0, append=0))
     return [(int(steps[start]), int(stop - start)) for start, stop in edges.reshape(-1, 2)]
 
 
 def _dots(values: np.ndarray) -> dict[str, Any]:
-    """A number without neighbours is no line, but a dot; where there are few numbers each gets one."""
+    """Returns a style with dots for values without neighbours, which have no line. If values are few, all get dots."""
     if len(values) < TRIANGLES:
         return {"marker": "o", "markersize": 2}
     missing = np.pad(np.isnan(values), 1, constant_values=True)

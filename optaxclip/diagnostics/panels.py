@@ -9,7 +9,7 @@ from typing import Any
 DPI = 200
 COLUMNS = 3
 PANEL = (2.8, 1.55)  # inches
-LEGEND_COLUMNS = (2, 4, 6)  # so many entries fit above one, two or three panels
+LEGEND_COLUMNS = (2, 4, 6)  # entries that fit above one, two or three panels
 STYLE: dict[Any, Any] = {
     "axes.linewidth": 0.6,
     "axes.spines.right": False,
@@ -30,33 +30,33 @@ STYLE: dict[Any, Any] = {
 
 @contextmanager
 def styled(width: float, height: float) -> Generator[Any, None, None]:
-    """An empty figure of so many inches, to be filled in within the context.
+    """Opens an empty figure of `width` x `height` inches. Fill it inside the context.
 
     Raises:
-      ImportError: if matplotlib is missing, with what to install.
+      ImportError: if matplotlib is missing, with the command that installs it.
     """
     try:
         mpl = import_module("matplotlib")
     except ImportError as error:
         raise ImportError("figures need matplotlib: pip install 'optaxclip[demo]'") from error
-    # Not pyplot, which looks for a screen and keeps every figure: a plain Figure draws PNGs with Agg.
+    # Not pyplot, which looks for a screen and keeps every figure. A plain Figure draws PNGs with Agg.
     from matplotlib.figure import Figure  # noqa: PLC0415
 
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure
-        for axes in figure.axes:  # ticks are made when they are drawn, by the style that holds then
+        for axes in figure.axes:  # ticks take the style at drawing time
             axes.tick_params(which="both", labelsize=STYLE["xtick.labelsize"])
 
 
 @contextmanager
 def grid(titles: Sequence[str], label: str, *, sharey: bool) -> Generator[tuple[Any, list[Any]], None, None]:
-    """A figure of one panel per title, in order, over the same steps.
+    """Opens a figure with one panel per title, in order, over the same steps.
 
     Args:
-      titles: of the panels.
-      label: of the vertical axes.
-      sharey: whether they are the same.
+      titles: the titles of the panels.
+      label: the label of the vertical axes.
+      sharey: whether all panels share the vertical axis.
     """
     columns = min(COLUMNS, len(titles))
     rows = math.ceil(len(titles) / columns)
@@ -76,18 +76,18 @@ def grid(titles: Sequence[str], label: str, *, sharey: bool) -> Generator[tuple[
 
 
 def count_steps(axes: Any) -> None:
-    """Whole numbers alone at the lower axis."""
+    """Shows only integers on the lower axis."""
     axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
 
 
 def add_legend(figure: Any, used: Sequence[Any], *, order: Sequence[str] = (), columns: int | None = None) -> None:
-    """One legend for all panels, above them: what is in any of them, once.
+    """Draws one legend above all panels, with each entry once.
 
     Args:
       figure: the figure.
       used: its panels.
-      order: which entries come first, and in which order.
-      columns: of the legend; as many as fit above a grid of panels if it is None.
+      order: the entries that come first, in this order.
+      columns: the number of columns; None for as many as fit above the grid.
     """
     handles: dict[str, Any] = {}
     for axes in used:

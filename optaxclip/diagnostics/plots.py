@@ -1,4 +1,4 @@
-"""Norms as a figure: what came in, what was permitted, what was clipped."""
+"""Draws norms: before the clip, what was permitted, and what was clipped."""
 
 import math
 from collections.abc import Sequence
@@ -28,9 +28,9 @@ from optaxclip.records.recorder import excess
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-BEYOND = 1000.0  # times the 95th percentile: larger norms leave the axes
+BEYOND = 1000.0  # times the 95th percentile; larger norms are drawn at the end of the axes
 PANELS = 6  # groups in one figure
-STYLES: list[dict[str, Any]] = [  # of limits; dashes tell them apart in black and white
+STYLES: list[dict[str, Any]] = [  # of limits; dashes distinguish them in black and white
     {"color": "#2166ac", "linewidth": 1.2, "linestyle": (0, (7, 2))},
     {"color": "#c51b00", "linewidth": 1.4, "linestyle": (0, (1, 1))},
     {"color": "#1b7837", "linewidth": 1.2, "linestyle": (0, (7, 1.5, 1, 1.5))},
@@ -40,7 +40,7 @@ STYLES: list[dict[str, Any]] = [  # of limits; dashes tell them apart in black a
 
 
 class Limit(NamedTuple):
-    """What a clipper did or would have done: its limits and what it clipped, of shape (n, G), and how it is drawn."""
+    """What a clipper did or would have done: limits and clipped steps, of shape (n, G), and how to draw them."""
 
     label: str
     limit: np.ndarray
@@ -51,28 +51,28 @@ class Limit(NamedTuple):
 def plot(norms: Tree, *clippers: Clipper, place: str = "", history: str = LAST, **named_clippers: Clipper) -> "Figure":
     """Draws norms over the steps, with what the clipper that recorded them did, or what others would have done.
 
-    Spikes, as `summary` counts them, are marked, and steps that are not finite are hatched. Steps that were clipped
-    have a tick at the lower edge: those of the record, or of the only clipper. Norms more than 1,000 times the 95th
-    percentile are drawn at the axes' end. Norms of 0 have no place on logarithmic axes.
+    Spikes, as `summary` defines them, are marked. Steps that are not finite are hatched. Clipped steps, of the record
+    or of the only clipper, have a tick at the lower edge. Norms of more than 1,000 times the 95th percentile are drawn
+    at the end of the axes. Norms of 0 are not drawn, because the axes are logarithmic.
 
-    A single norm gets a histogram besides, and the share of the steps that each fixed bound would have clipped; every
-    clipper is marked there at its median limit. Of several groups there is a panel for each of the six that were
-    furthest outside their bands. Limits of clippers are those of `replay`, of an open loop.
+    For a single norm there are two more panels: a histogram, and the share of steps that each fixed bound would have
+    clipped. There, every clipper is marked at its median limit. For several groups there is one panel for each of the
+    six groups that were furthest outside their bands. The limits of clippers are those of `replay`, in an open loop.
 
     Args:
       norms: a history of norms, a vector or list, one per step; or an optimizer's state with the record of a clipper.
-      *clippers: up to five clippers whose limits are drawn, as `replay` takes them.
-      place: which record of the state is meant, as `from_state` takes it.
-      history: which of its steps, as `from_state` takes it.
-      **named_clippers: clippers by the name that the legend gives them.
+      *clippers: clippers whose limits are drawn, as in `replay`; at most five, with the named ones.
+      place: which record of the state, as in `from_state`.
+      history: which of its steps, as in `from_state`.
+      **named_clippers: clippers with a name for the legend.
 
     Returns:
       A matplotlib Figure. Save it with `figure.savefig("norms.png")`.
 
     Raises:
       ImportError: if matplotlib is missing; it comes with the extra `demo`.
-      ValueError: if `norms` is neither a history nor a state with a record, or no norm is finite and positive; if there
-        are too many clippers, or one that `replay` refuses.
+      ValueError: if `norms` is neither a history nor a state with a record, if no norm is finite and positive, if there
+        are too many clippers, or if `replay` refuses one of them.
 
     Example:
       >>> import optaxclip
@@ -100,7 +100,7 @@ def plot(norms: Tree, *clippers: Clipper, place: str = "", history: str = LAST, 
 
 
 def _recorded(given: History, *, beside: bool) -> list[Limit]:
-    """What the record says of its own clipper, if there is one and it had a limit."""
+    """Returns what the record says of its own clipper; an empty list without a record."""
     if given.limits is None or given.scales is None:
         return []
     name = "recorded limit" if beside else "limit"
@@ -112,7 +112,7 @@ def _limit(name: str, limit: np.ndarray, clipped: np.ndarray, style: dict[str, A
 
 
 def _order(limits: Sequence[Limit]) -> list[str]:
-    """Of the legend."""
+    """Returns the order of the legend."""
     return ["norm", *(each.label for each in limits), "clipped steps", "spike", "beyond the axis", "not finite"]
 
 
@@ -132,7 +132,7 @@ def _several_groups(given: History, limits: Sequence[Limit]) -> "Figure":
 
 
 def _furthest_outside(given: History) -> list[int]:
-    """The groups to show, in their order."""
+    """Returns the groups to show, in their order."""
     with np.errstate(all="ignore"):
         worst = excess(np, given.norms, given.limits, given.scales).max(axis=0)
     return sorted(np.argsort(-worst, kind="stable")[:PANELS].tolist())
@@ -182,7 +182,7 @@ def _draw_histogram(axes: Any, norm: np.ndarray, limits: Sequence[Limit], top: f
     bins = int(np.clip(2 * math.sqrt(len(logs)), 10, 80))
     axes.hist(logs, bins=bins, color=BAND, alpha=0.4, edgecolor=INK, linewidth=0.4)
     axes.set_yscale("log")
-    axes.set_ylim(bottom=0.7)  # one step is a bar too
+    axes.set_ylim(bottom=0.7)  # so that a single step has a bar
     for each in limits:
         if middle := _middle(each):
             axes.axvline(math.log10(middle), **each.style)
@@ -208,6 +208,6 @@ def _draw_share(axes: Any, norm: np.ndarray, limits: Sequence[Limit], top: float
 
 
 def _middle(each: Limit) -> float:
-    """The median of the limits of a single group; 0 where a logarithmic axis can't show it."""
+    """Returns the median of the limits of a single group; 0 if a logarithmic axis can't show it."""
     middle = float(np.median(each.limit))
     return middle if math.isfinite(middle) else 0.0

@@ -1,4 +1,4 @@
-"""What other clippers would have done with the norms of a run."""
+"""Replays the norms of a run through other clippers."""
 
 import dataclasses
 import math
@@ -14,17 +14,17 @@ from optaxclip.diagnostics.histories import LAST, ONE_GROUP, History, history_of
 from optaxclip.diagnostics.summaries import is_spike
 from optaxclip.diagnostics.tables import table
 
-SHOWN_SPIKES = 8  # rows; of more spikes, the largest
+SHOWN_SPIKES = 8  # the largest ones, one row each
 OPEN_LOOP = "Open loop: these are the norms of the run as it was; another clipper would have changed the later ones."
 
 
 class Replayed(NamedTuple):
-    """What one clipper would have done, in arrays of the shape of the norms.
+    """What one clipper would have done, in arrays with the shape of the norms.
 
     Attributes:
-      limit: the upper end of the band of each step, from which on a norm would have been clipped; inf for none.
+      limit: the upper end of the band in each step: larger norms would have been clipped. inf if there is no bound.
       norm_after: the norm after the clip.
-      clipped: whether it would have been scaled.
+      clipped: whether the norm would have been scaled.
 
     See also:
       `replay`.
@@ -36,7 +36,7 @@ class Replayed(NamedTuple):
 
     @property
     def clipped_share(self) -> float:
-        """The share of all steps in which some group would have been scaled; NaN without steps."""
+        """Returns the share of all steps in which some group would have been scaled; NaN without steps."""
         if not len(self.clipped):
             return math.nan
         return float(np.mean(self.clipped.reshape(len(self.clipped), -1).any(axis=1)))
@@ -48,9 +48,9 @@ class Replay:
 
     Attributes:
       steps: the steps, counted from 1.
-      norms: what went into every clipper: one norm per step, or one per step and group.
+      norms: the norms before the clip: one per step, or one per step and group.
       groups: the paths of the groups, one per column of the norms; ("",) for a single norm.
-      spikes: which norms are spikes, as `summary` says of the norms of a group; of the shape of the norms.
+      spikes: which norms are spikes within their group, as `summary` defines them. It has the shape of the norms.
       clippers: the `Replayed` of each clipper, by name.
 
     See also:
@@ -64,31 +64,32 @@ class Replay:
     clippers: Mapping[str, Replayed]
 
     def __repr__(self) -> str:
-        """A line per clipper, and a line per spike."""
+        """Returns a table with a line per clipper, and one with a line per spike."""
         parts = [f"{_heading(self)}\n{OPEN_LOOP}", _table_of_clippers(self)]
         return "\n\n".join(parts + ([_table_of_spikes(self)] if self.spikes.any() else []))
 
 
 def replay(norms: Tree, *clippers: Clipper, place: str = "", history: str = LAST, **named_clippers: Clipper) -> Replay:
-    """What each clipper would have done on recorded norms: its limits, the norms after it, the share clipped.
+    """Replays recorded norms through clippers: the limits, the norms after the clip, and the share clipped.
 
-    The loop is open: the norms are those of the run as it was. Under another clipper the parameters, and with them the
-    later norms, would have been others. Each clipper starts afresh at the first of these norms, as in a new run, and
-    its limits are those of the transformation itself, bit for bit.
+    The loop is open: the norms are those of the recorded run. With another clipper the parameters would have been
+    different, and so would the later norms. Each clipper starts from its initial state, as in a new run. Its limits are
+    those of the transformation itself, bit for bit.
 
     Args:
       norms: a history of norms, a vector or list, one per step; or an optimizer's state with the record of a clipper.
-      *clippers: what is tried, each made by `clip_by` or a method over it, as `zclip()`; called "clipper 1" and so on.
-      place: which record of the state is meant, as `from_state` takes it.
-      history: which of its steps, as `from_state` takes it.
-      **named_clippers: clippers by the name that the result gives them.
+      *clippers: clippers made by `clip_by` or a method built on it, such as `zclip()`. The result calls them
+        "clipper 1" and so on.
+      place: which record of the state, as in `from_state`.
+      history: which of its steps, as in `from_state`.
+      **named_clippers: clippers with a name for the result.
 
     Returns:
       A `Replay`, which prints as a table.
 
     Raises:
-      ValueError: if `norms` is neither a history nor a state with a record, or there is no clipper; if one was not made
-        by `clip_by`, asks for parameters, or has other groups than the norms.
+      ValueError: if `norms` is neither a history nor a state with a record, if there is no clipper, or if a clipper was
+        not made by `clip_by`, needs parameters, or measures other groups than the norms are of.
 
     Example:
       >>> import optaxclip
@@ -110,12 +111,12 @@ def replay(norms: Tree, *clippers: Clipper, place: str = "", history: str = LAST
       31      50      2      1
 
     Notes:
-      - Groups: a vector is of one group, and so must the clippers be. A record of several groups, one per leaf or
-        label, fits clippers that measure the same groups.
-      - Edge cases: norms that are 0, infinite or NaN pass, as they do in a run, and the limit of such a step bounds
-        nothing where the threshold follows the norms. The norms are taken as they are: nothing tells whether the
-        clipper would have measured the same ones, of another order say.
-      - Cost: one `jax.lax.scan` per clipper over all steps, compiled anew in every call.
+      - Groups: a vector has one group, so each clipper must measure one norm. A record with several groups, one per
+        leaf or label, fits clippers that measure the same groups.
+      - Edge cases: norms that are 0, infinite or NaN pass, as they do in a run. If the threshold follows the norms, the
+        limit of such a step bounds nothing. `replay` can't tell whether the clipper would have measured the same norms:
+        a clipper by 1-norms accepts 2-norms.
+      - Cost: one `jax.lax.scan` per clipper over all steps, which is compiled in every call.
 
     See also:
       `plot`, for the same as a figure; `summary`, for the norms alone.
@@ -133,12 +134,12 @@ def replay(norms: Tree, *clippers: Clipper, place: str = "", history: str = LAST
 
 
 def _shaped(columns: np.ndarray) -> np.ndarray:
-    """Without the axis of groups where there is one only."""
+    """Drops the axis of groups if there is only one."""
     return columns[:, 0] if columns.shape[1] == 1 else columns
 
 
 def spikes_of(history: History) -> np.ndarray:
-    """Which norms of each group are spikes."""
+    """Returns which norms of each group are spikes."""
     return np.stack([is_spike(column.astype(np.float64)) for column in history.norms.T], axis=1)
 
 
@@ -163,7 +164,7 @@ def _table_of_clippers(found: Replay) -> str:
 
 
 def _table_of_spikes(found: Replay) -> str:
-    """What would have become of the largest spikes, in their order."""
+    """Shows the largest spikes, in their order, with the norms after each clipper."""
     spikes = np.argwhere(found.spikes.reshape(len(found.steps), -1))
     before, *after = (each.reshape(len(found.steps), -1) for each in _norms(found))
     largest = np.argsort(-before[tuple(spikes.T)], kind="stable")[:SHOWN_SPIKES]
@@ -179,7 +180,7 @@ def _table_of_spikes(found: Replay) -> str:
 
 
 def _norms(found: Replay) -> list[np.ndarray]:
-    """Before any clip, and after each."""
+    """Returns the norms before any clip, and after each clipper."""
     return [found.norms, *(done.norm_after for done in found.clippers.values())]
 
 

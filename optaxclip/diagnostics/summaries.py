@@ -1,4 +1,4 @@
-"""What a history of norms looks like: percentiles, tail, spikes, drift, and what a bound would have clipped."""
+"""Summarizes a history of norms: percentiles, tail, spikes, drift, and what a bound would have clipped."""
 
 import dataclasses
 import math
@@ -14,28 +14,30 @@ from optaxclip.diagnostics.histories import checked, ordinary
 PERCENTILES = (1.0, 10.0, 50.0, 90.0, 99.0, 100.0)
 WINDOW = 64  # steps that a spike is compared with
 SPIKE_DEVIATIONS = 6.0
-SPIKE_FACTOR = 2.0  # where the window hardly varies, only what is twice its median is a spike
-FEWEST_FOR_TAIL = 25  # so that at least ten norms are in it
+SPIKE_FACTOR = 2.0  # a spike must exceed this many times the median, in case the window hardly varies
+FEWEST_FOR_TAIL = 25  # so that the tail has at least ten norms
 FEWEST_FOR_DRIFT = 16
-_AT_ONCE = 10_000  # windows, of which each is copied
+_AT_ONCE = 10_000  # windows; each is a copy
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Summary:
-    """What `summary` found. NaN stands for what too few norms tell nothing about.
+    """What `summary` found. A number is NaN if there are too few norms for it.
+
+    A norm is ordinary if it is finite and not 0. Everything from `percentiles` on is about ordinary norms only.
 
     Attributes:
-      norms: the history, a float64 vector; step 1 is its first entry.
-      steps: how many norms there are, and of these
-      nonfinite: how many are infinite or NaN, and
-      zeros: how many are 0. The rest are called ordinary here; all that follows is of these.
-      percentiles: 1, 10, 50, 90, 99 and 100 to the norm that so many per cent do not exceed.
-      tail_index: Hill's estimate of alpha, where the share of norms above x falls as x to the power -alpha. Below 2 the
-        variance is infinite, below 1 the mean. inf if the largest norms are all the same.
-      tail_interval: its 95 % interval, alpha (1 -+ 1.96 / sqrt(k)), where
-      tail_count: k, the number of largest norms it rests on, is 2 sqrt(n) of n ordinary ones, rounded down.
-      spikes: the steps, counted from 1, whose norm is a spike.
-      drift: the median of the last quarter divided by that of the first.
+      norms: the history, a float64 vector. Its first entry is step 1.
+      steps: the number of norms.
+      nonfinite: how many norms are infinite or NaN.
+      zeros: how many norms are 0.
+      percentiles: maps 1, 10, 50, 90, 99 and 100 to these percentiles of the norms.
+      tail_index: Hill's estimate of alpha, if the share of norms above x falls as x to the power -alpha. Below 2 the
+        variance is infinite, below 1 the mean. It is inf if the largest norms are all equal.
+      tail_interval: the 95 % interval of `tail_index`, alpha (1 -+ 1.96 / sqrt(k)), with k the `tail_count`.
+      tail_count: k, the number of largest norms that the estimate uses: 2 sqrt(n) of n ordinary norms, rounded down.
+      spikes: the steps of spikes, counted from 1.
+      drift: the median of the last quarter divided by the median of the first quarter.
 
     See also:
       `summary`.
@@ -53,15 +55,15 @@ class Summary:
     drift: float
 
     def clipped_share(self, bound: Any) -> Any:
-        """The share of all steps that a bound would have clipped: those with a finite norm above it.
+        """Returns the share of all steps that a bound would have clipped: those with a finite norm above it.
 
-        The norms are those of the run as it was. Under another bound it would have gone another way.
+        The norms are those of the recorded run. With another bound, the later norms would have been different.
 
         Args:
-          bound: a number, or an array of them.
+          bound: a number, or an array of numbers.
 
         Returns:
-          A float, or an array of the shape of `bound`; NaN for an empty history.
+          A float, or an array with the shape of `bound`; NaN for an empty history.
 
         Example:
           >>> from optaxclip import diagnostics
@@ -75,21 +77,21 @@ class Summary:
 
 
 def summary(norms: Tree) -> Summary:
-    """What a history of norms looks like.
+    """Summarizes a history of norms in numbers.
 
-    A spike is a norm far above those before it: on a logarithmic scale, more than six median absolute deviations above
-    the median of the 64 ordinary norms before it, and more than twice that median. The first 64 are compared with each
-    other. Deviations are not rescaled: six are about four standard deviations of a normal distribution. A lasting rise
-    is a spike until it fills half of the window.
+    A spike is a norm far above the 64 ordinary norms before it: more than twice their median, and on a logarithmic
+    scale more than six median absolute deviations above it. Deviations are not rescaled: six of them are about four
+    standard deviations of a normal distribution. The first 64 norms are compared with each other. A lasting rise counts
+    as spikes until it fills half of the window.
 
     Args:
-      norms: a history of norms, a vector or list, one per step; infinite and NaN ones are counted apart.
+      norms: a history of norms, a vector or list, one per step. Infinite and NaN ones are counted separately.
 
     Returns:
       A `Summary`.
 
     Raises:
-      ValueError: if it is no vector of real numbers, or one is negative.
+      ValueError: if `norms` is no vector of real numbers, or if one is negative.
 
     Example:
       >>> import numpy as np
@@ -129,7 +131,7 @@ def _percentile(positive: np.ndarray, at: float) -> float:
 
 
 def _tail(positive: np.ndarray) -> tuple[float, int]:
-    """Hill's estimate: the reciprocal mean of log(x_i / x_(k+1)) over the k largest."""
+    """Returns Hill's estimate, the reciprocal mean of log(x_i / x_(k+1)) over the k largest, and k."""
     if len(positive) < FEWEST_FOR_TAIL:
         return math.nan, 0
     count = int(2 * math.sqrt(len(positive)))
@@ -139,27 +141,27 @@ def _tail(positive: np.ndarray) -> tuple[float, int]:
 
 
 def _interval(index: float, count: int) -> tuple[float, float]:
-    """The 95 % interval of such an estimate."""
+    """Returns the 95 % interval of Hill's estimate."""
     half = 1.96 / math.sqrt(count) if count else math.nan
     return index * (1 - half), index * (1 + half)
 
 
 def is_spike(history: np.ndarray) -> np.ndarray:
-    """Which norms of a history are spikes."""
+    """Returns which norms of a history are spikes."""
     found = ordinary(history)
     found[found] = _stands_out(np.log(history[found]))
     return found
 
 
 def _stands_out(logs: np.ndarray) -> np.ndarray:
-    """Which of these logarithms stand out from the window before them."""
+    """Returns which of these logarithms stand out from the window before them."""
     if len(logs) < WINDOW // 4:
         return np.zeros(len(logs), bool)
     first = min(WINDOW, len(logs))
     windows = np.lib.stride_tricks.sliding_window_view(logs, first)
     parts = range(0, len(windows), _AT_ONCE)
     limits = np.concatenate([_spike_limits(windows[part : part + _AT_ONCE]) for part in parts])
-    # Window i ends at i + first - 1 and judges the step after it; the first one judges its own besides.
+    # Window i ends at i + first - 1 and judges the step after it. The first window also judges its own steps.
     return logs > np.concatenate([np.full(first, limits[0]), limits[:-1]])
 
 

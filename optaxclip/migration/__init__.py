@@ -1,4 +1,4 @@
-"""An old state in a new transformation."""
+"""Converts the state of one transformation for another."""
 
 import warnings
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ class Migrated(NamedTuple):
 
     Attributes:
       state: a state of the new transformation.
-      report: what of it is kept, what is new, and what was dropped; print it.
+      report: what was kept, what is new, and what was dropped. Print it.
     """
 
     state: Any
@@ -32,23 +32,23 @@ class Migrated(NamedTuple):
 
 
 def migrate(tx: optax.GradientTransformation, params: Tree, old_state: Tree) -> Migrated:
-    """Brings the state of a running optimizer into another transformation: what still has a place is kept.
+    """Converts the state of a running optimizer for a new transformation, and keeps everything that fits.
 
-    Use it to add a clip, a skip or a record to a run with a checkpoint, or to change a threshold or a length: the
-    moments and counts of the optimizer and the statistics of the clips go on.
+    Use it to add a clip, a skip or a record to a run with a checkpoint, or to change a threshold or a length. The
+    moments and counts of the optimizer continue, and so do the statistics of the clips.
 
     Args:
       tx: the new transformation.
-      params: the parameters now.
-      old_state: the state of the old transformation: as it is, as NumPy arrays, from a pickle, or from a checkpoint
-        that was restored without a template (orbax, Flax's msgpack), in nested dicts and lists.
+      params: the current parameters.
+      old_state: the state of the old transformation: the state itself, one of NumPy arrays, one from a pickle, or the
+        nested dicts and lists of a checkpoint that was restored without a template (orbax, Flax's msgpack).
 
     Returns:
-      `(state, report)`. The state is one of `tx`, in fresh arrays. The report has the paths of what was kept, of what
+      `(state, report)`. The state is a state of `tx`, in new arrays. The report has the paths of what was kept, of what
       is new and of what was dropped; `print(report)` lists them.
 
     Raises:
-      ValueError: if `tx` is no transformation, or `old_state` holds no arrays but something else: a path, or shapes.
+      ValueError: if `tx` is no transformation, or if `old_state` has no arrays but something else, such as a path.
 
     Example:
       >>> import jax.numpy as jnp
@@ -69,32 +69,33 @@ def migrate(tx: optax.GradientTransformation, params: Tree, old_state: Tree) -> 
       [0.06 0.08]
 
     Notes:
-      - Matching: parts of the same type, in their order, in any nesting of chains, partitions, masks and wrappers.
-        Where several fit, the same keys decide, then what can stay as it is. A checkpoint without types knows parts by
-        their fields, so it can't tell Adam from AdaBelief.
-      - Dropped: if something per parameter, such as Adam's moments, is dropped for a parameter that is still there, or
-        if nothing is kept of a state that is more than a clip's, a `UserWarning` says so.
-      - Replicas: of a state with a leading axis for devices pass one, `jax.tree.map(lambda x: x[0], state)`.
-      - Parameters: what is per parameter is matched by path and shape. A new parameter has no moments beside Adam's old
-        count. With the default decays its updates in the first steps are then up to 6.6 times those of a new run.
-      - Statistics: they are kept whatever they measured. If you change the norm or the unit of a threshold of the same
-        type, take its state from `tx.init(params)`. A threshold that moves to the other side of the optimizer, or has
-        another number of groups, starts anew; so do those of another `scale`. A clip put in front of one of the same
-        type takes over its statistics, for the place in the chain decides.
-      - Windows: a shorter one keeps the newest norms, a longer one all.
+      - Matching: parts of the same type are matched in their order, in any nesting of chains, partitions, masks and
+        wrappers. If several fit, the same keys decide, then what can stay unchanged. A checkpoint without types knows
+        parts by their fields only, so it can't tell Adam from AdaBelief.
+      - Dropped: there is a `UserWarning` if something per parameter, such as Adam's moments, is dropped for a parameter
+        that still exists, or if nothing is kept of a state that has more than clips.
+      - Replicas: if the state has a leading axis for devices, pass one replica: `jax.tree.map(lambda x: x[0], state)`.
+      - Parameters: what is per parameter is matched by path and shape. A new parameter has no moments, but Adam's count
+        is old. With the default decays its first updates are then up to 6.6 times those of a new run.
+      - Statistics: they are kept whatever they measured. If you change the norm, or the unit of a threshold, while the
+        type stays the same, take the threshold's state from `tx.init(params)`. Statistics start again if a threshold
+        moves to the other side of the optimizer, if the number of groups changes, or if `scale` changes. A clip in
+        front of one of the same type takes over its statistics, because the place in the chain decides.
+      - Windows: a shorter window keeps the newest norms, a longer one keeps all.
       - Injected hyperparameters: the values of the old state are kept, as in any restored checkpoint, because they may
-        have been changed during the run. The report shows where `tx` has others; to take these, set
-        `state.hyperparams`. One that has a schedule in only one of the two transformations is that of `tx`.
-      - Schedules: one that is new starts at step 0.
-      - Flax NNX: `optimizer.opt_state = nnx.data(to_opt_state(state))`, with `to_opt_state` from
-        `flax.nnx.training.optimizer`, puts the state into an `nnx.Optimizer` that was built with `tx`.
-      - Memory: the old state, the new one and that of `init` are there at once. Pass NumPy arrays
-        (`jax.device_get(old_state)`) where the device has no room.
+        have been changed during the run. The report shows where the values of `tx` differ. To use those, set
+        `state.hyperparams`. If a hyperparameter has a schedule in only one of the two transformations, it is taken from
+        `tx`.
+      - Schedules: a new schedule starts at step 0.
+      - Flax NNX: build an `nnx.Optimizer` with `tx`, then set `optimizer.opt_state = nnx.data(to_opt_state(state))`,
+        with `to_opt_state` from `flax.nnx.training.optimizer`.
+      - Memory: the old state, the new state and the state from `init` exist at the same time. If the device has no room
+        for them, pass NumPy arrays, `jax.device_get(old_state)`.
 
     See also:
       `clip_stats`, which reads a state.
 
-      Notebooks: `notebooks/long_run.ipynb`, a run that goes on after a NaN; `notebooks/recipes.ipynb`, checkpoints.
+      Notebooks: `notebooks/long_run.ipynb`, a run that continues after a NaN; `notebooks/recipes.ipynb`, checkpoints.
     """
     checks.transformation("tx", tx)
     _require_arrays(old_state)
@@ -111,8 +112,8 @@ def migrate(tx: optax.GradientTransformation, params: Tree, old_state: Tree) -> 
         _warn_of_dropped(dropped)
     elif new.places and not found and any(map(_may_be_missed, old.parts)):
         _warn(
-            "nothing of the old state fits the new transformation, which starts anew: is it the state of an optimizer "
-            "of this model, and not one of several replicas in one?"
+            "nothing of the old state fits the new transformation, so all of its state is new. Pass the state of an "
+            "optimizer of this model; of stacked replicas pass one: jax.tree.map(lambda x: x[0], old_state)"
         )
     return Migrated(jax.tree.unflatten(jax.tree.structure(initial), leaves), reported(new.places, old.places, found))
 
@@ -126,16 +127,16 @@ def _require_arrays(old_state: Tree) -> None:
 
 
 def _may_be_missed(part: Part) -> bool:
-    """Whether a part is not the state of one of our clips, which may be dropped without a word."""
+    """Whether a part belongs to another library. The state of a clip may be dropped without a warning."""
     return not type(part.node).__module__.startswith("optaxclip.")
 
 
 def _warn_of_dropped(places: Sequence[Place]) -> None:
-    """Warns where something that parameters still need was dropped."""
+    """Warns if something was dropped that parameters still need."""
     paths = [shown(place.path) for place in places]
     _warn(
-        "the new transformation has no place for what the old state has per parameter, and drops it: "
-        f"{trees.listed(paths)}. If the optimizer should go on, compare tx with the old one"
+        "the new transformation has no place for what the old state keeps per parameter, and drops it: "
+        f"{trees.listed(paths)}. To keep it, use the same optimizer in tx as before"
     )
 
 

@@ -1,4 +1,4 @@
-"""What of a part of an old state can go into the new one: `carried`, to which the kinds of state add their own."""
+"""Decides which arrays of an old part fit a new one. Some types of state register their own rules."""
 
 import functools
 from collections.abc import Mapping
@@ -20,11 +20,11 @@ from optaxclip.thresholds.quantiles import RecentNormsState
 
 
 class Carried(NamedTuple):
-    """What takes the place of an array that `init` made.
+    """What replaces an array from `init`.
 
     Attributes:
-      value: the array, or what was made of it.
-      note: for the report, if it is more than a copy.
+      value: the old array, or a conversion of it.
+      note: describes the conversion in the report; empty for a copy.
     """
 
     value: Any
@@ -33,12 +33,12 @@ class Carried(NamedTuple):
 
 @functools.singledispatch
 def carried(node: Any, new: Part, old: Part) -> dict[Path, Carried]:
-    """What of an old part goes into a new one, by the path inside: what has the same shape, and numbers of a kind.
+    """Returns what of an old part goes into a new one, by the path inside: arrays of the same shape and kind of dtype.
 
     Args:
-      node: the new part's own NamedTuple, by whose type this dispatches.
+      node: the new part's own NamedTuple, whose type selects the rule.
       new: the new part.
-      old: the old part, of the same type; after a checkpoint perhaps a dict with the same fields.
+      old: the old part, of the same type. From a checkpoint it may be a dict with the same fields.
     """
     del node
     return {
@@ -55,21 +55,21 @@ def _fits(new: Any, old: Any) -> bool:
 
 
 def _is_alike(one: Any, other: Any) -> bool:
-    """Whether two dtypes are of one kind: both of floats, both of whole numbers, or the same."""
+    """Whether two dtypes are of one kind: both real floats, both complex, both integers, or the same."""
     kinds = (jnp.floating, jnp.complexfloating, jnp.integer)
     return one == other or any(jnp.issubdtype(one, kind) and jnp.issubdtype(other, kind) for kind in kinds)
 
 
 def _change_of_dtype(new: Any, old: Any) -> str:
-    """For the report; nothing for a Python number, which has no dtype of its own."""
+    """Describes a change of dtype for the report. Empty for a Python number, which has no dtype of its own."""
     came = getattr(old, "dtype", None)
     return "" if came is None or came == dtypes.of(new) else f"{came}, now {dtypes.of(new)}"
 
 
 def fresh(value: Any, like: Any) -> jax.Array:
-    """A copy of a value, with the dtype of `like`; one that is not on a device yet goes where `like` is."""
+    """Copies a value in the dtype of `like`. If it is not on a device yet, it goes to that of `like`."""
     if not hasattr(value, "dtype"):
-        return jnp.asarray(value, like.dtype)  # a Python number: weakly typed without
+        return jnp.asarray(value, like.dtype)  # a Python number would be weakly typed
     if not isinstance(value, jax.Array) and getattr(like, "committed", False):
         array = jax.device_put(np.array(value), like.sharding)
     else:
@@ -97,19 +97,20 @@ def _window(node: WindowState | LogWindowState | RecentNormsState, new: Part, ol
 
 
 def _resized(ring: jax.Array, seen: jax.Array, length: int) -> tuple[jax.Array, jax.Array]:
-    """Rings of another length with the newest entries, one ring per row, and how many entries they count.
+    """Returns rings in another length with their newest entries, and the new counts. Each row is a ring.
 
-    Entry number t of a ring is at `t % length`. A ring that grows lacks older entries, so it counts those that it has.
+    Entry number t of a ring is at `t % length`. A longer ring lacks older entries, so its count starts at those that it
+    has.
     """
     before = ring.shape[-1]
     counted = jnp.minimum(seen, before) if length > before else seen
     places = jnp.arange(length, dtype=seen.dtype)[None, :]
     last = counted[:, None] - 1
-    number = last - (last - places) % length  # the newest entry that belongs here, in the new count
+    number = last - (last - places) % length  # of the newest entry that belongs here, by the new count
     is_there = (number >= 0) & (number > last - min(before, length))
     entry = number + (seen - counted)[:, None]
     values = jnp.take_along_axis(ring, entry % before, axis=1)
-    # A window that its first norm filled has that norm where no other is yet; other windows have 0 there.
+    # Some windows are filled with their first norm. It stays where no other norm is yet; other windows have 0 there.
     first = jnp.where(seen < before, ring[:, -1], jnp.zeros_like(ring[:, -1]))
     return jnp.where(is_there, values, first[:, None]), counted
 
@@ -117,9 +118,9 @@ def _resized(ring: jax.Array, seen: jax.Array, length: int) -> tuple[jax.Array, 
 @carried.register
 def _record(node: ClipStats, new: Part, old: Part) -> dict[Path, Carried]:
     if node.names != (old.node.names if old.is_typed else Names()):
-        return {}  # of other groups, or of another model
+        return {}  # other groups, or another model
     if np.ndim(old.leaves.get(("clip_steps",), 0)) != 1:
-        return {}  # of several replicas
+        return {}  # several replicas
     copied = carried.dispatch(object)(node, new, old)
     before, after = (len(part.leaves["clip_steps",]) for part in (old, new))
     groups = {np.shape(part.leaves["clip_norm",])[-1] for part in (old, new)}
@@ -130,14 +131,14 @@ def _record(node: ClipStats, new: Part, old: Part) -> dict[Path, Carried]:
 
 
 def _rings(new: Part, old: Part) -> dict[Path, jax.Array]:
-    """The rings of a record in another length: each row at the place that its step has there."""
+    """Returns the rings of a record in another length, with each row at the place of its step."""
     now, first = (jnp.asarray(old.leaves[name,]) for name in ("recorded_steps", "first_nonfinite_step"))
     found: dict[Path, jax.Array] = {}
     for ring in recorder.RINGS:
         steps, length = jnp.asarray(old.leaves[f"{ring}_steps",]), len(new.leaves[f"{ring}_steps",])
         last = recorder.last_step(jnp, ring, length, now, first)
         is_in = (steps > jnp.maximum(0, last - length)) & (steps <= last)
-        places = jnp.where(is_in, (steps - 1) % length, length)  # behind the end, where what is set is dropped
+        places = jnp.where(is_in, (steps - 1) % length, length)  # past the end, where writes are dropped
         for path in new.leaves:
             if path[0].startswith(f"{ring}_"):
                 found[path] = jnp.asarray(new.leaves[path]).at[places].set(jnp.asarray(old.leaves[path]), mode="drop")
@@ -151,7 +152,7 @@ def _equal(one: Any, other: Any) -> bool:
 
 @carried.register
 def _injected(node: optax.InjectStatefulHyperparamsState, new: Part, old: Part) -> dict[Path, Carried]:
-    """Values as they were, for they may have been changed during the run; but what a schedule made is no setting."""
+    """Keeps old values, because a run may have changed them, but not the values of schedules."""
     now, before = set(_schedules(node)), set(_schedules(old.node))
     kept: dict[Path, Carried] = {}
     for path, (value, note) in carried.dispatch(object)(node, new, old).items():

@@ -1,4 +1,4 @@
-"""Which part of an old state goes into which part of the new one."""
+"""Matches the parts of an old state with those of a new one."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -24,20 +24,21 @@ class Match(NamedTuple):
 
 
 def matches(new: Sequence[Part], old: Sequence[Part], per_parameter: Callable[[Part], bool]) -> list[Match]:
-    """The matches of parts of the same type, each used once; and behind them what the parameters have moved.
+    """Matches parts of the same type, each at most once, then the states of parameters that moved to another part.
 
-    The order of the parts is kept as far as possible, for in a chain it says what passes through a part.
+    The order of the parts is kept as far as possible, because the place in a chain says what passes through a part.
 
     Args:
       new: the parts of the new state.
       old: the parts of the old state.
-      per_parameter: whether a part has something per parameter.
+      per_parameter: whether a part has arrays per parameter.
     """
     pairs = {(i, j): match for i, one in enumerate(new) for j, other in enumerate(old) if (match := _match(one, other))}
     worth = {pair: _worth(match, len(pairs) + 1, per_parameter) for pair, match in pairs.items()}
     chosen = dict(_in_order(worth, len(new), len(old)))
     for i, part in enumerate(new):
-        # What crosses another part sees other norms there: their statistics do not fit, but moments and counts do.
+        # A part that moved past another one sees other norms. Its statistics do not fit any more, but moments and
+        # counts do.
         free = [j for j in range(len(old)) if (i, j) in pairs and j not in chosen.values()]
         if i not in chosen and free and (per_parameter(part) or not _has_arrays(part)):
             chosen[i] = max(free, key=lambda j, i=i: worth[i, j])
@@ -46,19 +47,19 @@ def matches(new: Sequence[Part], old: Sequence[Part], per_parameter: Callable[[P
 
 
 def _match(new: Part, old: Part) -> Match | None:
-    """What one part gets from another; None if they are of different types, or nothing that matters fits."""
+    """Returns what one part gets from another; None if their types differ, or nothing that matters fits."""
     is_same_type = type(new.node) is type(old.node) if old.is_typed else new.fields == old.fields
     if not is_same_type or new.role != old.role:
         return None
     if new.node is None and new.keys != old.keys:
-        return None  # an array alone is known by its place
+        return None  # a single array is known by its place
     kept = carried(new.node, new, old)
     matter = [path for path, leaf in new.leaves.items() if len(path) > 1 or np.ndim(leaf)] or list(new.leaves)
     return Match(new, old, kept) if any(path in kept for path in matter) else None
 
 
 def _worth(match: Match, base: int, per_parameter: Callable[[Part], bool]) -> int:
-    """How good a match is: first whether it saves something per parameter, last whether nothing changes."""
+    """Rates a match: most important is that it keeps something per parameter, least that nothing changes."""
     is_whole = len(match.kept) == len(match.new.leaves) == len(match.old.leaves)
     is_copy = is_whole and not any(one.note for one in match.kept.values())
     digits = (per_parameter(match.new), True, match.new.keys == match.old.keys, is_copy)
@@ -66,7 +67,7 @@ def _worth(match: Match, base: int, per_parameter: Callable[[Part], bool]) -> in
 
 
 def _in_order(worth: dict[tuple[int, int], int], rows: int, columns: int) -> list[tuple[int, int]]:
-    """Of pairs (i, j) those that rise in both and are worth most together: the alignment of two sequences."""
+    """Returns the pairs (i, j) that increase in both indices and are worth most together: a sequence alignment."""
     best = [[0] * (columns + 1) for _ in range(rows + 1)]
     for i in reversed(range(rows)):
         for j in reversed(range(columns)):
@@ -90,9 +91,9 @@ def _has_arrays(part: Part) -> bool:
 
 
 def _of_moved_parameters(new: Sequence[Part], old: Sequence[Part], found: Sequence[Match]) -> list[Match]:
-    """What is per parameter and was in another part of the same type: a parameter has another label now.
+    """Matches per-parameter states that were in another part of the same type: their parameters have another label now.
 
-    A part that is new altogether gets the other's counts, too: moments and their count belong together.
+    A part that is entirely new gets the old counts, too, because moments and their count belong together.
     """
     missing = {part: set(part.leaves) for part in new}
     unused = {part: set(part.leaves) for part in old}

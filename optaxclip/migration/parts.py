@@ -1,4 +1,4 @@
-"""What a state consists of: its parts, which are the states of single transformations, each with its own arrays."""
+"""Splits a state into parts: the states of single transformations, each with its own arrays."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -13,7 +13,7 @@ from optaxclip._arrays.trees import Tree
 
 Path: TypeAlias = tuple[str, ...]
 
-# Fields in which a wrapper keeps the state of what it wraps: whether they are on the way says nothing about a part.
+# Fields in which a wrapper keeps the state of what it wraps. They do not distinguish parts.
 _WRAPPED = {
     "inner_state",
     "inner_states",
@@ -23,17 +23,17 @@ _WRAPPED = {
     "fast_state",
     "threshold_state",
 }
-# Fields whose statistics are of something else: of the loss, of the norms that a skip sees, of other parameters.
+# Fields with statistics of something else: of the loss, of the norms that a skip sees, of other parameters.
 _APART = {"norm_threshold_state", "loss_threshold_state", "adv_state", "hyperparams_states"}
 
 
 @dataclasses.dataclass(eq=False)
 class Part:
-    """The state of one transformation, without those inside it; or one array that stands alone.
+    """The state of one transformation, without the states inside it; or one array that stands alone.
 
     Attributes:
-      path: where it is in the state.
-      node: the NamedTuple or dataclass, or the dict that a checkpoint made of it; None for an array alone.
+      path: its path in the state.
+      node: the NamedTuple or dataclass, or the dict that a checkpoint made of it; None for a single array.
       fields: the names of its fields.
       leaves: its own arrays, by their paths inside it.
     """
@@ -45,7 +45,7 @@ class Part:
 
     @property
     def places(self) -> "list[Place]":
-        """Its own arrays, with where they are."""
+        """Returns its own arrays with their places."""
         return [Place(self, inside, leaf) for inside, leaf in self.leaves.items()]
 
     @property
@@ -55,12 +55,12 @@ class Part:
 
     @property
     def keys(self) -> Path:
-        """The path without the fields of wrappers."""
+        """Returns the path without the fields of wrappers."""
         return tuple(key for key in self.path if key not in _WRAPPED)
 
     @property
     def role(self) -> Path:
-        """What its statistics are of, if not of what passes through the chain."""
+        """Returns what its statistics are of, if not of what passes through the chain."""
         return tuple(key for key in self.path if key in _APART)
 
 
@@ -68,7 +68,7 @@ class Place(NamedTuple):
     """A leaf of a state.
 
     Attributes:
-      part: to which it belongs.
+      part: the part that it belongs to.
       inside: its path inside the part.
       leaf: the array.
     """
@@ -79,7 +79,7 @@ class Place(NamedTuple):
 
     @property
     def path(self) -> Path:
-        """Its path in the state."""
+        """Returns its path in the state."""
         return self.part.path + self.inside
 
 
@@ -88,26 +88,26 @@ class Parts:
 
     Args:
       state: the state.
-      params: the parameters: their containers are no parts.
-      like: the parts of another state. Dicts with the fields of one of its parts are parts, unless this state has
-        NamedTuples; and where its parts have arrays, this one's have no parts inside.
+      params: the parameters. Their containers are no parts.
+      like: the parts of another state. If this state has no NamedTuples, dicts with the fields of one of those parts
+        are parts. Where those parts have arrays, these have no parts inside.
     """
 
     def __init__(self, state: Tree, params: Tree, like: "Parts | None" = None) -> None:
         self.places: list[Place] = []
         self._found: list[Part] = []
-        self._with_parts: dict[frozenset[str], set[str]] = {}  # by the fields of a part: those that have parts inside
-        self._orders: dict[frozenset[str], Path] = {}  # and in what order they are
+        self._with_parts: dict[frozenset[str], set[str]] = {}  # by fields of a part: those with parts inside
+        self._orders: dict[frozenset[str], Path] = {}  # by fields of a part: their order
         self._like = like
         self._containers = {type(node) for node in _nodes(params) if _has_fields(node)}
         self._as_dicts = like is not None and not any(map(_has_fields, _nodes(state)))
-        # Written to a checkpoint, the box that Flax puts an array in is a dict.
+        # In a checkpoint, the box that Flax puts an array in is a dict.
         self._boxes = self._as_dicts and not any(path[-1:] == ("value",) for path in shapes(params))
         self._visit(state, (), None, ())
 
     @property
     def parts(self) -> list[Part]:
-        """Those with arrays of their own."""
+        """Returns the parts that have arrays of their own."""
         return [part for part in self._found if part.leaves]
 
     def _visit(self, node: Any, path: Path, owner: Part | None, inside: Path) -> None:
@@ -139,7 +139,7 @@ class Parts:
         return part
 
     def _in_order(self, below: list[tuple[str, Any]], fields: frozenset[str] | None) -> list[tuple[str, Any]]:
-        """The order that they had before a checkpoint made a dict of fields, or of the entries of a tuple."""
+        """Restores the order of fields or tuple entries that a checkpoint turned into a dict."""
         if not self._as_dicts or self._like is None:
             return below
         if fields is not None:
@@ -148,10 +148,10 @@ class Parts:
         return sorted(below, key=lambda one: int(one[0])) if all(key.isdecimal() for key, _ in below) else below
 
     def _fields_of(self, node: Any, owner: Part | None, inside: Path) -> frozenset[str] | None:
-        """The names of a part's fields; None if this is no part."""
+        """Returns the names of a part's fields; None if the node is no part."""
         known = self._like._with_parts if self._like else {}
         if owner is not None and owner.fields in known and inside[0] not in known[owner.fields]:
-            return None  # a container of parameters, perhaps one that the model no longer has
+            return None  # a container of parameters, which the model may no longer have
         if self._as_dicts:
             fields = frozenset(map(str, node)) if isinstance(node, Mapping) else frozenset[str]()
             return fields if fields and fields in known else None
@@ -161,14 +161,14 @@ class Parts:
 
 
 def children(node: Any) -> list[tuple[str, Any]]:
-    """What is directly below a node, by key. The box that Flax puts an array in is no level."""
+    """Returns the children of a node, by key. The box that Flax puts an array in is not a level."""
     flat, _ = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda other: other is not node)
     below = [(jax.tree_util.keystr(path, simple=True), child) for path, child in flat]
     return [(key, _unboxed(child)) for key, child in below]
 
 
 def shapes(tree: Tree) -> dict[Path, tuple[int, ...]]:
-    """The shape of every array in a pytree, by path."""
+    """Returns the shape of every array in a pytree, by path."""
     return {path: tuple(leaf.shape) for path, leaf in _leaves(tree, ()) if hasattr(leaf, "shape")}
 
 
@@ -180,7 +180,7 @@ def is_per_parameter(place: Place, params: Mapping[Path, tuple[int, ...]]) -> bo
       params: the shapes of the parameters.
     """
     ends = (place.path[start:] for start in range(1, len(place.path) + 1))
-    # Parameters that are a single number have no path and the shape of any statistic.
+    # If the parameters are a single number, it has no path, and the same shape as any statistic.
     return any(params.get(end) == np.shape(place.leaf) and (end or np.size(place.leaf) > 1) for end in ends)
 
 
@@ -193,7 +193,7 @@ def _leaves(node: Any, path: Path) -> Iterator[tuple[Path, Any]]:
 
 
 def _nodes(node: Any) -> Iterator[Any]:
-    """Every container in a pytree."""
+    """Yields every container in a pytree."""
     if _is_leaf(node):
         return
     yield node

@@ -1,4 +1,4 @@
-"""What became of the arrays of two states, in words."""
+"""Describes in words what happened to the arrays of two states."""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -13,8 +13,9 @@ class Report(NamedTuple):
     """What `migrate` did, by path. A path stands for all arrays below it.
 
     Attributes:
-      kept: paths in the new state with arrays of the old one: their type, where they come from, what was changed.
-      new: paths in the new state that are as `init` makes them.
+      kept: paths in the new state whose arrays come from the old one, with their type, their old path if it was
+        another, and what was changed.
+      new: paths in the new state whose arrays come from `init`.
       dropped: paths in the old state that have no place in the new one.
     """
 
@@ -33,14 +34,14 @@ def _lines(name: str, found: dict[str, str]) -> list[str]:
 
 
 class _Fate(NamedTuple):
-    """What became of a leaf, where something did: the list it is in, and what is said there."""
+    """What happened to a leaf: the list that it goes into, and the note there."""
 
     name: str
     note: str
 
 
 def reported(new: Sequence[Place], old: Sequence[Place], found: Sequence[Match]) -> Report:
-    """The report on the leaves of two states and the matches of their parts."""
+    """Returns the report on the leaves of two states and the matches of their parts."""
     kept = {(match.new, path): _note(match, path) for match in found for path in match.kept}
     used = {(match.old, path) for match in found for path in match.kept}
     unfilled = [place for place in new if place[:2] not in kept]
@@ -58,7 +59,7 @@ def _note(match: Match, path: Path) -> str:
 
 
 def _other_shape(dropped: Place, unfilled: Iterable[Place]) -> str:
-    """The shapes, where the new state has the same array in another one."""
+    """Describes a change of shape, if the new state has the same array in another shape."""
     for place in unfilled:
         is_same = place.inside == dropped.inside and place.part.fields == dropped.part.fields
         if is_same and dropped.part.node is not None and np.shape(place.leaf) != np.shape(dropped.leaf):
@@ -67,7 +68,7 @@ def _other_shape(dropped: Place, unfilled: Iterable[Place]) -> str:
 
 
 def _gathered(places: Sequence[Place], fates: Sequence[_Fate]) -> dict[str, dict[str, str]]:
-    """The lists, with one line for the leaves of a part, or of a tree in one, that have the same fate."""
+    """Returns the lists, with one line for all leaves of a part or subtree with the same fate."""
     below: dict[Path, set[_Fate]] = {}
     for place, fate in zip(places, fates, strict=True):
         for end in range(len(place.path) + 1):
@@ -87,5 +88,5 @@ def _kind(part: Part) -> str:
 
 
 def shown(path: Path) -> str:
-    """A path in messages."""
+    """Returns a path for messages."""
     return "/".join(path) or "the state"

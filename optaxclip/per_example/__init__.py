@@ -1,4 +1,4 @@
-"""Gradients of single examples, each transformed by itself before they are added up."""
+"""Per-example gradients, each clipped by itself before they are added up."""
 
 from optaxclip.per_example.gradients import clipped_value_and_grad, form_of
 from optaxclip.per_example.quantiles import track_quantile

@@ -1,4 +1,4 @@
-"""A batch in microbatches, one after the other."""
+"""Processes a batch in microbatches, one after the other."""
 
 from typing import TypeAlias
 
@@ -14,7 +14,7 @@ Rows: TypeAlias = tuple[Batch, Weights]  # examples, each with its weight
 def in_microbatches(
     form: Form, problem: Problem, batch: Batch, weights: Weights, microbatch_size: int | None
 ) -> tuple[Grads, Seen]:
-    """`form` of a batch, that many examples at a time; what does not fill a microbatch comes last, by itself."""
+    """Applies `form` to `microbatch_size` examples at a time. An incomplete microbatch comes last."""
     number = size(batch)
     if microbatch_size is None or microbatch_size >= number:
         return form(problem, batch, weights)
@@ -31,7 +31,10 @@ def in_microbatches(
 
 
 def _split(leaf: jax.Array, microbatch_size: int) -> jax.Array:
-    """Microbatches along the first axis. Each has examples from all over, so from all devices that a batch lies on."""
+    """Splits the first axis into microbatches.
+
+    Each microbatch takes examples from all over the batch, and so from all devices that hold a part of it.
+    """
     rows = leaf.reshape(microbatch_size, leaf.shape[0] // microbatch_size, *leaf.shape[1:])
     return jnp.swapaxes(rows, 0, 1)
 

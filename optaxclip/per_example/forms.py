@@ -1,4 +1,4 @@
-"""The two forms of a sum of per-example gradients that have gone through a transformation, and which one to take.
+"""The two forms of a sum of transformed per-example gradients, and the choice between them.
 
 `one_pass` is valid for every transformation. `two_pass` needs less memory and, for some functions, less time.
 """
@@ -16,10 +16,10 @@ SUMMED: dict[str, Form] = {"one_pass": one_pass.summed, "two_pass": two_pass.sum
 
 
 def choose(wanted: str, problem: Problem, batch: Batch) -> str:
-    """The form that is wanted, or for "auto" the faster of those that are valid.
+    """Returns the wanted form, or for "auto" the faster of the valid ones.
 
     Raises:
-      ValueError: with the reason, if two passes are wanted and would not be right; if the transformation has a state.
+      ValueError: if the transformation has a state, or, with the reason, if two passes are wanted but not valid.
     """
     problem.no_state()
     if wanted == "one_pass":
@@ -32,7 +32,7 @@ def choose(wanted: str, problem: Problem, batch: Batch) -> str:
 
 
 def _is_faster(problem: Problem, batch: Batch) -> bool:
-    """Whether two passes are worth their time: where the norms of most entries do not need the entries."""
+    """Whether two passes are faster: at least half of all entries are in gradients whose norm does not need them."""
     undone = 0
 
     def look(example: Any) -> Any:

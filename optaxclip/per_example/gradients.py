@@ -1,10 +1,10 @@
-"""The gradient of a batch, with each example's gradient transformed by itself."""
+"""Differentiates a batch, and transforms the gradient of each example by itself."""
 
 import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,48 +27,51 @@ def clipped_value_and_grad(
     batch_argnums: int | Sequence[int] = 1,
     has_aux: bool = False,
     microbatch_size: int | None = None,
-    reduce: str = "mean",
+    reduce: Literal["mean", "sum"] = "mean",
     return_norms: bool = False,
-    form: str = "auto",
+    form: Literal["auto", "one_pass", "two_pass"] = "auto",
 ) -> Callable[..., Any]:
-    r"""Transforms the gradient of each example by itself, so that no single example can move the sum by much.
+    r"""Differentiates a batch, and clips the gradient of each example by itself.
 
     .. math:: \frac{1}{B} \sum_{i=1}^{B} T(\nabla_w f(w, x_i))
 
-    With :math:`T` a clip of the norm to c, an example adds at most c to the sum, and so at most c / B to the mean. With
-    weights :math:`a_i` of the examples, the mean is :math:`\sum_i a_i T(\nabla_w f(w, x_i)) / \sum_i a_i`.
+    If :math:`T` clips the norm to c, one example adds at most c to the sum, and so at most c / B to the mean. With
+    weights :math:`a_i`, the mean is :math:`\sum_i a_i T(\nabla_w f(w, x_i)) / \sum_i a_i`.
 
     Args:
-      fun: the loss of one example, without a batch axis, as for `jax.vmap`: a scalar, or with `has_aux` a pair of a
-        scalar and anything.
-      tx: a transformation without state, or a chain of these. It is given the parameters, for those that need them.
-      argnums: which positional arguments of `fun` to differentiate by: a number, or several for a tuple of gradients.
-      batch_argnums: which positional arguments have the examples, along the first axis of every array in them: `(1, 2)`
-        for a loss of parameters, inputs and labels. PRNG keys and integers may be among these. All other arguments, and
-        keyword arguments, are the same for all examples.
+      fun: the loss of one example, without a batch axis, as for `jax.vmap`. It returns a scalar, or with `has_aux` a
+        pair of a scalar and anything.
+      tx: a transformation without state, or a chain of these. It receives the parameters.
+      argnums: the positional arguments of `fun` to differentiate by: a number (0 by default), or several for a tuple of
+        gradients.
+      batch_argnums: the positional arguments that hold examples, along the first axis of every array; 1 by default.
+        Pass `(1, 2)` for a loss of parameters, inputs and labels. PRNG keys and integers are allowed. All other
+        arguments, and keyword arguments, are the same for all examples.
       has_aux: whether `fun` returns a pair.
-      microbatch_size: how many examples to take at a time, to save memory; None for all. The last microbatch may be
-        smaller. On several devices each must have its share of a microbatch to be busy.
-      reduce: "mean" or "sum". The mean divides by the number of all examples, also of those that do not count; with
-        weights by the sum of the weights, so that padding of weight 0 changes nothing.
-      return_norms: whether to return the norms of the gradients of the examples as well.
-      form: "auto" (the default), "one_pass" or "two_pass"; see below. `form_of` tells which one "auto" takes.
+      microbatch_size: how many examples to process at a time, at least 1, to save memory; None (the default) for all.
+        The last microbatch may be smaller. On several devices a microbatch needs examples for each of them, or some are
+        idle.
+      reduce: "mean" (the default) or "sum". The mean divides by the number of examples, including those that do not
+        count. With weights it divides by the sum of the weights, so padding of weight 0 changes nothing.
+      return_norms: whether to return the norm of each example's gradient as well.
+      form: "auto" (the default), "one_pass" or "two_pass"; see the Notes. `form_of` tells which form "auto" takes.
 
     Returns:
-      A function that is called as `fun` is, with batches, and returns what `jax.value_and_grad(fun)` does, `(value,
-      gradients)`, or with `has_aux` `((value, aux), gradients)`. The value is the mean or the sum of those of the
-      examples; `aux` has a batch axis, with what `fun` returned for each example. With `return_norms` a third result
-      follows, the 2-norm of each example's gradient before `tx`, in an array of the length of the batch: right over
-      the whole float range, and not finite where the gradient is not. (Norms are not a part of `aux`, so that the first
-      two results do not depend on whether anyone wants them.)
+      A function with the arguments of `fun`, that takes batches for `batch_argnums`. It returns `(value, gradients)`,
+      as `jax.value_and_grad(fun)` does, or with `has_aux` `((value, aux), gradients)`. The value is the mean or the sum
+      over the examples. `aux` has a batch axis, with what `fun` returned for each example.
 
-      Weights: the function takes one more keyword argument, weights=, an array of one real number or boolean per
-      example: 0 for padding, or how much the example is worth. `aux` and norms are not weighted.
+      With `return_norms` a third result follows: the 2-norm of each example's gradient before `tx`, in a vector of the
+      length of the batch. Norms are right over the whole float range. They are not finite if the gradient is not. They
+      are no part of `aux`, so `return_norms` does not change the first two results.
+
+      The function takes one more keyword argument, ``weights=``: an array with one real number or boolean per example.
+      The weight is 0 for padding, or says how much the example is worth. `aux` and norms are not weighted.
 
     Raises:
-      ValueError: if an argument is none of the above, or `argnums` and `batch_argnums` overlap; when called, if `tx`
-        has a state, if the numbers of examples differ, if weights are no such array or `fun` has an argument of that
-        name, or with the reason if "two_pass" is not possible.
+      ValueError: if an argument is out of range, or `argnums` and `batch_argnums` overlap. When called: if `tx` has a
+        state, if the numbers of examples differ, if weights are no such array, if `fun` has an argument of that name,
+        or, with the reason, if "two_pass" is not possible.
 
     Example:
       >>> import jax.numpy as jnp
@@ -89,72 +92,72 @@ def clipped_value_and_grad(
       5.425 [0.525, 0.7]
 
     Notes:
-      **Guarantees.** Gradients are added up in float32 or wider, and have the dtype of the parameters. An example
-      whose gradient is not finite after `tx` counts nothing, in the gradient and in the value: all other examples
-      count as without it. A finite gradient is clipped however large it is; its bound holds up to norms of the
-      largest float. Microbatches give the same result as none, up to rounding.
+      **Guarantees.** Gradients are summed in float32 or wider, and have the dtype of the parameters. An example whose
+      gradient is not finite after `tx` does not count, neither in the gradient nor in the value. The other examples are
+      not affected. A finite gradient is clipped however large it is. The bound holds for norms up to the largest float.
+      Microbatches change the result by rounding only.
 
-      **Weights.** A gradient is clipped first and weighted afterwards: an example adds at most its weight times the
-      bound. Bound the weights as well, where you must know by how much one example can move the sum. An example of
-      weight 0 may hold anything, NaN too. A weight that is NaN, infinite or subnormal is 0. An example that is not
-      finite counts nothing, and its weight counts in the mean. Negative weights are allowed; use "sum" for weights of
-      both signs. If the weights add up to 0, so do value and gradients of "mean".
+      **Weights.** A gradient is clipped first and weighted afterwards, so an example adds at most its weight times the
+      bound. To limit how much one example can move the sum, bound the weights, too. An example of weight 0 may hold
+      anything, even NaN. A weight that is NaN, infinite or subnormal is taken as 0. An example that is not finite does
+      not count, but its weight counts in the mean. Negative weights are allowed; for weights of both signs use "sum".
+      If the weights add up to 0, value and gradients of "mean" are 0.
 
-      There are two forms, and their results agree up to rounding. "one_pass" calculates every gradient, and works for
-      every `tx`. "two_pass" calculates the norms, then the gradient of the sum of the losses, each times its factor.
-      Where the weights are matrices that an example meets once, that takes 1.4 to 1.8 times the ordinary gradient
-      (perceptrons on a CPU, jax 0.10 and 0.12) and little memory. Elsewhere (convolutions, sequences, scanned layers,
-      `jax.checkpoint`) it is slower than one pass. "auto" takes the faster form that is right.
+      **One pass or two.** The two forms give the same result up to rounding. "one_pass" calculates the gradient of
+      every example, and works for every `tx`. "two_pass" calculates the norms, and then the gradient of the sum of the
+      losses, each multiplied by the factor of its example. If the parameters are matrices that an example meets once,
+      two passes take 1.4 to 1.8 times as long as the ordinary gradient (perceptrons on a CPU, jax 0.10 and 0.12), and
+      little memory. Otherwise (convolutions, sequences, scanned layers, `jax.checkpoint`) they are slower than one
+      pass. "auto" takes the faster form that is right.
 
-      Two passes are right for a clip by the global 2-norm that `clip_by` makes from `norms.global_norm()` and any
-      threshold without state: `clip_by_global_norm`, `smooth_clip_by_global_norm`, `clip_by_norm_range`; neither in a
-      chain nor wrapped. They are not right, and "two_pass" is refused, where
+      Two passes are right for a clip by the global 2-norm that `clip_by` makes from `norms.global_norm()` and a
+      threshold without state: `clip_by_global_norm`, `smooth_clip_by_global_norm` and `clip_by_norm_range`. It must be
+      neither in a chain nor wrapped. "two_pass" is refused if
 
-      - the value has fewer than 32 bits, or anything is of a dtype with less range than float32 (float16, float8);
-      - the function has a `jax.custom_vjp` in it, as `clip_cotangents` is one, or a `jax.experimental.io_callback`;
+      - the value has fewer than 32 bits, or any dtype in the function has less range than float32 (float16, float8);
+      - the function has a `jax.custom_vjp` in it, as `clip_cotangents` does, or a `jax.experimental.io_callback`;
       - the function exchanges data over mesh axes, or parameters are split over them.
 
-      Under `jax.vmap`, over several models say, two passes are slow: use `jax.lax.map`, or `form="one_pass"`.
+      Under `jax.vmap`, for example over several models, two passes are slow: use `jax.lax.map`, or `form="one_pass"`.
 
-      The Python code of `fun` runs once for each call, and twice in `shard_map`. In two passes a `jax.debug.callback`
-      in it is called twice for each example. It sees parameters and examples as
-      tracers, as under `jax.jit`.
+      **Python code.** The Python code of `fun` runs once per call, and twice in `shard_map`. It sees parameters and
+      examples as tracers, as under `jax.jit`. In two passes a `jax.debug.callback` in it is called twice per example.
 
-      **Edge cases.** A value that is not finite does not count in the value; its gradient may be finite and
-      count. If no example counts, value and gradients are 0. Gradients of float16 parameters that add up to more
-      than the largest number are that number.
+      **Edge cases.** A value that is not finite is left out of the value. Its gradient may still be finite and count.
+      If no example counts, value and gradients are 0. Sums of float16 gradients saturate at the largest float16.
 
-      The function can be jitted, vmapped, scanned and differentiated. Its derivatives are those of the sum above with
-      :math:`T` as it is; where an example does not count they may be NaN.
+      **Derivatives.** The function can be jitted, vmapped, scanned and differentiated. Its derivatives are those of the
+      formula above, with the derivatives of :math:`T`. They may be NaN if an example does not count.
 
-      **Placement.** In the place of `jax.value_and_grad` of the mean loss. The optimizer follows as usual.
+      **Placement.** In place of `jax.value_and_grad` of the mean loss. The optimizer follows as usual.
 
-      Inside `shard_map`, with the batch and its weights split over a mesh axis, the result is that of the whole batch,
-      the same on every device: gradients and value are reduced over the axes along which devices have different
-      examples (those that the value of `fun` varies over), and must not be reduced again; `aux` and norms stay with
-      their examples.
-      Written by hand this goes wrong: `jax.vmap(jax.grad(fun), (None, 0))(w, rows)` of a replicated `w` does not give
-      gradients of single examples there. jax adds up what all devices find for a replicated argument, so row i is the
-      sum over the i-th examples of all devices, and a clip bounds groups of examples instead of examples. Here the
-      parameters are made each device's own first (`jax.lax.pcast(w, axes, to="varying")`, before jax 0.8.2
-      `jax.lax.pvary`), and `tx` takes no norm over these axes. Parameters that vary over such an axis already stay
-      as they are, and so do their gradients, which are not reduced over it. `fun` must not exchange anything between
-      examples, so it must not gather split parameters along the axis: gather them before.
+      **In shard_map.** If the batch and its weights are split over a mesh axis, the result is that of the whole batch,
+      the same on every device. Gradients and value are already reduced over the axes along which devices have different
+      examples (those that the value of `fun` varies over). Do not reduce them again. `aux` and norms stay with their
+      examples.
 
-      Under `jit` the batch may be spread over an Auto or an Explicit mesh, and the parameters over an Auto one. With
-      parameters spread over an Explicit mesh jax refuses the branches of a clip under vmap, with a ShardingTypeError;
-      so it does with microbatches of a batch that is spread over one, and jax 0.8 with such a batch in one pass.
+      `jax.vmap(jax.grad(fun), (None, 0))(w, rows)` does not do that. jax adds up the gradients of all devices for a
+      replicated `w`, so row i is the sum over the i-th examples of all devices. A clip then bounds groups of examples.
+      This function first makes the parameters each device's own (`jax.lax.pcast(w, axes, to="varying")`, before jax
+      0.8.2 `jax.lax.pvary`), and `tx` takes no norm over these axes. Parameters that already vary over such an axis
+      stay as they are, and their gradients are not reduced over it. `fun` must not exchange anything between examples.
+      If parameters are split along the axis, gather them before the call.
 
-      With `check_vma=False`, and in `pmap`, jax does not tell which axes these are. Nothing is reduced, and the user
-      must: `jax.lax.psum`, or `pmean` for equal shares. With weights, add up the sums and the weights, and divide. Pass
-      a clip `axes=None` there.
+      **Under jit.** The batch may be sharded over an Auto or an Explicit mesh, the parameters over an Auto mesh only.
+      With parameters sharded over an Explicit mesh, jax refuses the branches of a clip under vmap with a
+      ShardingTypeError. So it does with microbatches of a batch that is sharded over one. jax 0.8 also refuses such a
+      batch in one pass.
 
-      **Differs from jax-privacy.** `jax_privacy.clipped_grad` replaces each NaN or infinity in a gradient by 0
-      and keeps the rest; here all of that example is left out. Its norms overflow in float32 (past 2e19) and in
-      16 bits. This function makes no claim of privacy.
+      **With check_vma=False, and in pmap.** jax does not tell which axes have different examples, so nothing is
+      reduced. Reduce the result yourself: `jax.lax.psum`, or `jax.lax.pmean` if all devices have equally many examples.
+      With weights, add up the sums and the weights, then divide. Build the clip with `axes=None`.
 
-      Differential privacy needs noise, an accountant and care, none of which is here. Use jax-privacy, which takes
-      any clip of this library for what comes before its own:
+      **Differs from jax-privacy.** `jax_privacy.clipped_grad` replaces each NaN or infinity in a gradient by 0 and
+      keeps the rest. This function leaves out the whole example. The norms of jax-privacy overflow in float32 (above
+      2e19) and in 16 bits.
+
+      **Privacy.** This function makes no claim of privacy. Differential privacy needs noise, an accountant and care,
+      and none of these is here. Use jax-privacy. It takes any clip of this library, to apply before its own:
 
       .. code-block:: python
 
@@ -185,13 +188,13 @@ def clipped_value_and_grad(
     checks.one_of("form", form, forms.NAMES)
     microbatch_size = checks.whole_or_none("microbatch_size", microbatch_size)
     step = Step(fun, tx, where, has_aux, microbatch_size, reduce, return_norms, form)
-    # Without what else a function may have, so that nothing of it takes the place of a field.
+    # `updated=()`: attributes of `fun` must not replace the fields of `step`.
     return functools.update_wrapper(step, fun, updated=())
 
 
-@dataclasses.dataclass(eq=False)  # one is the same as another only if it is that one, as with functions
+@dataclasses.dataclass(eq=False)  # compared by identity, as functions are
 class Step:
-    """What `clipped_value_and_grad` returns: its arguments, to be called like `fun`."""
+    """What `clipped_value_and_grad` returns: its arguments, callable like `fun`."""
 
     fun: Callable[..., Any]
     tx: optax.GradientTransformation
@@ -203,7 +206,7 @@ class Step:
     form: str
 
     def __call__(self, *args: Any, weights: Any = None, **kwargs: Any) -> Any:
-        """The value and the gradients."""
+        """Returns the value and the gradients."""
         problem, params, batch, shares = self._problem(args, weights, kwargs)
         form = forms.SUMMED[forms.choose(self.form, problem, batch)]
         total, seen = batches.in_microbatches(form, problem, batch, shares.relative, self.microbatch_size)
@@ -214,7 +217,7 @@ class Step:
         return (*found, seen.norm) if self.return_norms else found
 
     def form_of(self, *args: Any, weights: Any = None, **kwargs: Any) -> str:
-        """The form that a call with these arguments takes."""
+        """Returns the form that a call with these arguments takes."""
         problem, _, batch, _ = self._problem(args, weights, kwargs)
         return forms.choose(self.form, problem, batch)
 
@@ -229,20 +232,20 @@ class Step:
 
 
 def form_of(step: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
-    """The form that a call of `step` with these arguments takes, "one_pass" or "two_pass", without calculating it.
+    """Tells which form a call of `step` with these arguments takes, without running it.
 
     Args:
-      step: what `clipped_value_and_grad` returned, or that in `jax.jit`.
+      step: what `clipped_value_and_grad` returned, also inside `jax.jit`.
       *args: the arguments of the call. Arrays may be `jax.ShapeDtypeStruct`, as for `jax.eval_shape`.
       **kwargs: the keyword arguments of the call.
 
     Returns:
-      "one_pass" or "two_pass". It depends on shapes, dtypes and, inside `shard_map`, mesh axes: ask where `step` is
-      called. To learn why "auto" takes one pass, build the step with `form="two_pass"`: if two passes are not possible
-      the error says why; if they are, "auto" takes one pass because that is faster.
+      "one_pass" or "two_pass". The form depends on shapes and dtypes and, inside `shard_map`, on mesh axes: ask in the
+      place where `step` is called. To learn why "auto" takes one pass, build the step with `form="two_pass"`. If two
+      passes are not possible, the error says why. If they are, one pass is faster.
 
     Raises:
-      ValueError: if `step` is something else, and where the call would.
+      ValueError: if `step` is something else, or if the call would raise one.
 
     Example:
       >>> import jax
@@ -255,11 +258,11 @@ def form_of(step: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
       >>> weights = jax.ShapeDtypeStruct((8, 8), jnp.float32)
       >>> per_example.form_of(step, weights, jnp.ones((32, 8)))  # a batch of 32 vectors
       'two_pass'
-      >>> per_example.form_of(step, weights, jnp.ones((32, 8, 5)))  # each weight meets 5 vectors of an example
+      >>> per_example.form_of(step, weights, jnp.ones((32, 8, 5)))  # each weight meets 5 vectors per example
       'one_pass'
 
     See also:
-      `clipped_value_and_grad`, which says when which form is taken.
+      `clipped_value_and_grad`, which says when two passes are taken.
     """
     inner = inspect.unwrap(step, stop=lambda function: isinstance(function, Step)) if callable(step) else step
     if not isinstance(inner, Step):
@@ -279,7 +282,7 @@ def form_of(step: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
 
 
 def _reduced(problem: Problem, total: Grads, params: Tree, finish: Callable[[jax.Array], jax.Array]) -> Grads:
-    """The gradients of all examples, on all devices that have some; `finish` makes a sum or a mean of it."""
+    """Returns the gradients of all examples, on all devices that have some. `finish` turns a sum into a sum or mean."""
 
     def reduced(leaf: jax.Array, own: jax.Array, given: Any) -> jax.Array:
         axes = tuple(sorted(set(problem.apart) - layouts.varying(given)))

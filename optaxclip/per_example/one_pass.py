@@ -1,6 +1,6 @@
-"""The sum of per-example gradients in one pass: each is calculated, transformed, and added up if it is finite.
+"""Calculates and transforms every per-example gradient, and adds up those that are finite.
 
-It works for every transformation, and takes the memory of as many gradients as there are examples.
+This works for every transformation. It takes the memory of one gradient per example.
 """
 
 import functools
@@ -16,7 +16,7 @@ from optaxclip.per_example.problems import Batch, Grads, Problem, Seen, Weights
 
 
 def summed(problem: Problem, batch: Batch, weights: Weights) -> tuple[Grads, Seen]:
-    """Every gradient by itself."""
+    """Transforms every gradient by itself, and sums them up."""
     (value, aux), grads = jax.vmap(problem.grad)(batch)
     with mesh.apart(problem.apart):
         state = problem.no_state()
@@ -33,13 +33,13 @@ def _is_finite(tree: Tree) -> jax.Array:
 
 
 def _everywhere(problem: Problem, counted: jax.Array) -> jax.Array:
-    """Whether an example counts, the same on all devices that have a share of its gradient."""
+    """Whether an example counts on all devices that hold a piece of its gradient."""
     names = tuple(sorted(layouts.varying(counted) - set(problem.apart)))
     return jax.lax.pmin(counted.astype(jnp.int32), names) > 0 if names else counted
 
 
 def _sum(counted: jax.Array, weights: Weights, updates: jax.Array) -> jax.Array:
-    """The sum of the updates that are counted, each times its weight, in float32 or wider."""
+    """Sums the updates that count, each times its weight, in float32 or wider."""
 
     def terms(updates: jax.Array, counted: jax.Array, weights: Weights) -> jax.Array:
         wide = updates.astype(dtypes.wide(updates.dtype))

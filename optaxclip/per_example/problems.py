@@ -1,4 +1,4 @@
-"""The arguments of a call, put in order: what is differentiated, what there is an example of in each row."""
+"""Sorts the arguments of a call: the parameters to differentiate by, and the batch of examples."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -19,14 +19,14 @@ Grads: TypeAlias = Any  # of the structure of the parameters
 
 
 class Problem(NamedTuple):
-    """What is to be calculated of a batch.
+    """What to calculate for a batch.
 
     Attributes:
       loss: `(params, example) -> (value, aux)`. Its Python code has run already, and does not run when it is called.
-      params: what it is differentiated by; on each device its own copy where devices have different examples.
-      tx: what each gradient goes through.
+      params: what to differentiate by. If devices have different examples, each device has its own copy.
+      tx: the transformation of each gradient.
       apart: the mesh axes along which devices have different examples.
-      want_norms: whether the norms of the gradients are wanted.
+      want_norms: whether to return the norms of the gradients.
     """
 
     loss: Callable[[Any, Any], tuple[jax.Array, Any]]
@@ -36,24 +36,24 @@ class Problem(NamedTuple):
     want_norms: bool
 
     def grad(self, example: Any) -> tuple[tuple[jax.Array, Any], Grads]:
-        """Value, auxiliary output and gradient of one example."""
+        """Returns value, auxiliary output and gradient of one example."""
         return jax.value_and_grad(self.loss, has_aux=True)(self.params, example)
 
     def no_state(self) -> Any:
-        """The state of the transformation, without an array in it.
+        """Returns the state of the transformation, which must have no arrays.
 
         Raises:
-          ValueError: if there is one.
+          ValueError: if it has some.
         """
         advice = (
-            "which one example can't hand on to the next: for a bound that follows a schedule build it with the number "
-            "of this step, as in clip_by_global_norm(schedule(step)); for a record of the norms pass "
-            "return_norms=True; chain what keeps a state behind it, as an optimizer does"
+            "which one example can't pass on to the next. For a schedule, pass its value in this step, as in "
+            "clip_by_global_norm(schedule(step)). For a record of the norms, pass return_norms=True. Apply a stateful "
+            "transformation, such as an optimizer, to the result"
         )
         return empty_state("clipped_value_and_grad", self.tx, self.params, advice)
 
     def made_of(self) -> core.MadeOf | None:
-        """What `clip_by` made the transformation of; None if it is not known to be a clip."""
+        """Returns what `clip_by` made the transformation of; None if it is not known to be a clip."""
         return self.tx.made_of if isinstance(self.tx, core.Clip) else None
 
 
@@ -61,10 +61,10 @@ class Seen(NamedTuple):
     """What is known of each example, in arrays along the batch.
 
     Attributes:
-      value: its value.
-      aux: its auxiliary output.
-      norm: the 2-norm of its gradient, or None.
-      counted: whether its gradient counts: it is finite, and its weight is not 0.
+      value: the value of the loss.
+      aux: the auxiliary output.
+      norm: the 2-norm of the gradient, or None.
+      counted: whether the gradient counts: it is finite, and its weight is not 0.
     """
 
     value: jax.Array
@@ -75,7 +75,7 @@ class Seen(NamedTuple):
 
 Weights: TypeAlias = jax.Array | None  # one finite number per example; None for 1 each
 
-# Gives the weighted sum, in float32 or wider, and what was seen.
+# Returns the weighted sum in float32 or wider, and what is known of each example.
 Form: TypeAlias = Callable[[Problem, Batch, Weights], tuple[Grads, Seen]]
 
 
@@ -83,8 +83,8 @@ class Places(NamedTuple):
     """Which arguments are which.
 
     Attributes:
-      argnums: which are differentiated: a number, or a tuple of several.
-      batch_argnums: which have the examples.
+      argnums: the arguments to differentiate by: a number, or a tuple of several.
+      batch_argnums: the arguments that hold the examples.
     """
 
     argnums: int | tuple[int, ...]
@@ -92,17 +92,17 @@ class Places(NamedTuple):
 
 
 def places(argnums: Any, batch_argnums: Any) -> Places:
-    """Checks them.
+    """Checks `argnums` and `batch_argnums`.
 
     Raises:
-      ValueError: if one is not a whole number of at least 0, there is none, or one is named twice.
+      ValueError: if one is no whole number of at least 0 or an empty tuple, or if an argument is named twice.
     """
     wanted, batched = _numbers("argnums", argnums), _numbers("batch_argnums", batch_argnums)
     named = (*wanted, *batched)
     if twice := sorted({number for number in named if named.count(number) > 1}):
         raise ValueError(
-            f"argnums={argnums!r} and batch_argnums={batch_argnums!r} name argument {twice[0]} twice: an argument is "
-            "differentiated, or has the examples, or neither"
+            f"argnums={argnums!r} and batch_argnums={batch_argnums!r} name argument {twice[0]} twice: name each "
+            "argument once, in one of the two"
         )
     return Places(wanted if isinstance(argnums, tuple | list) else wanted[0], batched)
 
@@ -123,12 +123,12 @@ def of_call(
     args: Sequence[Any],
     kwargs: dict[str, Any],
 ) -> tuple[Problem, Any, Batch]:
-    """The problem, the parameters as they were given, and the batch."""
+    """Returns the problem, the parameters as the user passed them, and the batch."""
     wanted = where.argnums if isinstance(where.argnums, tuple) else (where.argnums,)
     if max(*wanted, *where.batch_argnums) >= len(args):
         raise ValueError(
             f"argnums={where.argnums} and batch_argnums={where.batch_argnums} name more than the {len(args)} "
-            "positional arguments of the call"
+            "positional arguments of the call: pass these arguments by position"
         )
 
     def loss(params: Tree, example: Any) -> tuple[jax.Array, Any]:
@@ -146,14 +146,14 @@ def of_call(
     own = jax.tree.map(jnp.asarray, params)
     traced = _traced(loss, own, batch)
     if apart := _axes_of_examples(traced, own, batch):
-        # Parameters of another type: the trace above does not fit them.
+        # The parameters have another type now, which the trace above does not fit.
         own = jax.tree.map(lambda leaf: layouts.varying_over(leaf, apart), own)
         traced = _traced(loss, own, batch)
     return Problem(traced, own, tx, apart, want_norms), params, batch
 
 
 def _traced(loss: Callable[[Any, Any], Any], params: Tree, batch: Batch) -> Callable[[Any, Any], Any]:
-    """`loss`, whose Python code runs here and never again, for the examples of this batch."""
+    """Traces `loss` for the examples of this batch. Its Python code runs now, and never again."""
     traced = loss
 
     def look(example: Any) -> tuple[()]:
@@ -161,16 +161,16 @@ def _traced(loss: Callable[[Any, Any], Any], params: Tree, batch: Batch) -> Call
         traced = replaying.traced(loss, params, example)
         return ()
 
-    # Only under vmap has an example the type that it will have there, on every mesh.
+    # Traced under vmap, where an example has the type that it will have later, on every mesh.
     jax.eval_shape(jax.vmap(look), batch)
     return traced
 
 
 def _axes_of_examples(loss: Callable[[Any, Any], Any], params: Tree, batch: Batch) -> tuple[str, ...]:
-    """The mesh axes along which devices have different examples.
+    """Returns the mesh axes along which devices have different examples.
 
-    Those are the axes that the value varies over. A batch may vary over more of them, where one example is spread over
-    several devices and the function adds up their shares.
+    These are the axes that the value varies over. A batch may vary over more axes: if one example is spread over
+    several devices, and the function adds up their shares.
     """
     if not any(map(layouts.varying, jax.tree.leaves((params, batch)))):
         return ()
@@ -179,7 +179,7 @@ def _axes_of_examples(loss: Callable[[Any, Any], Any], params: Tree, batch: Batc
 
 
 def require_examples(where: Places, batch: Batch) -> None:
-    """Raises ValueError if there is no example, or the arrays of the batch disagree on how many there are."""
+    """Raises ValueError if there are no examples, or if arrays of the batch differ in their number."""
     lengths: dict[str, int] = {}
     for number, rows in zip(where.batch_argnums, batch, strict=True):
         for path, leaf in zip(trees.paths(rows), jax.tree.leaves(rows), strict=True):
@@ -198,5 +198,5 @@ def require_examples(where: Places, batch: Batch) -> None:
 
 
 def size(batch: Batch) -> int:
-    """How many examples there are."""
+    """Returns the number of examples."""
     return jnp.shape(jax.tree.leaves(batch)[0])[0]

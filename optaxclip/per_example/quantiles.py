@@ -1,4 +1,4 @@
-"""A bound on the gradients of examples that follows a quantile of their norms."""
+"""A bound on per-example gradients that follows a quantile of their norms."""
 
 from typing import Any
 
@@ -22,28 +22,28 @@ def track_quantile(
     weights: jax.Array | None = None,
     axes: mesh.Axes = "auto",
 ) -> jax.Array:
-    r"""Moves a bound towards a quantile of the norms of the examples of a batch: adaptive clipping.
+    r"""Moves a bound towards a quantile of the per-example norms of a batch: adaptive clipping.
 
     .. math:: c \leftarrow c \cdot \exp(-\eta (b - q)), \qquad b = \frac{1}{B} \sum_{i=1}^{B} 1[n_i \le c]
 
-    Clip a batch by the bound, then call this with its norms for the bound of the next batch.
+    Clip a batch by the bound, then call this with the norms of the batch. It returns the bound for the next batch.
 
     Args:
-      bound: the bound c that this batch was clipped by, positive and finite: a number or a scalar array.
-      norms: the norms of the gradients of the examples before the clip, a vector, as `clipped_value_and_grad` returns
-        them with `return_norms=True`.
-      quantile: q in [0, 1], the share of examples that should not be clipped; 0.5 in the paper.
-      learning_rate: :math:`\eta`, at least 0; 0.2 in the paper. At the defaults the bound moves by at most 10 % per
-        batch, so tenfold takes 24.
-      weights: the `weights=` of the call, one per example. An example of weight 0 is no example; all others count once.
-      axes: which mesh axes the examples are split over, inside `shard_map` and `pmap`; see `clip_by`.
+      bound: the bound c for the norms of this batch, positive and finite: a number or a scalar array.
+      norms: the norms of the gradients of the examples before the clip: the vector that `clipped_value_and_grad`
+        returns with `return_norms=True`.
+      quantile: q in [0, 1], the share of examples that should not be clipped; 0.5 by default, as in the paper.
+      learning_rate: :math:`\eta`, at least 0 and finite; 0.2 by default, as in the paper. With the defaults the bound
+        moves by at most 10 % per batch, so a tenfold change takes 24 batches.
+      weights: the `weights=` of the call, one per example. Examples of weight 0 do not count, all others count once.
+      axes: the mesh axes that the examples are split over, inside `shard_map` and `pmap`; see `clip_by`.
 
     Returns:
-      The bound for the next batch, a scalar in the dtype of `bound`, or float32 where that is narrower. It is the whole
-      state: carry it beside the optimizer's.
+      The bound for the next batch, a scalar in the dtype of `bound`, but at least float32. It is the whole state: keep
+      it next to the optimizer's state.
 
     Raises:
-      ValueError: if an argument is out of range, `norms` is no vector of floats, or `weights` is none of its length.
+      ValueError: if an argument is out of range, `norms` is no vector of floats, or `weights` has another length.
 
     Example:
       >>> import jax
@@ -60,7 +60,7 @@ def track_quantile(
       ...     return grads, per_example.track_quantile(bound, norms)
       >>> examples = jnp.array([[3.0, 4.0], [0.6, 0.8], [6.0, 8.0], [jnp.nan, 0.0]])
       >>> grads, bound = gradients(jnp.ones(2), 1.0, examples)
-      >>> print(f"{bound:.4f}")  # one of three is not clipped: the exponential of 0.2 * (1/2 - 1/3)
+      >>> print(f"{bound:.4f}")  # one of three is not clipped: exp(0.2 * (1/2 - 1/3))
       1.0339
 
       With Gaussian noise on the number of examples that are not clipped, here of standard deviation 2, as in the paper:
@@ -69,17 +69,17 @@ def track_quantile(
       >>> noisy = bound * jnp.exp(-0.2 * noise / len(examples))  # 0.2 is the learning rate
 
     Notes:
-      - Privacy: this is not private as it stands, because the bound tells the share of examples that were not clipped.
-        For differential privacy add noise to that share, as in the second example. There every example of the batch
-        must count, and the accountant must know of this noise, too; see the paper.
+      - Privacy: as it is, this is not private, because the bound reveals the share of examples that were not clipped.
+        For differential privacy add noise to that share, as in the second example. Every example of the batch must then
+        count, and the accountant must include this noise; see the paper.
       - Edge cases: an example whose norm is 0, infinite or NaN does not count, neither as clipped nor as not clipped.
-        If no example counts, the bound is returned unchanged. It stays in the normal float range.
+        If no example counts, the bound is returned unchanged. The bound stays in the normal float range.
       - Several devices: inside `shard_map` the share is that of the examples on all devices, and the bound is the same
-        on each. Along a mesh axis that `bound` itself varies over, each device has a bound of its own. With
+        on each. Along a mesh axis that `bound` itself varies over, each device has its own bound. With
         `check_vma=False`, and in `pmap`, pass `axes=`. Under `jit` nothing is needed.
       - Microbatches: call this once per step, with the norms of all examples of the step.
-      - Differs from the paper: there is no noise. Gradients of 0 count there as not clipped, so that the bound goes to
-        0 where more than a share of q of the examples have none, and nothing is learned any more.
+      - Differs from the paper: there is no noise. In the paper, gradients of 0 count as not clipped. If more than a
+        share of q of the examples have none, the bound then goes to 0, and nothing is learned any more.
       - Differs from opacus: its optimizer for this method adds 1e-6 to the norms and keeps the bound between two
         limits. For such limits, use `jnp.clip` on the result.
 
@@ -103,12 +103,12 @@ def track_quantile(
     share = jnp.where(seen > 0, within / jnp.maximum(seen, 1), jnp.asarray(quantile, bound.dtype))
     log_bound = jnp.log(bound)
     moved_on = tracking.moved(log_bound, share, quantile, learning_rate)
-    # The exponential of a logarithm is not always the number.
+    # The exponential of the logarithm is not always the same number.
     return jnp.where(moved_on == log_bound, bound, tracking.estimate(moved_on))
 
 
 def _vector(norms: Any) -> jax.Array:
-    """The norms, in float32 or wider."""
+    """Checks the norms, and returns them in float32 or wider."""
     dtype = getattr(norms, "dtype", None)
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating) or jnp.ndim(norms) != 1:
         got = repr(norms) if dtype is None else f"{dtype} of shape {jnp.shape(norms)}"
@@ -118,7 +118,7 @@ def _vector(norms: Any) -> jax.Array:
 
 
 def _numbers(bound: jax.Array, norms: jax.Array, weights: Any, axes: mesh.Axes) -> jax.Array:
-    """How many examples have a norm of at most `bound`, and how many there are, on all devices."""
+    """Counts the examples with a norm of at most `bound`, and all examples, on all devices."""
     seen = jnp.isfinite(norms) & (norms >= jnp.finfo(norms.dtype).tiny)  # subnormals are 0 on some devices
     if weights is not None:
         of_weights.require_vector(norms.size, weights)

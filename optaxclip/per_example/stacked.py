@@ -1,4 +1,4 @@
-"""Clips for gradients of examples that are there already, stacked along the first axis, and added up afterwards."""
+"""Clips per-example gradients that are already there, stacked along the first axis, and adds them up."""
 
 import math
 from collections.abc import Sequence
@@ -9,12 +9,13 @@ import jax.numpy as jnp
 
 from optaxclip import core
 from optaxclip._arguments import checks
+from optaxclip._arguments.bounds import Number
 from optaxclip._arrays import dtypes, trees
 from optaxclip._numerics import arithmetic, rows, scaling, tree_norms
 from optaxclip.per_example.problems import Grads
 
 
-def per_example_global_norm_clip(grads: Grads, l2_norm_clip: Any) -> tuple[Grads, jax.Array]:
+def per_example_global_norm_clip(grads: Grads, l2_norm_clip: Number) -> tuple[Grads, jax.Array]:
     r"""Scales the gradient of each example so that its global norm is at most `l2_norm_clip`, and adds them up.
 
     .. math:: \sum_i g_i \cdot \min(1, c / n_i), \qquad n_i = \|g_i\|_2
@@ -24,10 +25,10 @@ def per_example_global_norm_clip(grads: Grads, l2_norm_clip: Any) -> tuple[Grads
       l2_norm_clip: the bound c, at least 0, in the units of the gradient: a number or a scalar array.
 
     Returns:
-      The sum, without that axis, and the number of examples that were clipped, an int32 scalar.
+      The sum, without the axis of examples, and the number of clipped examples, an int32 scalar.
 
     Raises:
-      ValueError: if the bound is negative or NaN, if an array has no first axis, or if these differ in length.
+      ValueError: if the bound is negative or NaN, if an array has no first axis, or if the first axes differ in length.
 
     Example:
       >>> import jax.numpy as jnp
@@ -39,16 +40,16 @@ def per_example_global_norm_clip(grads: Grads, l2_norm_clip: Any) -> tuple[Grads
 
     Notes:
       - Guarantees: norms are right over the whole float range. An example adds at most `l2_norm_clip * (1 + 1e-5)` to
-        the sum. If its norm is past the largest float (four entries of 3e38), its share is finite and keeps its
-        direction, without the bound. The sum is taken in float32 or wider, and has the dtype of the gradient; integers
-        become float32.
+        the sum. If its norm exceeds the largest float (four entries of 3e38), what it adds is finite and keeps its
+        direction, but may exceed the bound. The sum is taken in float32 or wider, and has the dtype of the gradient.
+        Integers become float32.
       - Edge cases: an example whose norm is not finite does not count, and is not among the clipped. Examples of norm 0
         are never clipped. A bound of 0 gives zeros, inf changes nothing. Boolean, float0 and key leaves are refused.
       - Placement: between the gradients and the optimizer. In `shard_map` each device clips its own examples. Gradients
-        with respect to a replicated argument are not those of single examples there; see
+        with respect to a replicated argument are not per-example gradients there; see
         `per_example.clipped_value_and_grad`.
       - Differs from optax: in optax one example with a NaN makes the sum NaN, and one of norm 1e20 counts as zeros.
-        16-bit gradients are measured in 16 bits.
+        optax measures 16-bit gradients in 16 bits.
 
     References:
       Abadi et al., Deep learning with differential privacy, CCS 2016, arXiv:1607.00133.
@@ -66,8 +67,8 @@ def per_example_global_norm_clip(grads: Grads, l2_norm_clip: Any) -> tuple[Grads
     return treedef.unflatten(total), clipped
 
 
-def per_example_layer_norm_clip(grads: Grads, global_l2_norm_clip: Any, uniform: bool = True) -> tuple[Grads, Grads]:
-    r"""Scales each leaf of the gradient of each example to its share of `global_l2_norm_clip`, and adds them up.
+def per_example_layer_norm_clip(grads: Grads, global_l2_norm_clip: Number, uniform: bool = True) -> tuple[Grads, Grads]:
+    r"""Scales each leaf of each example's gradient to its share of `global_l2_norm_clip`, and adds them up.
 
     .. math:: c_l = c / \sqrt{L} \quad\mathrm{or}\quad c_l = c \sqrt{D_l / D}
 
@@ -76,24 +77,26 @@ def per_example_layer_norm_clip(grads: Grads, global_l2_norm_clip: Any, uniform:
     Args:
       grads: pytree of arrays whose first axis indexes the examples, one array per layer.
       global_l2_norm_clip: the bound c on all layers together, at least 0: a number or a scalar array.
-      uniform: whether the L layers have equal shares. If not, a layer with D_l of all D entries gets the second share.
+      uniform: True (the default) for the first formula, equal bounds for all L layers. False for the second, where D_l
+        is the number of entries in the layer, and D in all layers.
 
     Returns:
-      The sum, without that axis, and a pytree of the same structure with the number of examples clipped in each layer.
+      The sum, without the axis of examples, and a pytree of its structure with the number of examples clipped in each
+      layer.
 
     Raises:
-      ValueError: as `per_example_global_norm_clip`, or if `uniform` is no boolean.
+      ValueError: as for `per_example_global_norm_clip`, or if `uniform` is no boolean.
 
     Example:
       >>> import jax.numpy as jnp
       >>> import optaxclip
       >>> grads = {"a": jnp.array([[6.0, 8.0], [0.0, 0.5]]), "b": jnp.array([[12.0, 16.0], [0.0, 0.0]])}
-      >>> total, clipped = optaxclip.per_example_layer_norm_clip(grads, 2.0**0.5)  # a norm of 1 for each of two
+      >>> total, clipped = optaxclip.per_example_layer_norm_clip(grads, 2.0**0.5)  # a bound of 1 for each layer
       >>> print(total["a"], total["b"], clipped["a"], clipped["b"])
       [0.6 1.3] [0.6 0.8] 1 1
 
     Notes:
-      - Guarantees, placement and differences from optax: those of `per_example_global_norm_clip`, for each layer alone.
+      - Guarantees, placement and differences from optax: as for `per_example_global_norm_clip`, for each layer alone.
       - Edge cases: an example whose norm is not finite in one layer counts in no layer, and is not among the clipped.
 
     References:
@@ -117,10 +120,10 @@ def per_example_layer_norm_clip(grads: Grads, global_l2_norm_clip: Any, uniform:
 
 
 def _examples(grads: Grads) -> tuple[list[jax.Array], Any]:
-    """The arrays, of floats, and their structure.
+    """Returns the arrays as floats, and their structure.
 
     Raises:
-      ValueError: naming an array that has no first axis, or another length than the first.
+      ValueError: if an array has no first axis, or another number of examples than the first array.
     """
     flat, treedef = jax.tree.flatten(grads)
     dtypes.require_usable(grads, flat)
@@ -129,8 +132,8 @@ def _examples(grads: Grads) -> tuple[list[jax.Array], Any]:
         first = next(iter(shapes.values()))
         if not shape or shape[0] != first[0]:
             raise ValueError(
-                f"grads must have the examples along the first axis of every array; {path!r} has the shape {shape}"
-                + (f", and the first array {first[0]} examples" if first else "")
+                f"grads must have the examples along the first axis of every array, but {path!r} has the shape {shape}"
+                + (f", and the first array has {first[0]} examples" if first else "")
             )
     return [_as_floats(leaf) for leaf in flat], treedef
 
@@ -145,14 +148,14 @@ def _as_floats(leaf: Any) -> jax.Array:
 
 
 def _norms(flat: Sequence[jax.Array]) -> jax.Array:
-    """The norm of each example."""
+    """Returns the norm of each example."""
     return tree_norms.norm_of_parts(
         tree_norms.separate_norms(flat, [tuple(range(1, leaf.ndim)) for leaf in flat], [()] * len(flat), 2), 2
     )
 
 
 def _clip(flat: Sequence[jax.Array], bound: Any, finite: jax.Array | None = None) -> tuple[list[jax.Array], jax.Array]:
-    """The sums of the clipped examples, and how many were clipped."""
+    """Returns the sums of the clipped examples, and the number of clipped examples."""
     norms = _norms(flat)
     finite = jnp.isfinite(norms) if finite is None else finite
     high = core.upper_end(norms, bound)

@@ -1,9 +1,9 @@
-"""The sum of clipped per-example gradients in two passes: their norms, then one gradient.
+"""Sums clipped per-example gradients in two passes: first their norms, then one gradient.
 
-The second pass takes the gradient of the loss with each example weighted by its factor. It gives the same sum where a
-clip multiplies a gradient by one number that depends on its norm (`reasons` has what stands against it). Where weights
-are matrices that an example meets once it takes at most twice as long as the ordinary gradient (see `outer`), and
-nowhere as much memory as one pass.
+The second pass takes the gradient of the loss with each example multiplied by its factor. The sum is the same if the
+clip multiplies a gradient by one number that depends only on its norm (`reasons` lists the exceptions). If the
+parameters are matrices that an example meets once, two passes take at most twice as long as the ordinary gradient (see
+`outer`). They always take less memory than one pass.
 """
 
 import functools
@@ -22,7 +22,7 @@ from optaxclip.per_example.problems import Batch, Grads, Problem, Seen, Weights
 
 
 def summed(problem: Problem, batch: Batch, weights: Weights) -> tuple[Grads, Seen]:
-    """Norms first, then one gradient of the weighted loss; for what `reasons` has nothing against."""
+    """Takes the norms, then one gradient of the weighted loss. For problems without a reason against two passes."""
     value, aux, norm = jax.vmap(functools.partial(_norm_of_one, problem))(batch)
     finite = jnp.isfinite(norm)
     factor = jax.vmap(functools.partial(_factor_of, problem))(norm)
@@ -30,10 +30,10 @@ def summed(problem: Problem, batch: Batch, weights: Weights) -> tuple[Grads, See
     given = one if weights is None else one * weights.astype(norm.dtype)
     weight = jnp.where(finite, scaling.rescale(given, factor), jnp.zeros_like(norm))
     counted = finite & (given != 0)
-    # A factor outside the normal range is applied in two steps, which a weight can't be, and weights that lie too far
-    # apart do not fit into one sum. The weighted gradient stays outside the branch: XLA for CPUs (jax 0.8
-    # to 0.12) runs convolutions in a branch many times slower.
-    size, moves = jnp.abs(weight), counted & (factor.second != 0)  # where the weight is 0 all the same, it underflowed
+    # One gradient is not enough if a factor outside the normal range must be applied in two steps, or if weights are
+    # too far apart for one sum. The weighted gradient stays outside the branch, because XLA for CPUs (jax 0.8 to 0.12)
+    # runs convolutions in a branch many times slower. It can move in when they run at full speed there.
+    size, moves = jnp.abs(weight), counted & (factor.second != 0)  # if such a weight is 0, it underflowed
     together = jnp.min(jnp.where(moves, size, jnp.inf)) > jnp.max(size) * 2.0**-100
     in_one_step = jnp.all((factor.first == one) | ~counted) & (together | ~jnp.any(moves))
     total = jax.lax.cond(
@@ -51,8 +51,8 @@ def _one_by_one(problem: Problem, batch: Batch, weights: Weights) -> Grads:
 
 
 def _factor_of(problem: Problem, norm: jax.Array) -> scaling.Factor:
-    """By what a gradient of this norm is multiplied."""
-    made_of: Any = problem.made_of()  # never None: what is no clip has a reason against two passes
+    """Returns the factor for a gradient of this norm."""
+    made_of: Any = problem.made_of()  # never None: without a clip there is a reason against two passes
 
     def param_norms() -> jax.Array:
         with mesh.apart(problem.apart):
@@ -62,7 +62,7 @@ def _factor_of(problem: Problem, norm: jax.Array) -> scaling.Factor:
 
 
 def _norm_of_one(problem: Problem, example: Any) -> tuple[jax.Array, Any, jax.Array]:
-    """Value, auxiliary output, and the norm of the gradient."""
+    """Returns value, auxiliary output, and the norm of the gradient."""
     (value, aux), grads = outer.evaluate(problem.grad, example)
     products = [leaf for leaf in jax.tree.leaves(grads) if isinstance(leaf, outer.Outer)]
     rest = [leaf for leaf in jax.tree.leaves(grads) if not isinstance(leaf, outer.Outer)]
@@ -71,15 +71,15 @@ def _norm_of_one(problem: Problem, example: Any) -> tuple[jax.Array, Any, jax.Ar
 
 
 def _weighted(problem: Problem, batch: Batch, weight: jax.Array, finite: jax.Array) -> Grads:
-    """The gradient of the sum of the values, each times its weight."""
-    # In a branch, since it gathers a batch that is spread over devices.
+    """Returns the gradient of the sum of the values, each times its weight."""
+    # In a branch, because it gathers a batch that is spread over devices.
     rows = jax.lax.cond(jnp.all(finite), lambda rows: rows, functools.partial(_replace, finite), batch)
 
     def values(params: Tree) -> jax.Array:
         return jax.vmap(problem.loss, (None, 0))(params, rows)[0]
 
     value, pull = jax.vjp(values, problem.params)
-    # The largest weight is near 1, so that gradients that fit the range in one pass do so here.
+    # Scaled so that the largest weight is near 1. Then gradients fit the float range if they do in one pass.
     scale = _power_of_two_near(jnp.max(jnp.abs(weight)))
     (grads,) = pull((weight / scale).astype(value.dtype))
 
@@ -91,10 +91,10 @@ def _weighted(problem: Problem, batch: Batch, weight: jax.Array, finite: jax.Arr
 
 
 def _replace(finite: jax.Array, batch: Batch) -> Batch:
-    """The batch, with a copy of the first example whose gradient is finite in the place of each where it is not.
+    """Returns the batch, with the first example whose gradient is finite in place of all whose gradient is not.
 
-    A weight of 0 is not enough to leave an example out: 0 times NaN is NaN. Neither are zeros for its inputs, where a
-    function need not have a derivative.
+    A weight of 0 does not leave an example out, because 0 times NaN is NaN. Zeros as inputs do not either: the function
+    may have no derivative there.
     """
     first = jnp.argmax(layouts.whole(finite))
 
@@ -106,6 +106,6 @@ def _replace(finite: jax.Array, batch: Batch) -> Batch:
 
 
 def _power_of_two_near(x: jax.Array) -> jax.Array:
-    """The smallest power of two that is larger than x, as a constant; 1 for 0."""
+    """Returns the smallest power of two above x, as a constant; 1 for 0."""
     _, exponent = jnp.frexp(jax.lax.stop_gradient(x))
     return jnp.ldexp(jnp.ones_like(x), jnp.where(x > 0, exponent, jnp.zeros_like(exponent)))

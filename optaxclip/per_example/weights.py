@@ -1,4 +1,4 @@
-"""The weights of the examples of a batch: 0 for padding, or how much each is worth.
+"""Weights of the examples in a batch: 0 for padding, or how much each example is worth.
 
 A gradient is clipped first and weighted afterwards, so an example adds at most its weight times the bound.
 """
@@ -20,11 +20,11 @@ _LARGEST_EXPONENT = 126  # the reciprocal of 2^127 is subnormal
 
 
 class Shares(NamedTuple):
-    """What a sum over examples needs to know of their weights.
+    """The weights of the examples, for sums and means.
 
     Attributes:
-      relative: the weight of each, as a multiple of `unit`; None where all are 1.
-      unit: a power of two near the largest weight, so that no sum of weighted gradients vanishes.
+      relative: the weight of each example, as a multiple of `unit`; None if all weights are 1.
+      unit: a power of two near the largest weight, so that sums of weighted gradients do not underflow.
       total: the sum of `relative` over all examples on all devices.
     """
 
@@ -33,11 +33,11 @@ class Shares(NamedTuple):
     total: jax.Array | int
 
     def sum(self, weighted: jax.Array) -> jax.Array:
-        """The weighted sum, of a sum by relative weights."""
+        """Returns the weighted sum, given a sum by relative weights."""
         return weighted if self.relative is None else weighted * jnp.asarray(self.unit, _real(weighted))
 
     def mean(self, weighted: jax.Array) -> jax.Array:
-        """The weighted mean, of a sum by relative weights; 0 where the weights add up to 0."""
+        """Returns the weighted mean, given a sum by relative weights; 0 if the weights add up to 0."""
         if self.relative is None:
             return weighted / self.total
         total = jnp.asarray(self.total, _real(weighted))
@@ -46,7 +46,7 @@ class Shares(NamedTuple):
 
 
 def of_call(problem: Problem, number: int, weights: Any) -> Shares:
-    """The shares of the examples, of which there are `number` on this device.
+    """Returns the shares of the examples, of which this device has `number`.
 
     Raises:
       ValueError: if `weights` is no vector of that many real numbers, or varies over more mesh axes than the examples.
@@ -57,8 +57,8 @@ def of_call(problem: Problem, number: int, weights: Any) -> Shares:
     given = jnp.asarray(weights)
     if more := layouts.varying(given) - set(problem.apart):
         raise ValueError(
-            f"weights differ between devices along mesh axes {tuple(sorted(more))}, and examples do not: shard weights "
-            "as the first axis of the batch"
+            f"weights differ between devices along mesh axes {tuple(sorted(more))}, but examples do not: shard weights "
+            "like the first axis of the batch"
         )
     wide = layouts.varying_over(given.astype(dtypes.accumulator(given.dtype)), problem.apart)
     finite = jnp.where(counts(wide), wide, jnp.zeros_like(wide))
@@ -71,8 +71,8 @@ def of_call(problem: Problem, number: int, weights: Any) -> Shares:
 
 
 def counts(weights: jax.Array) -> jax.Array:
-    """Which weights, in float32 or wider, are not as good as 0."""
-    # Subnormals are 0 on most devices, in comparisons and sums, and may differ from 0 elsewhere.
+    """Whether each weight, in float32 or wider, counts: it is finite, and neither 0 nor subnormal."""
+    # Subnormals are 0 on most devices, in comparisons and sums, but may differ from 0 on others.
     return jnp.isfinite(weights) & (jnp.abs(weights) >= jnp.finfo(weights.dtype).tiny)
 
 
@@ -80,12 +80,12 @@ def require_free(fun: Callable[..., Any], args: Sequence[Any]) -> None:
     """Raises ValueError if `fun` has an argument `weights` that these positional arguments do not fill."""
     try:
         names = list(inspect.signature(fun).parameters)
-    except (TypeError, ValueError):  # a function of C
+    except (TypeError, ValueError):  # a C function
         return
     if "weights" in names[len(args) :]:
         raise ValueError(
-            "weights= are those of the examples, and the function has an argument of that name: pass it by position, "
-            "or rename it"
+            "weights= takes the weights of the examples, but the function has an argument of that name: pass it by "
+            "position, or rename it"
         )
 
 
@@ -102,7 +102,7 @@ def _real(array: jax.Array) -> Any:
 
 
 def _power_of_two_at_least(x: jax.Array) -> jax.Array:
-    """The smallest power of two that is at least x, so 1 for 1, and 1 for 0."""
+    """Returns the smallest power of two that is at least x; 1 for 0."""
     mantissa, exponent = jnp.frexp(x)
     exponent = jnp.where(mantissa == 0.5, exponent - 1, exponent)
     exponent = jnp.minimum(exponent, jnp.full_like(exponent, _LARGEST_EXPONENT))

@@ -1,4 +1,4 @@
-"""The flight recorder: the writer, which `clip_by` and the skips drive, beside the reader."""
+"""The flight recorder: a writer, which `clip_by` and the skips call, and a reader."""
 
 from optaxclip.records.reader import clip_stats
 from optaxclip.records.recorder import ClipStats

@@ -1,4 +1,4 @@
-"""What a threshold that follows the history compares a norm with: the mean, and the deviation from it."""
+"""Mean and standard deviation of past norms, from the states of thresholds that keep them."""
 
 import functools
 from typing import Any
@@ -11,12 +11,12 @@ from optaxclip.records import restored
 
 @functools.singledispatch
 def of_kind(state: Any) -> tuple[Any, Any]:
-    """Mean and standard deviation of each group, two vectors; each kind of state that has them registers its own."""
+    """Returns mean and standard deviation of each group, two vectors. Each type of state registers its rule."""
     raise NotImplementedError(type(state))
 
 
 def of_threshold(state: Tree) -> tuple[Any, Any] | None:
-    """Mean and standard deviation in the state of a threshold, or of the first in a chain that has them."""
+    """Returns mean and standard deviation from the state of a threshold, or from the first in a chain that has them."""
     kinds = [kind for kind in of_kind.registry if kind is not object]
 
     def has_moments(node: Any) -> bool:

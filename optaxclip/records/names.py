@@ -1,4 +1,4 @@
-"""The names of what is recorded, in the structure of a state instead of its arrays."""
+"""The names of groups and leaves in a record. They are part of the structure of a state, not of its arrays."""
 
 import jax
 
@@ -7,15 +7,16 @@ import jax
 class Names(tuple[()]):
     """Names of the groups and leaves of a record; a pytree without leaves.
 
-    It costs no array, passes through jit, scan and checkpoints with a template, and is there while a function is
-    traced. To a library that knows namedtuples alone, as Flax's msgpack, it is one without fields. What such a library
-    returns, or a restore without a template, knows no names. Names that are not known equal all others, so that a state
-    can learn them in its next step without a change of its structure. The price: of two states of one structure, one of
-    which knows its names, jax takes a function that was compiled for the one for the other, too, and what it returns
-    has the names of the first.
+    The names take no array. They pass through jit, scan and checkpoints with a template, and are known while a function
+    is traced. Libraries that only know namedtuples, such as Flax's msgpack, see one without fields. What they restore
+    has unknown names, and so has a restore without a template.
+
+    Unknown names equal all others, so that a state can learn its names in the next step without changing its structure.
+    The price: jax takes two states of the same structure for equal if one knows its names and the other does not. It
+    reuses the function compiled for the first, and the results have the names of the first.
 
     Attributes:
-      groups: the path of each group, None where they are not known.
+      groups: the path of each group; None if the names are unknown.
       leaves: the path of each leaf that holds floats.
     """
 
@@ -24,7 +25,7 @@ class Names(tuple[()]):
     leaves: tuple[str, ...]
 
     def __new__(cls, groups: tuple[str, ...] | None = None, leaves: tuple[str, ...] = ()) -> "Names":
-        """Names; without arguments, those that are not known."""
+        """Creates names; unknown ones without arguments."""
         names = super().__new__(cls)
         names.groups, names.leaves = groups, leaves
         return names
@@ -34,11 +35,11 @@ class Names(tuple[()]):
             return False
         return None in (self.groups, other.groups) or (self.groups, self.leaves) == (other.groups, other.leaves)
 
-    def __ne__(self, other: object) -> bool:  # a tuple has one of its own
+    def __ne__(self, other: object) -> bool:  # overrides that of tuple
         return not self == other
 
     def __hash__(self) -> int:
-        return hash(Names)  # of all the same, since those that are not known equal all
+        return hash(Names)  # the same for all, because unknown names equal all others
 
     def __repr__(self) -> str:
         return f"Names(groups={self.groups}, leaves={self.leaves})"
@@ -48,13 +49,13 @@ class Names(tuple[()]):
 
     @property
     def are_known(self) -> bool:
-        """Whether there are names."""
+        """Whether the names are known."""
         return self.groups is not None
 
     def group(self, number: int) -> str:
-        """The path of a group; its number where it is not known."""
+        """Returns the path of a group, or "#" and its number if it is unknown."""
         return f"#{number}" if self.groups is None else self.groups[number]
 
     def leaf(self, number: int) -> str:
-        """The path of a leaf; its number where it is not known."""
+        """Returns the path of a leaf, or "#" and its number if it is unknown."""
         return f"#{number}" if self.groups is None else self.leaves[number]

@@ -1,4 +1,4 @@
-"""What the records in an optimizer's state say."""
+"""Reads the records in an optimizer's state."""
 
 import functools
 from typing import Any, NamedTuple
@@ -17,7 +17,12 @@ from optaxclip.records.recorder import ClipStats, RecordedState, axes_from_bytes
 
 
 def clip_stats(
-    opt_state: Tree, *, per_group: bool = False, history: bool | str = False, since: Any = 0, numeric: bool = False
+    opt_state: Tree,
+    *,
+    per_group: bool = False,
+    history: bool | str = False,
+    since: int | jax.Array = 0,
+    numeric: bool = False,
 ) -> dict[str, Any]:
     """Reads what the clippers and skips in an optimizer's state did, as a flat dict ready to log.
 
@@ -26,21 +31,21 @@ def clip_stats(
     ========================  =========================================================================================
     `clip_steps`              steps so far
     `clip_norm`               norm in the last step
-    `clip_limit`              bound in the last step: the upper end of the band, from which on a norm would be clipped
+    `clip_limit`              bound in the last step, the upper end of the band: larger norms are clipped
     `clip_scale`              factor of the updates in the last step; 1 if they were not scaled
     `clip_norm_after`         norm in the last step after the clip
     `clipped_share`           share of all steps in which some group was scaled
-    `recent_steps`            steps that are still in the record, of those after `since`
+    `recent_steps`            number of recorded steps after `since`
     `recent_clipped_share`    share of these in which some group was scaled
     `nonfinite_steps`         number of steps in which some norm was infinite or NaN
-    `first_nonfinite_step`    the first of these, counted from 1; 0 if there was none
-    `first_nonfinite_leaves`  how many leaves were not finite in that step
-    `first_nonfinite_leaf`    path of one of them, the first in the order of the tree; "" if there was none
+    `first_nonfinite_step`    first of these steps, counted from 1; 0 if there was none
+    `first_nonfinite_leaves`  number of leaves that were not finite in that step
+    `first_nonfinite_leaf`    path of the first of these leaves, in tree order; "" if there was none
     `first_nonfinite_report`  both in words, and where to look; "" if there was none
-    `threshold_mean`          with `thresholds.zscore` and `thresholds.mean_std`, and what is made of them: the mean of
-                              what they have taken in, the logarithms where these are compared
-    `threshold_std`           their standard deviation about it, that of the population
-    `norm_axes`               mesh axes that the norm went over, as "data,model"; absent if it went over none
+    `threshold_mean`          mean of the norms that the threshold has taken in, or of their logarithms if it compares
+                              those; for `thresholds.zscore`, `thresholds.mean_std`, and methods built on them
+    `threshold_std`           population standard deviation about that mean
+    `norm_axes`               mesh axes that the norm was taken over, as in "data,model"; absent if there were none
     ========================  =========================================================================================
 
     With several groups, norm, limit, scale, mean and deviation are those of the group furthest outside its band.
@@ -49,32 +54,31 @@ def clip_stats(
 
     =====================  ============================================================================================
     `skip_steps`           steps so far
-    `skipped_steps`        number of skipped steps, the sum of the three reasons
-    `skipped_in_row`       number of steps skipped in a row up to now
-    `skipped_nonfinite`    skipped because a gradient or the loss was infinite or NaN
-    `skipped_norm`         skipped because a norm was above its threshold
-    `skipped_loss`         skipped because the loss was, and no norm
+    `skipped_steps`        number of skipped steps, the sum of the three reasons below
+    `skipped_in_row`       number of steps skipped in a row, up to the last step
+    `skipped_nonfinite`    steps skipped because a gradient or the loss was infinite or NaN
+    `skipped_norm`         steps skipped because a norm was above its bound
+    `skipped_loss`         steps skipped because the loss was above its bound, and no norm was
     =====================  ============================================================================================
 
     Args:
       opt_state: the state of any chain, partition, wrapper or nesting of these; also a copy on the host, or the dicts
-        that a checkpoint gives back without a template. With several clippers, each key starts with the place that
-        tells its clipper from the others: "0/clip_norm", "decoder/clip_norm". The same holds for several skips.
+        of a checkpoint that was restored without a template. With several clippers or several skips, the place of each
+        leads its keys: "0/clip_norm", "decoder/clip_norm".
       per_group: whether to add norm, limit and scale of every group, as "clip_norm/<path of the group>".
-      history: True returns steps, norm, limit and scale as NumPy arrays over the recorded steps, oldest first.
-        "first_nonfinite" returns those that led to the first step that was not finite, and a few after it, however
-        long ago that was; without such a step, the last ones.
-      since: `recent_clipped_share` is of the steps after this one, as far as they are in the record: pass the
-        `clip_steps` of the last time you logged.
-      numeric: whether to leave out what is no number, as TensorBoard needs it.
+      history: False (the default) for the last step. True returns steps, norm, limit and scale as NumPy arrays over the
+        recorded steps, oldest first. "first_nonfinite" returns the steps up to the first one that was not finite, and a
+        few after it, however long ago that was. If there was none, it returns the last steps.
+      since: a step, at least 0 (the default). `recent_clipped_share` counts only recorded steps after it: pass the
+        `clip_steps` of your last log entry.
+      numeric: whether to leave out strings, as for TensorBoard.
 
     Returns:
-      A dict of Python numbers and strings, with `history` of arrays, too. In a jitted function, a dict of scalar arrays
-      alone.
+      A dict of Python numbers and strings, and with `history` of arrays. In a jitted function, a dict of scalar arrays.
 
     Raises:
-      ValueError: if an argument is of another kind; if there is no record in the state; if `history` is asked for in a
-        jitted function; or if the states of several replicas are stacked in one.
+      ValueError: if an argument is out of range, if the state has no record, if `history` is requested in a jitted
+        function, or if the states of several replicas are stacked.
 
     Example:
       >>> import jax.numpy as jnp
@@ -101,11 +105,11 @@ def clip_stats(
 
     Notes:
       - Logs: `wandb.log(clip_stats(state, numeric=True))`, or one `writer.scalar` per item.
-      - Names: a restore without a template knows no names of leaves and groups, and they are called by their number, as
-        "#7". `migrate` brings the names back, and so does the next step.
+      - Names: after a restore without a template, the names of leaves and groups are unknown, and their numbers are
+        used, as in "#7". `migrate` restores the names, and so does the next step.
 
     See also:
-      `ClipStats`, what is recorded; `diagnostics.from_state`, for the norms as a history.
+      `ClipStats`, which is the record; `diagnostics.from_state`, for the norms as a history.
 
       Notebooks: `notebooks/quickstart.ipynb`, a clipped and recorded run in twenty lines; `notebooks/long_run.ipynb`,
         what led to a NaN; `notebooks/recipes.ipynb`, logs, loops, other libraries, checkpoints.
@@ -129,14 +133,14 @@ def clip_stats(
     return {name: value for name, value in found.items() if not (numeric and isinstance(value, str))}
 
 
-KEPT = "first_nonfinite"  # which history
+KEPT = "first_nonfinite"  # a value of `history`
 
 
 def _no_record(opt_state: Tree) -> ValueError:
     return ValueError(
         f"there is no record in this state, {states.described(opt_state)}: build the clipper with record=True, or "
-        "record=100 for the last 100 steps; after a change of arguments, optaxclip.migrate(tx, params, old_state) "
-        "makes the state"
+        "record=100 for the last 100 steps. To record a run that has started, convert its state: "
+        "state, report = optaxclip.migrate(tx, params, old_state)"
     )
 
 
@@ -145,9 +149,9 @@ class Recorded(NamedTuple):
 
     Attributes:
       steps: int32 of shape (k,), counted from 1.
-      norm: floats of shape (k, G), and so are
-      limit: inf where nothing bounds, and
-      scale: by what the group was multiplied.
+      norm: floats of shape (k, G), the norms.
+      limit: floats of shape (k, G), the bounds; inf if there is none.
+      scale: floats of shape (k, G), the factors of the groups.
       names: the paths of groups and leaves.
     """
 
@@ -159,12 +163,12 @@ class Recorded(NamedTuple):
 
 
 def is_recorded(opt_state: Tree) -> bool:
-    """Whether there is a clipper's record in a state."""
+    """Whether a state has a clipper's record."""
     return bool(_found(opt_state, RecordedState))
 
 
 def recorded(opt_state: Tree, history: bool | str) -> dict[str, Recorded]:
-    """What each clipper in a state recorded, by its place: the `history` of `clip_stats` as arrays.
+    """Returns what each clipper in a state recorded, by its place: the `history` of `clip_stats` as arrays.
 
     Raises:
       ValueError: as `clip_stats`.
@@ -182,7 +186,7 @@ def _recorded(stats: ClipStats, history: bool | str) -> Recorded:
 
 
 class Wanted(NamedTuple):
-    """What `clip_stats` was asked for: its arguments."""
+    """The arguments of `clip_stats`."""
 
     per_group: bool
     history: bool | str
@@ -192,7 +196,7 @@ class Wanted(NamedTuple):
 
 @functools.singledispatch
 def summary(record: Any, wanted: Wanted) -> dict[str, Any]:
-    """What `clip_stats` says of a record; each kind of record registers its own."""
+    """Returns what `clip_stats` says of a record. Each type of record registers its own rule."""
     raise NotImplementedError(type(record))
 
 
@@ -201,7 +205,7 @@ def _kinds() -> list[type]:
 
 
 def _found(opt_state: Tree, kind: type) -> dict[str, Any]:
-    """The records of one kind, by what tells the place of each from the others."""
+    """Returns the records of one type, by the shortest key that distinguishes their places."""
     is_record = functools.partial(restored.is_of, kind)
     flat = jax.tree_util.tree_leaves_with_path(opt_state, is_leaf=is_record)
     records = [(path, restored.as_kind(kind, node)) for path, node in flat if is_record(node)]
@@ -214,9 +218,9 @@ def is_traced(stats: tuple[Any, ...]) -> bool:
 
 
 def require_one(steps: Any, ndim: int) -> None:
-    """Raises where records of several replicas are stacked."""
+    """Raises ValueError if records of several replicas are stacked."""
     if steps.ndim != ndim:
-        raise ValueError("the record has leading axes; take that of one replica: jax.tree.map(lambda x: x[0], state)")
+        raise ValueError("the record has leading axes: pass one replica, jax.tree.map(lambda x: x[0], state)")
 
 
 @summary.register
@@ -228,7 +232,7 @@ def _of_clips(state: RecordedState, wanted: Wanted) -> dict[str, Any]:
     if is_traced(stats):
         return _numbers(stats, compared, jnp, wanted)
     stats, compared = jax.device_get((stats, compared))
-    with np.errstate(all="ignore"):  # inf and NaN are what a record is there to show
+    with np.errstate(all="ignore"):  # a record may hold inf and NaN
         numbers = _numbers(stats, compared, np, wanted)
     return {name: _plain(value) for name, value in numbers.items()} | _texts(stats)
 
@@ -241,11 +245,11 @@ def _stats(state: RecordedState) -> ClipStats:
 
 def _require_concrete(stats: ClipStats) -> None:
     if is_traced(stats):
-        raise ValueError("history needs a concrete state: ask for it outside the jitted function")
+        raise ValueError("history needs a concrete state: call clip_stats outside the jitted function")
 
 
 def _numbers(stats: ClipStats, compared: tuple[Any, Any] | None, xp: Any, wanted: Wanted) -> dict[str, Any]:
-    """All but the texts, by NumPy or by jax.numpy."""
+    """Returns everything but the strings, by NumPy or by jax.numpy."""
     rows = _rows(stats, xp, wanted.history)
     by_group = {
         "clip_norm": rows.norm,
@@ -255,7 +259,7 @@ def _numbers(stats: ClipStats, compared: tuple[Any, Any] | None, xp: Any, wanted
     }
     furthest = _furthest(rows, xp)
     found = {name: xp.take_along_axis(each, furthest[..., None], axis=-1)[..., 0] for name, each in by_group.items()}
-    if compared is not None and compared[0].size == rows.norm.shape[-1]:  # not of units, which the record has not
+    if compared is not None and compared[0].size == rows.norm.shape[-1]:  # else of units, which are not recorded
         means = dict(zip(("threshold_mean", "threshold_std"), compared, strict=True))
         now = _furthest(_rows(stats, xp, history=False), xp)
         found |= {name: each[now] for name, each in means.items()}
@@ -269,7 +273,7 @@ def _numbers(stats: ClipStats, compared: tuple[Any, Any] | None, xp: Any, wanted
 
 
 class _Rows(NamedTuple):
-    """Rows of a ring: one, or several with the steps as a leading axis."""
+    """Rows of a ring: one row, or several with the steps as leading axis."""
 
     steps: Any
     norm: Any
@@ -278,9 +282,9 @@ class _Rows(NamedTuple):
 
 
 def _rows(stats: ClipStats, xp: Any, history: bool | str) -> _Rows:
-    """The rows of a ring, oldest first; or the last one of the first ring alone.
+    """Returns the rows of a ring, oldest first; or only the last row of the first ring.
 
-    A ring that was restored into one of another length may hold rows of older steps: these do not count.
+    A ring that was restored into another length may have rows of older steps. They are ignored.
     """
     ring = "kept" if history == KEPT else "clip"
     steps, norm, limit, scale = (getattr(stats, f"{ring}_{name}") for name in _Rows._fields)
@@ -290,13 +294,13 @@ def _rows(stats: ClipStats, xp: Any, history: bool | str) -> _Rows:
     order = xp.argsort(steps)
     at = order[steps[order] > 0] if history else order[-1]
     norm, scale = xp.where(is_recent[:, None], norm, 0), xp.where(is_recent[:, None], scale, 1)
-    # What bounds nothing is the largest float there.
+    # Where nothing bounds, the record has the largest float.
     limit = xp.where(is_recent[:, None] & (limit < bounds.highest(limit.dtype)), limit, np.inf).astype(limit.dtype)
     return _Rows(steps[at], norm[at], limit[at], scale[at])
 
 
 def _furthest(rows: _Rows, xp: Any) -> Any:
-    """Which group is furthest outside its band."""
+    """Returns the group that is furthest outside its band."""
     return xp.argmax(excess(xp, rows.norm, rows.limit, rows.scale), axis=-1)
 
 
@@ -316,7 +320,7 @@ def _counts(stats: ClipStats, xp: Any, since: int) -> dict[str, Any]:
 
 
 def _texts(stats: ClipStats) -> dict[str, str]:
-    """What a jitted function can't return."""
+    """Returns the strings, which a jitted function can't return."""
     number = int(stats.first_nonfinite_leaf)
     leaf = stats.names.leaf(number) if number >= 0 else ""
     found = {"first_nonfinite_leaf": leaf, "first_nonfinite_report": _report(stats, leaf)}
@@ -326,7 +330,7 @@ def _texts(stats: ClipStats) -> dict[str, str]:
 
 
 def _report(stats: ClipStats, leaf: str) -> str:
-    """How many leaves were not finite in the first such step, and where to look."""
+    """Says how many leaves were not finite in the first such step, and where to look."""
     if not stats.first_nonfinite_step:
         return ""
     bad, number = int(stats.first_nonfinite_leaves), len(stats.names.leaves)
@@ -339,7 +343,7 @@ def _report(stats: ClipStats, leaf: str) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A Python number for a scalar; an array stays what it is."""
+    """Returns a Python number for a scalar. An array stays unchanged."""
     return value if np.ndim(value) else value.item()
 
 
@@ -347,15 +351,15 @@ _WRAPPERS = ("inner_state", "inner_states", "inner_opt_state")  # fields of opta
 
 
 def _distinct(paths: list[tuple[Any, ...]]) -> list[str]:
-    """What tells each path from the others, as "0/" or "decoder/"; "" if there is only one."""
+    """Returns a short key that distinguishes each path, as in "0/" or "decoder/"; "" if there is only one."""
     if len(paths) < 2:
         return [""] * len(paths)
     names = [[jax.tree_util.keystr((key,), simple=True) for key in path] for path in paths]
     telling = [[name for name in path if name not in _WRAPPERS] for path in names]
     names = telling if len(set(map(tuple, telling))) == len(names) else names
-    for end in (0, -1):  # what all begin with, and what all end with, tells nothing
+    for end in (0, -1):  # drop what all paths start or end with
         while min(map(len, names)) > 1 and len({path[end] for path in names}) == 1:
             names = [path[1:] if end == 0 else path[:-1] for path in names]
     joined = ["/".join([*path, ""]) for path in names]
-    # Keys that contain a "/" may make two the same; jax's own notation tells them apart.
+    # Keys that contain a "/" may make two of them equal. jax's own notation distinguishes them.
     return joined if len(set(joined)) == len(joined) else [jax.tree_util.keystr(path) + "/" for path in paths]

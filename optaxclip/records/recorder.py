@@ -1,9 +1,11 @@
-"""The flight recorder: what a clipper did, what blew up first, and which steps were left out.
+"""The flight recorder: what a clipper did, which leaf was not finite first, and which steps were skipped.
 
-Everything that `clip_by` makes takes `record=k` and then keeps, in its own state, what it measured and permitted in the
-last k steps. On GPUs and TPUs it costs no pass over the updates: the norms are there already, and the leaf that was the
-first not to be finite is read off 2-norms, which share a pass with any other norm. So they do on CPUs with 2-norms of
-leaves or all leaves; other norms cost a pass more there. `clip_stats` reads the records.
+Everything that `clip_by` makes takes `record=k`. Then it keeps norms and bounds of the last k steps in its own state.
+`clip_stats` reads the records.
+
+On GPUs and TPUs this takes no pass over the updates: the norms are known already, and the first leaf that is not finite
+is found from 2-norms, which share a pass with any other norm. On CPUs that holds for 2-norms of leaves or of all
+leaves. Other norms take one more pass there.
 """
 
 from typing import Any, NamedTuple
@@ -24,28 +26,29 @@ from optaxclip.records.names import Names
 class ClipStats(NamedTuple):
     """What a clipper measured and did. G is the number of groups: 1 for a global norm, else one per leaf or label.
 
-    Of the units or stacked layers of one leaf, the one that is furthest beyond its limit stands for the leaf.
+    Of the units or stacked layers of a leaf, the one furthest beyond its bound is recorded.
 
-    There are two rings of k steps. The second stops k // 10 steps after the first step that was not finite, and so
-    keeps what led there.
+    There are two rings of k steps. The second one stops k // 10 steps after the first step that was not finite, and so
+    keeps the steps before it.
 
     Attributes:
       recorded_steps: int32 scalar, the number of steps so far.
-      clip_steps: int32 of shape (k,), the step that each row of the first ring belongs to, counted from 1; 0 for none.
+      clip_steps: int32 of shape (k,), the step of each row of the first ring, counted from 1; 0 for an empty row.
       clip_norm: floats of shape (k, G), the norms.
-      clip_limit: floats of shape (k, G), the upper end of the band; the largest float where nothing bounds.
-      clip_scale: floats of shape (k, G), by what the group was multiplied.
-      kept_steps: as `clip_steps`, of the second ring; and so are
-      kept_norm: the norms in it,
-      kept_limit: the limits, and
-      kept_scale: the scales.
+      clip_limit: floats of shape (k, G), the upper end of the band; the largest float if there is no bound.
+      clip_scale: floats of shape (k, G), the factors of the groups.
+      kept_steps: like `clip_steps`, in the second ring.
+      kept_norm: like `clip_norm`, in the second ring.
+      kept_limit: like `clip_limit`, in the second ring.
+      kept_scale: like `clip_scale`, in the second ring.
       clipped_steps: int32 scalar, the number of steps in which some group was scaled.
       nonfinite_steps: int32 scalar, the number of steps in which some norm was infinite or NaN.
-      first_nonfinite_step: int32 scalar, the first of these; 0 for none yet.
-      first_nonfinite_leaf: int32 scalar, the first leaf, in the order of the tree, that was not finite in that step; -1
-        for none yet.
-      first_nonfinite_leaves: int32 scalar, how many of the leaves that the norm measures were not finite in that step.
-      norm_axes: uint8 of shape (48,), the mesh axes that the norms of the last step went over, with commas between.
+      first_nonfinite_step: int32 scalar, the first of these steps; 0 if there was none.
+      first_nonfinite_leaf: int32 scalar, the first leaf, in tree order, that was not finite in that step; -1 if there
+        was none.
+      first_nonfinite_leaves: int32 scalar, the number of measured leaves that were not finite in that step.
+      norm_axes: uint8 of shape (48,), the mesh axes that the norms of the last step were taken over, separated by
+        commas.
       names: the paths of groups and leaves, a `Names` without arrays.
 
     See also:
@@ -82,12 +85,12 @@ class RecordedState(NamedTuple):
     clip_stats: ClipStats
 
 
-RINGS = ("clip", "kept")  # what the names of the fields of each begin with
+RINGS = ("clip", "kept")  # the prefixes of their fields
 
 
 def init(norms: Tree, updates: Tree, length: int) -> ClipStats:
-    """An empty record of `length` steps, of norms like `norms`, of which only structure and types matter."""
-    number = max(len(jax.tree.leaves(norms)), 1)  # one of norm 0 stands in for none: checkpoints refuse empty arrays
+    """Returns an empty record of `length` steps, for norms with the structure and dtypes of `norms`."""
+    number = max(len(jax.tree.leaves(norms)), 1)  # at least one group, because checkpoints refuse empty arrays
     rings = {
         f"{ring}_{name}": array
         for ring in RINGS
@@ -116,33 +119,33 @@ def _empty_ring(length: int, number: int, dtype: Any) -> dict[str, jax.Array]:
 
 
 def _names(norms: Tree, leaves: list[str]) -> Names:
-    # A tree without leaves may stand for another one, as in `optax.tree.map_params`.
+    # A tree without leaves may stand for another tree, as in `optax.tree.map_params`.
     return Names(tuple(trees.paths(norms)), tuple(leaves)) if leaves else Names()
 
 
 def _paths_of_counted(tree: Tree) -> list[str]:
-    # `init` may see other leaves beside these that `update` does not.
+    # `init` may see other leaves, without floats, that `update` does not.
     pairs = zip(trees.paths(tree), jax.tree.leaves(tree), strict=True)
     return [path for path, leaf in pairs if dtypes.is_inexact(leaf)]
 
 
 def require_state(state: Tree, length: int) -> None:
-    """Raises unless a state has a record of `length` steps in it, or none if that is 0."""
+    """Raises ValueError unless a state has a record of `length` steps; for 0, unless it has none."""
     has = np.shape(state.clip_stats.clip_steps)[-1] if isinstance(state, RecordedState) else 0
     if has != length:
-        expected = f"a record of {length} steps beside the threshold's state" if length else "the threshold's alone"
-        came = f"a record of {has} steps beside it" if has else states.described(state)
+        expected = f"the threshold's state {f'with a record of {length} steps' if length else 'without a record'}"
+        came = f"one with a record of {has} steps" if has else states.described(state)
         raise ValueError(states.wrong(f"a clipper built with record={length}", expected, came))
 
 
 def advance(stats: ClipStats, judged: Any, leaves: Leaves, is_measured: list[bool]) -> ClipStats:
-    """The record with one step more.
+    """Returns the record after one more step.
 
     Args:
       stats: the record so far.
-      judged: what was measured, and the limits and factors, as `core.Judged` has them.
+      judged: the norms, limits and factors, as in `core.Judged`.
       leaves: the updates.
-      is_measured: which of these the norm measures. Of the others none is looked at: a frozen leaf may be NaN.
+      is_measured: for each leaf, whether the norm measures it. The others are ignored: a frozen leaf may be NaN.
     """
     step = jnp.asarray(optax.safe_increment(stats.recorded_steps))
     norm, limit, scale, clipped = _by_entry(judged, leaves, stats.clip_norm)
@@ -152,7 +155,7 @@ def advance(stats: ClipStats, judged: Any, leaves: Leaves, is_measured: list[boo
     if not names.are_known:
         names = _names(judged.norms, leaves.paths)
     leaf, number = _first_nonfinite(leaves, is_measured)
-    if tuple(leaves.paths) != names.leaves:  # `init` saw others, and its names are not these
+    if tuple(leaves.paths) != names.leaves:  # `init` saw other leaves, so its names do not fit
         leaf = jnp.full((), -1, jnp.int32)
     first = jnp.where(is_first, step, stats.first_nonfinite_step)
     row = {"steps": step, "norm": norm, "limit": limit, "scale": scale}
@@ -170,11 +173,11 @@ def advance(stats: ClipStats, judged: Any, leaves: Leaves, is_measured: list[boo
 
 
 def _with_row(stats: ClipStats, row: dict[str, jax.Array], first: jax.Array) -> dict[str, jax.Array]:
-    """Both rings with a step more: the second one only until a few steps after `first`, if there was one."""
+    """Adds a step to both rings; to the second one only until a few steps after `first`, if there was one."""
     length = len(stats.clip_steps)
     step, place = row["steps"], (row["steps"] - 1) % length
     is_over = step > last_step(jnp, "kept", length, step, first)
-    places = {"clip": place, "kept": jnp.where(is_over, length, place)}  # what would go behind the end is dropped
+    places = {"clip": place, "kept": jnp.where(is_over, length, place)}  # writes past the end are dropped
     return {
         field: array.at[places[ring]].set(row[name].astype(array.dtype), mode="drop")
         for field, array in stats._asdict().items()
@@ -184,17 +187,18 @@ def _with_row(stats: ClipStats, row: dict[str, jax.Array], first: jax.Array) -> 
 
 
 def last_step(xp: Any, ring: str, length: int, now: Any, first_nonfinite: Any) -> Any:
-    """The last step that is in a ring, by NumPy or by jax.numpy."""
+    """Returns the last step in a ring, by NumPy or by jax.numpy."""
     stopped = (first_nonfinite > 0) & (ring == "kept")
     return xp.where(stopped, xp.minimum(now, first_nonfinite + length // 10), now)
 
 
 def _by_entry(judged: Any, leaves: Leaves, ring: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Norm, limit and scale of each entry of the norms, as vectors like those in `ring`; and whether any is scaled."""
+    """Returns norm, limit and scale of each group, as vectors like a row of `ring`, and whether any group is scaled."""
     norms, limits = jax.tree.leaves(judged.norms), jax.tree.leaves(judged.limits)
     if max(len(norms), 1) != ring.shape[-1]:
         raise ValueError(
-            f"the record is of {ring.shape[-1]} groups, and the updates have {len(norms)}: init saw another tree"
+            f"the record has {ring.shape[-1]} groups, but the updates have {len(norms)}: init saw another tree. "
+            "Convert the state: state, report = optaxclip.migrate(tx, params, old_state)"
         )
     if not norms:
         nothing = jnp.zeros(1, ring.dtype)
@@ -211,12 +215,12 @@ def _by_entry(judged: Any, leaves: Leaves, ring: jax.Array) -> tuple[jax.Array, 
 
 
 def _scale(goal: jax.Array, norm: jax.Array, second: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """By what a group is multiplied, and whether it is at all."""
+    """Returns the factor of a group, and whether the group is scaled at all."""
     return arithmetic.quotient(goal, norm), second != 1
 
 
 def _worst_unit(norm: Any, limit: Any, scale: Any, clipped: Any, axes: tuple[str, ...]) -> tuple[jax.Array, ...]:
-    """Of many groups in one array, on all devices, the one that is furthest beyond its limit."""
+    """Returns the entry that is furthest beyond its limit, of many groups in one array, on all devices."""
     beyond = excess(jnp, norm, limit, jnp.where(clipped, scale, jnp.ones_like(scale)))
     worst = jnp.max(beyond, initial=0)
     worst = jax.lax.pmax(worst, axes) if axes else worst
@@ -230,7 +234,7 @@ def _worst_unit(norm: Any, limit: Any, scale: Any, clipped: Any, axes: tuple[str
 
 
 def excess(xp: Any, norm: Any, limit: Any, scale: Any) -> Any:
-    """By what factor a norm is outside its band, on either side; below 1 inside, and inf if it is not finite."""
+    """Returns by which factor a norm is outside its band, on either side; below 1 inside, inf if it is not finite."""
     positive = xp.where(limit > 0, limit, xp.ones_like(limit))
     ratio = xp.where(limit > 0, norm / positive, xp.where(norm > 0, bounds.highest(norm.dtype), 0))
     ratio = xp.where(scale > 1, scale, ratio)
@@ -238,10 +242,10 @@ def excess(xp: Any, norm: Any, limit: Any, scale: Any) -> Any:
 
 
 def _first_nonfinite(leaves: Leaves, is_measured: list[bool]) -> tuple[jax.Array, jax.Array]:
-    """Which leaf is the first that is not finite, its number or -1, and how many are not.
+    """Returns the number of the first leaf that is not finite, or -1, and how many are not.
 
-    It is read off the 2-norms of the leaves, which are those of a clipper by 2-norms, and so no further pass over
-    them. A norm that is told costs one here.
+    Both come from the 2-norms of the leaves. A clipper by 2-norms calculates these anyway, so they take no further
+    pass. If the norm is passed to `update`, they take one.
     """
     if not leaves:
         return jnp.full((), -1, jnp.int32), jnp.zeros((), jnp.int32)
@@ -252,12 +256,15 @@ def _first_nonfinite(leaves: Leaves, is_measured: list[bool]) -> tuple[jax.Array
 
 
 def counted(total: jax.Array, happened: jax.Array) -> jax.Array:
-    """A count, one higher if it happened."""
+    """Returns a count, increased by one if `happened`."""
     return jnp.where(happened, jnp.asarray(optax.safe_increment(total)), total)
 
 
 def _axes_as_bytes(names: list[str]) -> jax.Array:
-    """Names of mesh axes in a fixed number of bytes: the state must not change its shape where they are bound."""
+    """Encodes names of mesh axes in a fixed number of bytes.
+
+    The state must have the same shape inside and outside `shard_map`.
+    """
     room = np.zeros(48, np.uint8)
     joined = ",".join(names).encode()
     cut = joined if len(joined) <= room.size else joined[: room.size - 3] + b"..."
@@ -267,5 +274,5 @@ def _axes_as_bytes(names: list[str]) -> jax.Array:
 
 
 def axes_from_bytes(text: Any) -> str:
-    """What `_axes_as_bytes` wrote."""
+    """Decodes what `_axes_as_bytes` encoded."""
     return bytes(text).rstrip(b"\0").decode(errors="ignore")

@@ -1,6 +1,6 @@
-"""Records as they arrive: of jax's arrays or NumPy's, in Flax's boxes, or as dicts.
+"""Accepts records in every form: with jax or NumPy arrays, in Flax's boxes, or as dicts.
 
-A restore without a template returns the dicts.
+A restore without a template returns dicts.
 """
 
 from collections.abc import Mapping
@@ -11,25 +11,28 @@ import jax
 from optaxclip._arrays import states
 from optaxclip.records.names import Names
 
-_WITHOUT_ARRAYS = {"names": Names(), "threshold_state": ()}  # what a restore may leave out, and what then stands there
+_WITHOUT_ARRAYS = {"names": Names(), "threshold_state": ()}  # fields that a restore may leave out, with their defaults
 
 
 def is_of(kind: Any, node: Any) -> bool:
-    """Whether a node of a state is a NamedTuple of this kind, or a dict of its fields."""
+    """Whether a node of a state is a NamedTuple of this type, or a dict with its fields."""
     if isinstance(node, Mapping):
         return set(node) >= set(kind._fields) - set(_WITHOUT_ARRAYS)
     return isinstance(node, kind)
 
 
 def as_kind(kind: Any, node: Any) -> Any:
-    """A node that `is_of` this kind, as one of it, with each field as it came."""
+    """Returns a node for which `is_of` is true as a NamedTuple, with unchanged fields."""
     if not isinstance(node, Mapping):
         return node
     return kind(**{field: node.get(field, _WITHOUT_ARRAYS.get(field)) for field in kind._fields})
 
 
 def unboxed(record: Any) -> Any:
-    """A NamedTuple of one array per field: Flax boxes each leaf, and checkpoints return NumPy's or Python's numbers."""
+    """Returns a NamedTuple with one jax array per field.
+
+    Flax boxes each leaf, and checkpoints return NumPy arrays or Python numbers.
+    """
     return states.as_arrays(record._replace(**{name: _array(field) for name, field in record._asdict().items()}))
 
 

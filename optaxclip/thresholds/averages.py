@@ -18,8 +18,8 @@ class AverageState(NamedTuple):
     """State of `ema_ratio` and `ema_band`, per group.
 
     Attributes:
-      norm_average: moving average of the norms after clipping.
-      norms_seen: int32, norms taken in.
+      norm_average: moving average of the clipped norms.
+      norms_seen: int32, the number of norms in the average.
     """
 
     norm_average: jax.Array
@@ -34,21 +34,21 @@ def ema_ratio(
     warmup_max_norm: Number | None = None,
     warmup_take_in: str = "raw",
 ) -> Threshold:
-    r"""Bounds a norm by `ratio` times the moving average of the norms after clipping, as AdaGC does.
+    r"""Bounds a norm by `ratio` times the moving average of the clipped norms, as AdaGC does.
 
     .. math:: bound = ratio \cdot \gamma, \qquad \gamma \leftarrow decay \cdot \gamma + (1 - decay) \min(n, bound)
 
-    By default the norms of the warm-up pass, however large: pass `warmup_max_norm=` if your run can explode at once.
+    By default, norms are not bounded in the warm-up. If your run can explode at once, pass `warmup_max_norm=`.
 
     Args:
       ratio: the permitted multiple of the average, at least 0.
       decay: decay of the average, in [0, 1).
       warmup_steps: before this step the average is the smallest norm so far. The first step always belongs to the
         warm-up.
-      warmup_max_norm: in the warm-up all groups are scaled together so that the norm of their norms is at most this;
-        positive. None bounds nothing there.
-      warmup_take_in: in the warm-up `"raw"` takes norms in as measured. `"clipped"` takes them in after clipping, as
-        published: a spike of one group then shrinks the averages of all.
+      warmup_max_norm: in the warm-up, all groups are scaled together so that the norm of their norms is at most this;
+        positive. None is no bound.
+      warmup_take_in: which norms enter the average in the warm-up. `"raw"`: as measured. `"clipped"`: after clipping,
+        as published; a spike of one group then shrinks the averages of all.
 
     Returns:
       A Threshold. Its state is 8 bytes per group.
@@ -67,10 +67,10 @@ def ema_ratio(
       [1.5]
 
     Notes:
-      - Level shifts: the average grows by at most `(ratio - 1) * (1 - decay)` per step. A tenfold rise takes 2,300
-        steps at the defaults. Raise `ratio` or lower `decay` where levels shift.
-      - Edge cases: a norm of 0 does not enter its average. If the norm of any group is not finite, all groups pass, and
-        no average takes the step in.
+      - Level shifts: the average grows by at most `(ratio - 1) * (1 - decay)` per step, so it follows a tenfold rise
+        after 2,300 steps at the defaults. If levels shift, raise `ratio` or lower `decay`.
+      - Edge cases: a norm of 0 does not enter its average. If the norm of any group is non-finite, no group is clipped
+        and no average changes.
 
     See also:
       `adagc`; `ema_band`, with a lower end; `average`.
@@ -82,7 +82,7 @@ def ema_ratio(
     if warmup_max_norm is not None:
         warmup_max_norm = checks.number("warmup_max_norm", warmup_max_norm, positive=True)
     checks.one_of("warmup_take_in", warmup_take_in, ("clipped", "raw"))
-    least = 1e-8  # of average and norm, in the published code
+    least = 1e-8  # the floor of average and norm in the published code
 
     def limit(norm: jax.Array, state: AverageState, total: jax.Array) -> tuple[Any, AverageState]:
         average, seen = state
@@ -91,8 +91,8 @@ def ema_ratio(
         together = jnp.full_like(norm, bounds.highest(norm.dtype))
         if warmup_max_norm is not None:
             most = jnp.asarray(warmup_max_norm, norm.dtype)
-            # XLA (jax 0.10 and 0.12) multiplies by the reciprocal of what all groups share. That of the largest floats
-            # is subnormal, so 0.
+            # XLA (jax 0.10 and 0.12) multiplies by the reciprocal of a divisor that all groups share. The reciprocal of
+            # the largest floats is subnormal, which counts as 0.
             down = jnp.where(total > 2.0**100, 2.0**-8 * jnp.ones_like(total), jnp.ones_like(total))
             share = arithmetic.quotient(norm * down, (total + least) * down)
             together = jnp.where(most < total + least, most * share, together)
@@ -121,13 +121,13 @@ def ema_band(
     max_up: Number | None = None,
     initial: Number | None = None,
 ) -> Threshold:
-    r"""Keeps a norm between `min_ratio` and `ratio` times the moving average of the norms after clipping, as AGGC does.
+    r"""Keeps a norm between `min_ratio` and `ratio` times the moving average of the clipped norms, as AGGC does.
 
     .. math:: lower = \max(min\_ratio \cdot e,\ min\_norm), \quad upper = ratio \cdot e, \qquad
         e \leftarrow decay \cdot e + (1 - decay) n_{clipped}
 
-    By default the first norm is its own average, so with a `ratio` of at least 1 it passes, however large: `chain` this
-    with a `constant` if your run can explode at once.
+    By default, the first norm is its own average, so a `ratio` of at least 1 does not bound it. If your run can explode
+    at once, `chain` this with a `constant`.
 
     Args:
       ratio: the upper end as a multiple of the average, at least 0. Required: the published default works only together
@@ -135,9 +135,9 @@ def ema_band(
       min_ratio: the lower end as a multiple of the average, from 0 to 1 and at most `ratio`. None is 0.
       decay: decay of the average, in [0, 1).
       min_norm: a norm below this is raised to it, whatever the average; at least 0 and finite.
-      max_down: the smallest factor that a norm is scaled by, in [0, 1]. Norms can then exceed the bound. None allows
+      max_down: the smallest factor by which a norm is scaled, in [0, 1]. Norms can then exceed the bound. None allows
         any factor.
-      max_up: the largest factor that a norm is scaled by, at least 1. None allows any factor.
+      max_up: the largest factor by which a norm is scaled, at least 1. None allows any factor.
       initial: the average before the first norm, at least 0 and finite. None takes the first norm. 0 is the published
         start.
 
@@ -158,9 +158,9 @@ def ema_band(
       [2.]
 
     Notes:
-      - Start at 0: an average of 0 bounds nothing, so the first norm passes. With `initial=0` and `ratio=1` the average
-        then never rises above `1 - decay` times the first norm, unless you pass `max_down`.
-      - Edge cases: A norm of 0, or one that is not finite, does not enter the history.
+      - Start at 0: an average of 0 is no bound, so the first norm is not clipped. With `initial=0` and `ratio=1` the
+        average then never rises above `1 - decay` times the first norm, unless you pass `max_down`.
+      - Edge cases: zero and non-finite norms do not enter the history.
 
     See also:
       `contrib.aggc`; `ema_ratio`, with a warm-up.
@@ -184,13 +184,13 @@ def ema_band(
         least, down, up = (
             None if value is None else jnp.asarray(value, norm.dtype) for value in (min_ratio, max_down, max_up)
         )
-        # An average of 0 is none.
+        # An average of 0 means no average yet.
         upper = jnp.where(average > 0, jnp.asarray(ratio, norm.dtype) * average, bounds.highest(norm.dtype))
         lower = jnp.maximum(0 if least is None else least * average, jnp.asarray(min_norm, norm.dtype))
         is_large = norm > upper
         upper = upper if down is None else jnp.maximum(upper, down * norm)
         lower = lower if up is None else jnp.minimum(lower, up * norm)
-        # One end at a time: where they cross, the lower one may lie above the upper one.
+        # Only one end applies: if the ends cross, the lower one may lie above the upper one.
         lower, upper = jnp.where(is_large, 0, lower), jnp.where(is_large | (lower <= upper), upper, lower)
         after = jnp.minimum(jnp.maximum(norm, lower), upper)
         new = averages.moved(average, after, averages.shares(decay, norm.dtype))
@@ -208,7 +208,7 @@ class DebiasedState(NamedTuple):
 
     Attributes:
       moving_norm: debiased moving average of the norms.
-      norms_seen: int32, norms taken in.
+      norms_seen: int32, the number of norms in the average.
     """
 
     moving_norm: jax.Array
@@ -220,8 +220,8 @@ def average(decay: Number = 0.999) -> Threshold:
 
     .. math:: M \leftarrow \beta M + (1 - \beta) n, \qquad bound = M / (1 - \beta^t)
 
-    The first norm is its own average and passes, however large: `chain` this with a `constant` if your run can explode
-    at once.
+    The first norm is its own average, so it is not bounded. If your run can explode at once, `chain` this with a
+    `constant`.
 
     Args:
       decay: :math:`\beta`, in [0, 1).
@@ -243,10 +243,10 @@ def average(decay: Number = 0.999) -> Threshold:
       [12.]
 
     Notes:
-      - Edge cases: A norm of 0, or one that is not finite, does not enter the history.
+      - Edge cases: zero and non-finite norms do not enter the history.
 
     See also:
-      `contrib.adaptive_spike_clip`; `ema_ratio`, which takes norms in after clipping.
+      `contrib.adaptive_spike_clip`; `ema_ratio`, an average of clipped norms.
     """
     decay = checks.number("decay", decay, below=1.0)
 
@@ -262,18 +262,18 @@ class GrowthState(NamedTuple):
     """State of `growth`, per group.
 
     Attributes:
-      last_norm: the last norm after clipping; 0 for none yet.
+      last_norm: the last clipped norm; 0 before the first.
     """
 
     last_norm: jax.Array
 
 
 def growth(ratio: Number = 1.01) -> Threshold:
-    r"""Bounds a norm by `ratio` times the last norm after clipping.
+    r"""Bounds a norm by `ratio` times the last clipped norm.
 
     .. math:: bound = ratio \cdot (n_{prev} + 10^{-8})
 
-    The first norm passes, however large: `chain` this with a `constant` if your run can explode at once.
+    The first norm is not bounded. If your run can explode at once, `chain` this with a `constant`.
 
     Args:
       ratio: the permitted growth per step, positive.
@@ -295,7 +295,7 @@ def growth(ratio: Number = 1.01) -> Threshold:
       [1.5]
 
     Notes:
-      - Edge cases: A norm of 0, or one that is not finite, does not enter the history.
+      - Edge cases: zero and non-finite norms do not enter the history.
 
     See also:
       `contrib.clip_norm_growth`; `ema_ratio`, for a multiple of an average.
@@ -304,7 +304,7 @@ def growth(ratio: Number = 1.01) -> Threshold:
 
     def limit(norm: jax.Array, state: GrowthState) -> tuple[Any, GrowthState]:
         bound = jnp.asarray(ratio, norm.dtype) * (state.last_norm + 1e-8)
-        # 0 stands for no norm yet, so that no bound may be 0.
+        # 0 means no norm yet, so a bound must not be 0.
         bound = jnp.where(
             state.last_norm > 0, jnp.maximum(bound, jnp.finfo(norm.dtype).tiny), bounds.highest(norm.dtype)
         )

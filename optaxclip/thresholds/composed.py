@@ -1,6 +1,7 @@
 """Thresholds made of others: several at once, a multiple of one, one with a floor.
 
-The thresholds inside see the measured norms. What they take in is what they permit themselves.
+The inner thresholds see the measured norms. If clipped norms enter their statistics, they are clipped by their own
+limits.
 """
 
 import functools
@@ -19,16 +20,16 @@ from optaxclip.thresholds.fixed import Band, ParamNorms
 
 
 def chain(*thresholds: Threshold) -> Threshold:
-    """Bounds each norm by the largest lower and the smallest upper end of several thresholds.
+    """Bounds each norm by several thresholds at once: the largest lower end and the smallest upper end.
 
     Args:
-      *thresholds: any number of them.
+      *thresholds: any number of Thresholds.
 
     Returns:
-      A Threshold. Its state is a tuple of theirs, or `optax.EmptyState` if none has any.
+      A Threshold. Its state is a tuple of their states, or `optax.EmptyState` if none has state.
 
     Raises:
-      ValueError: if one of them is no Threshold.
+      ValueError: if an argument is not a Threshold.
 
     Example:
       >>> import jax.numpy as jnp
@@ -37,16 +38,16 @@ def chain(*thresholds: Threshold) -> Threshold:
       >>> tx = clip_by(norms.leaf_norm(), both)
       >>> params = {"a": jnp.array([3.0, 4.0]), "b": jnp.array([30.0, 40.0])}
       >>> updates, _ = tx.update(params, tx.init(params), params)
-      >>> print(updates["a"], updates["b"])  # a tenth of 5, and 1
+      >>> print(updates["a"], updates["b"])  # bounds of 0.5 and 1
       [0.3 0.4] [0.6 0.8]
 
     Notes:
-      - Statistics: each threshold sees the measured norms. Its statistics take in what it permits itself, not what the
-        chain permits.
-      - Edge cases: the upper end wins where the two cross. An empty chain bounds nothing.
+      - Statistics: each threshold sees the measured norms. If clipped norms enter its statistics, they are clipped by
+        its own limit, not by that of the chain.
+      - Edge cases: if the ends cross, the upper end wins. An empty chain has no bound.
 
     See also:
-      `zclip`, which is one of `zscore` and `constant`.
+      `zclip`, a chain of `zscore` and `constant`.
     """
     for number, threshold in enumerate(thresholds):
         checks.instance(f"threshold {number} of the chain", threshold, Threshold, "thresholds.constant(1.0)")
@@ -84,15 +85,15 @@ def times(k: bounds.Bound, threshold: Threshold) -> Threshold:
     .. math:: lower = k \cdot lower_{inner}, \qquad upper = k \cdot upper_{inner}
 
     Args:
-      k: the factor, positive and finite: a number, an array, an optax schedule, or a prefix pytree of these where the
-        norm has several groups.
-      threshold: the other threshold. Where it bounds nothing, this bounds nothing.
+      k: the factor, positive and finite: a number, an array, an optax schedule, or a prefix pytree of these if the norm
+        has several groups.
+      threshold: the other threshold. Where it has no bound, the result has none.
 
     Returns:
-      A Threshold. Its state is that of `threshold`; with a schedule, a tuple of a step count and that.
+      A Threshold. Its state is that of `threshold`. With a schedule, it is a tuple of a step count and that state.
 
     Raises:
-      ValueError: if `k` is 0, negative, infinite or NaN, or `threshold` is no Threshold.
+      ValueError: if `k` is 0, negative, infinite or NaN, or `threshold` is not a Threshold.
 
     Example:
       Twice the median of the last three norms:
@@ -107,13 +108,14 @@ def times(k: bounds.Bound, threshold: Threshold) -> Threshold:
       [4.]
 
     Notes:
-      - Statistics: `threshold` sees the measured norms. `ema_ratio`, `ema_band`, `growth`, `mean_std` and `zscore` take
-        in what they permit themselves, whatever k is. A norm between one and k times their limit is let through and
-        counts as their limit, and as one of the spikes in a row that `patience` counts.
-      - Spikes: of `zscore` the limit for a spike is multiplied, and for other norms the level that a spike must pass.
-        With k below 1 it clips norms that are no spikes, too.
-      - Limits on the factor: those of `ema_band`, `max_down` and `max_up`, hold before k.
-      - Edge cases: None in a pytree, and NaN in an array, bound nothing.
+      - Statistics: `threshold` sees the measured norms. The clipped norms that enter the statistics of `ema_ratio`,
+        `ema_band`, `growth`, `mean_std` and `zscore` are clipped by their own limit, whatever k is. A norm between that
+        limit and k times that limit is not clipped. It enters the statistics as the limit, and `patience` counts it as
+        a spike.
+      - Spikes: with `zscore`, k multiplies the limit of a spike, and for other norms the level above which a norm is a
+        spike. With k below 1, norms that are not spikes are clipped too.
+      - Limits on the factor: `max_down` and `max_up` of `ema_band` apply before k.
+      - Edge cases: None in a pytree and NaN in an array mean no bound.
       - Losses: as `loss_threshold` of `skip_spikes` it judges positive losses only.
 
     See also:
@@ -132,18 +134,18 @@ def times(k: bounds.Bound, threshold: Threshold) -> Threshold:
 
 
 def at_least(min_limit: bounds.Bound, threshold: Threshold) -> Threshold:
-    """Keeps the limit of another threshold from falling below `min_limit`: norms up to that always pass.
+    """Keeps the limit of another threshold at or above `min_limit`: smaller norms are never clipped.
 
     Args:
       min_limit: the floor of the limit, at least 0, in the units of the norm: a number, an array, an optax schedule, or
-        a prefix pytree of these where the norm has several groups.
+        a prefix pytree of these if the norm has several groups.
       threshold: the other threshold.
 
     Returns:
-      A Threshold. Its state is that of `threshold`; with a schedule, a tuple of a step count and that.
+      A Threshold. Its state is that of `threshold`. With a schedule, it is a tuple of a step count and that state.
 
     Raises:
-      ValueError: if `min_limit` is negative or NaN, or `threshold` is no Threshold.
+      ValueError: if `min_limit` is negative or NaN, or `threshold` is not a Threshold.
 
     Example:
       >>> import jax.numpy as jnp
@@ -156,10 +158,11 @@ def at_least(min_limit: bounds.Bound, threshold: Threshold) -> Threshold:
       [0.5]
 
     Notes:
-      - Lower ends: that of `threshold` stays. A norm below it is still raised to it.
-      - Statistics: `threshold` sees the measured norms. `ema_ratio`, `ema_band`, `growth`, `mean_std` and `zscore` take
-        in what they permit themselves, so the floor does not lift a bound that is stuck below it.
-      - Edge cases: 0, None in a pytree and NaN in an array are no floor. With inf nothing bounds.
+      - Lower end: the lower end of `threshold` does not change. A norm below it is still raised to it.
+      - Statistics: `threshold` sees the measured norms. The clipped norms that enter the statistics of `ema_ratio`,
+        `ema_band`, `growth`, `mean_std` and `zscore` are clipped by their own limit. So the floor does not lift a limit
+        that is stuck below it.
+      - Edge cases: 0, None in a pytree and NaN in an array mean no floor. With inf there is no bound.
 
     See also:
       `chain` with a `constant`, for a cap; `times`; `between`, which raises small norms.
@@ -180,7 +183,7 @@ def at_least(min_limit: bounds.Bound, threshold: Threshold) -> Threshold:
 def _altered(
     name: str, given: bounds.Bound, threshold: Threshold, alter: Callable[[Norms, Band, Any], Band]
 ) -> Threshold:
-    """A threshold with another band: `alter(norms, band, bound)`. Its state is the other's, behind a schedule's."""
+    """A threshold with the band `alter(norms, band, bound)`. A schedule puts its state in front."""
     scheduled = bounds.is_scheduled(given)
 
     def init(norms: Norms) -> State:
@@ -199,10 +202,10 @@ def _altered(
 
 
 def _multiple(norm: jax.Array, end: Any, factor: Any, *, is_upper: bool) -> jax.Array:
-    """An end of a band times a factor. Where it bounds nothing, so does the product: a half of it would bound."""
+    """An end of a band times a factor. No bound stays no bound: half of the largest float would be a bound."""
     highest = bounds.highest(norm.dtype)
     end, factor = (bounds.as_array(value, norm.dtype, none=np.nan) for value in (end, factor))
-    # What bounds nothing does not fit, nor does what overflows, nor NaN.
+    # Not for an end that is no bound, nor for NaN, nor if the product overflows.
     fits = end < (1 - 2.0**-20) * highest / jnp.maximum(factor, 1)
     product = jnp.where(fits, end, jnp.ones_like(norm)) * jnp.where(fits, factor, jnp.ones_like(norm))
     beyond = highest if is_upper else jnp.where(jnp.isnan(end) | jnp.isnan(factor), 0, highest)
@@ -212,19 +215,19 @@ def _multiple(norm: jax.Array, end: Any, factor: Any, *, is_upper: bool) -> jax.
 def _not_below(norm: jax.Array, upper: Any, floor: Any) -> jax.Array:
     highest = bounds.highest(norm.dtype)
     upper = bounds.as_array(upper, norm.dtype)
-    limit = jnp.where(upper < highest, upper, jnp.full_like(norm, highest))  # NaN bounds nothing
+    limit = jnp.where(upper < highest, upper, jnp.full_like(norm, highest))  # NaN means no bound
     return jnp.fmax(limit, jnp.minimum(bounds.as_array(floor, norm.dtype, none=0), highest))
 
 
 def _tighter(fn: Callable[..., jax.Array], norms: Norms, one: Any, other: Any, nothing: float | None) -> Any:
-    """The tighter of two ends, either of which may be the number that bounds `nothing`."""
+    """The tighter of two ends. Either may be `nothing`, the value that means no bound."""
     for end, rest in ((one, other), (other, one)):
         if end is nothing or (isinstance(end, float) and end == nothing):
             return rest
     return groups.over_groups(fn, norms, one, other)
 
 
-# In both, None and NaN bound nothing, so the other end holds.
+# In both, None and NaN mean no bound, so the other end applies.
 def _larger(norm: jax.Array, one: Any, other: Any) -> jax.Array:
     return jnp.fmax(*(bounds.as_array(end, norm.dtype, none=0) for end in (one, other)))
 

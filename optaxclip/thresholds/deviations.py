@@ -1,4 +1,4 @@
-"""Thresholds from the mean of the norms and how they scatter about it: of the last ones, or in moving averages."""
+"""Thresholds from the mean and the standard deviation of norms: of the last norms, or as moving averages."""
 
 import functools
 from collections.abc import Callable
@@ -28,7 +28,7 @@ _CLIP_TO = ("reciprocal", "mean", "edge")
 
 
 class _Scale(NamedTuple):
-    """On which scale a rule has its statistics: how it is applied to norms, and the norm that a mean stands for."""
+    """The scale of the statistics of a rule: how to apply the rule to norms, and the norm that a mean stands for."""
 
     applied: Callable[[Rule], Rule]
     as_norm: Callable[[jax.Array], jax.Array]
@@ -44,9 +44,9 @@ class ZScoreState(NamedTuple):
     """State of `zscore`, per group.
 
     Attributes:
-      zscore_mean: moving average of what was taken in.
-      zscore_std: its standard deviation, the root of the moving average of squares (which themselves might overflow).
-      zscore_seen: int32, norms taken in.
+      zscore_mean: moving average of the norms, with spikes clipped.
+      zscore_std: their standard deviation: the root of a moving average of squares, which could overflow themselves.
+      zscore_seen: int32, the number of norms that entered the statistics.
       zscore_spikes: int32, spikes in a row.
     """
 
@@ -59,7 +59,7 @@ class ZScoreState(NamedTuple):
 class LogZScoreState(NamedTuple):
     """State of `zscore` with `scale="log"`: as `ZScoreState`, of the logarithms of the norms.
 
-    It is a type of its own, so that no statistic is ever taken for one on the other scale.
+    It is a separate type, so that statistics of one scale are never used for the other.
     """
 
     zscore_log_mean: jax.Array
@@ -78,30 +78,31 @@ def zscore(
     clip_to: str = "reciprocal",
     scale: str = "linear",
 ) -> Threshold:
-    r"""Bounds a spike, a norm many standard deviations above a moving average, near the average, as ZClip does.
+    r"""Bounds spikes (norms many standard deviations above a moving average) near that average, as ZClip does.
 
     With mean :math:`\mu`, standard deviation :math:`\sigma` and :math:`z = (n - \mu) / (\sigma + 10^{-6})`, a norm with
     :math:`z > k` may be at most :math:`\mu + k^2 \sigma / z`. Other norms are not clipped: their limit is the level
-    that a spike must pass, :math:`\mu + k (\sigma + 10^{-6})`.
+    above which a norm is a spike, :math:`\mu + k (\sigma + 10^{-6})`.
 
-    By default the first `warmup_steps` norms pass, however large: pass `warmup_max_norm=` if your run can explode at
-    once.
+    By default, the first `warmup_steps` norms are not bounded. If your run can explode at once, pass
+    `warmup_max_norm=`.
 
     Args:
-      num_std: k, how many standard deviations make a spike, positive.
-      decay: decay of mean and variance, in [0, 1). They take in the bound of a spike, and other norms as they are.
+      num_std: k, the number of standard deviations that makes a norm a spike, positive.
+      decay: decay of mean and variance, in [0, 1). A spike enters them as its bound, other norms as measured.
       warmup_steps: how many norms are averaged before the first can be a spike; at least 1.
-      warmup_max_norm: bound on the norm in the warm-up, positive. A norm of the warm-up then counts for at most this,
-        or ten times the mean so far where that is more, so one huge norm does not spoil the statistics. Set it to about
-        the size of your norms: among norms of 0.01 a first one that counts for 1 is a spike itself. None bounds nothing
-        there and takes norms in as measured.
-      patience: after this many spikes in a row the statistics take norms in as measured, so that they follow a lasting
-        rise. None never does, as in the published method.
+      warmup_max_norm: bound on the norm in the warm-up, positive. Set it to about the size of your norms. In the
+        statistics, a warm-up norm counts for at most this bound or ten times the mean so far, whichever is larger. So
+        one huge norm does not spoil them, unless the bound itself is far above your norms, such as 1 among norms of
+        0.01. None is no bound, and raw norms enter the statistics.
+      patience: after this many spikes in a row, raw norms enter the statistics, so that these follow a lasting rise.
+        With None they never do, as in the published method.
       clip_to: what a spike is clipped to. `"reciprocal"` is the formula above: the larger the spike, the lower its
         bound. `"mean"` is :math:`\mu`. `"edge"` is :math:`\mu + k \sigma`, which is also where spikes then begin.
       scale: `"linear"`, or `"log"` for mean, deviation and bound of the logarithm of the norm. Norms of minibatches
-        scatter by factors, so in logarithms fewer ordinary steps stand out. A logarithm far below the mean is taken
-        in as one as far below as the bound is above, so that a batch of padding does not open the band.
+        scatter by factors, so fewer ordinary steps stand out on a log scale. A logarithm far below the mean enters the
+        statistics as if it were as far below the mean as the bound is above it. So a batch of padding does not widen
+        the band.
 
     Returns:
       A Threshold. Its state is 16 bytes per group.
@@ -122,7 +123,7 @@ def zscore(
     Notes:
       - Constant norms: after a warm-up of equal norms, every larger norm is a spike until `patience` runs out.
       - Small norms: the 1e-6 is absolute, so with `scale="linear"` norms far below it are never spikes.
-      - Edge cases: A norm of 0, or one that is not finite, does not enter the history.
+      - Edge cases: zero and non-finite norms do not enter the history.
       - Losses: as `loss_threshold` of `skip_spikes` it judges losses of any sign. With `scale="log"` or
         `warmup_max_norm` it judges positive ones only.
 
@@ -148,27 +149,28 @@ def zscore(
         mean, std, seen, spikes = state
         most = jnp.asarray(num_std, norm.dtype)
         warm = seen < warmup_steps
-        # Is z, the number of deviations, beyond the threshold? It is not divided for: it may be no float.
+        # Whether z, the number of deviations, is above num_std: without the division, which may overflow.
         away = norm - mean
         is_far = away > most * (std + 1e-6)
         one, other = jnp.where(is_far, std + 1e-6, jnp.zeros_like(std)), jnp.where(is_far, away, jnp.ones_like(away))
-        share = arithmetic.quotient(one, other)  # 1 / z; 0 where it is not used, so that its derivative is finite
+        share = arithmetic.quotient(one, other)  # 1 / z; 0 where it is not used, for a finite derivative
         above = {"reciprocal": most * (std * (most * share)), "mean": jnp.zeros_like(std), "edge": most * std}
         bound = mean + above[clip_to]
         is_spike = ~warm & (norm > bound if clip_to == "edge" else is_far)
         value, spikes = taken_in(patience, spikes, is_spike, norm, bound)
-        if scale == "log":  # no norm is far below the mean, but its logarithm may be
+        if scale == "log":  # a norm is never far below the mean, but its logarithm may be
             value = jnp.where(warm, value, jnp.maximum(value, mean - most * (std + 1e-6)))
         seen = jnp.asarray(optax.safe_increment(seen))
-        # In the warm-up the plain mean and population variance of all so far, by Welford; then the averages. Welford's
-        # squares are of the distances from the old mean to the new one and to the value, here from the new mean alone.
+        # In the warm-up, the plain mean and population variance of all norms so far, by Welford's method; then the
+        # moving averages. Welford multiplies the distances of the value from the old and the new mean. The moving
+        # variance takes the square of the distance from the new mean.
         plain, moving = _shares_of_all(seen, norm.dtype), averages.shares(decay, norm.dtype)
         by = averages.Shares(*(jnp.where(warm, one, other) for one, other in zip(plain, moving, strict=True)))
         distance = jnp.minimum(jnp.abs(value - mean), bounds.highest(norm.dtype))  # inf would stay in the average
         left = jnp.where(warm, arithmetic.root(by.old), by.old) * distance
         new = kind(averages.moved(mean, value, by), averages.power_mean(std, left, by, 2), seen, spikes)
         level = bound if clip_to == "edge" else mean + most * (std + 1e-6)
-        upper = jnp.where(is_spike, bound, jnp.maximum(level, norm))  # rounded, the level may lie below
+        upper = jnp.where(is_spike, bound, jnp.maximum(level, norm))  # by rounding, the level may be below the norm
         return (0.0, jnp.where(warm, bounds.highest(norm.dtype), upper)), new
 
     def so_far(state: RuleState) -> tuple[jax.Array, jax.Array]:
@@ -195,7 +197,7 @@ class MomentsState(NamedTuple):
     Attributes:
       norm_mean: debiased moving average of the norms.
       norm_rms: root of the debiased moving average of their squares.
-      norms_seen: int32, norms taken in.
+      norms_seen: int32, the number of norms in the averages.
     """
 
     norm_mean: jax.Array
@@ -204,7 +206,7 @@ class MomentsState(NamedTuple):
 
 
 def normalised(b1: Number = 0.7, b2: Number = 0.9, *, eps: Number = 1e-8) -> Threshold:
-    r"""Brings every norm except 0 to :math:`\hat m / (\sqrt{\hat v} + \epsilon)`: near 1, and less where norms vary.
+    r"""Brings every norm except 0 to :math:`\hat m / (\sqrt{\hat v} + \epsilon)`: near 1, and less if norms vary.
 
     .. math:: m \leftarrow b_1 m + (1 - b_1) n, \qquad v \leftarrow b_2 v + (1 - b_2) n^2
 
@@ -228,8 +230,8 @@ def normalised(b1: Number = 0.7, b2: Number = 0.9, *, eps: Number = 1e-8) -> Thr
       [0.6 0.8]
 
     Notes:
-      - Edge cases: the first norm becomes 1, up to `eps`. A norm of 0 stays 0 and enters the averages too. A norm that
-        is not finite does not.
+      - Edge cases: the first norm becomes 1, up to `eps`. A norm of 0 stays 0, and enters the averages. A non-finite
+        norm does not enter them.
 
     See also:
       `contrib.scale_by_adaptive_norm`; `exactly`, for a norm that is always the same.
@@ -253,7 +255,7 @@ def normalised(b1: Number = 0.7, b2: Number = 0.9, *, eps: Number = 1e-8) -> Thr
 
 
 def _shares_of_all(seen: jax.Array, dtype: Any) -> averages.Shares:
-    """The shares of a step after which all values so far weigh the same."""
+    """The shares of old and new that give all values so far the same weight."""
     whole = seen.astype(dtype)
     return averages.Shares((whole - 1) / whole, 1 / whole)
 
@@ -262,9 +264,9 @@ class WindowState(NamedTuple):
     """State of `mean_std`, per group.
 
     Attributes:
-      window_norms: ring of the last norms taken in. 0 is an empty place; a value of 0 is stored as twice the smallest
-        normal float.
-      window_seen: int32, norms taken in.
+      window_norms: ring of the last norms. 0 is an empty place; a value of 0 is stored as twice the smallest normal
+        float.
+      window_seen: int32, the number of norms that entered the window.
       window_spikes: int32, spikes in a row.
     """
 
@@ -276,7 +278,7 @@ class WindowState(NamedTuple):
 class LogWindowState(NamedTuple):
     """State of `mean_std` with `scale="log"`: as `WindowState`, of the logarithms of the norms.
 
-    It is a type of its own, so that no statistic is ever taken for one on the other scale.
+    It is a separate type, so that statistics of one scale are never used for the other.
     """
 
     window_logs: jax.Array
@@ -300,27 +302,28 @@ def mean_std(
 
     .. math:: bound = \mu + k \cdot \max(\sigma, 10^{-6} \max(|\mu|, 1))
 
-    By default the first `warmup_steps` norms pass, however large: pass `warmup_max_norm=` if your run can explode at
-    once.
+    By default, the first `warmup_steps` norms are not bounded. If your run can explode at once, pass
+    `warmup_max_norm=`.
 
     Args:
       num_std: k, the number of standard deviations, at least 0.
       window: how many norms are kept, at least 1.
-      warmup_steps: how many norms must be there before the first is bounded, from 1 to `window`. With `include_current`
-        the current one counts.
-      warmup_max_norm: bound on the norm in the warm-up, positive. A norm of the warm-up then counts for at most this,
-        or ten times the mean so far where that is more, so one huge norm does not spoil the statistics. Set it to about
-        the size of your norms: among norms of 0.01 a first one that counts for 1 is a spike itself. None bounds nothing
-        there and takes norms in as measured.
+      warmup_steps: how many norms the window needs before it bounds the next, from 1 to `window`. With
+        `include_current`, the current norm counts.
+      warmup_max_norm: bound on the norm in the warm-up, positive. Set it to about the size of your norms. In the
+        statistics, a warm-up norm counts for at most this bound or ten times the mean so far, whichever is larger. So
+        one huge norm does not spoil them, unless the bound itself is far above your norms, such as 1 among norms of
+        0.01. None is no bound, and raw norms enter the statistics.
       ddof: the variance divides by the number of norms minus this; 0 or 1.
-      include_current: whether the current norm counts in mean and deviation.
-      take_in: `"clipped"` takes norms in after clipping, so one spike does not make room for the next. `"raw"` takes
-        them in as measured, which follows a rise sooner.
-      patience: after this many spikes in a row norms are taken in as measured, so that the bound follows a lasting
-        rise. None never does.
+      include_current: whether mean and deviation include the current norm.
+      take_in: which norms enter the window. `"clipped"`: after clipping, so one spike does not make room for the next.
+        `"raw"`: as measured, which follows a rise sooner.
+      patience: after this many spikes in a row, raw norms enter the window, so that the bound follows a lasting rise.
+        With None they never do.
       scale: `"linear"`, or `"log"` for mean, deviation and bound of the logarithm of the norm. Norms of minibatches
-        scatter by factors, so in logarithms fewer ordinary steps stand out. A logarithm far below the mean is taken
-        in as one as far below as the bound is above, so that a batch of padding does not open the band.
+        scatter by factors, so fewer ordinary steps stand out on a log scale. A logarithm far below the mean enters the
+        statistics as if it were as far below the mean as the bound is above it. So a batch of padding does not widen
+        the band.
 
     Returns:
       A Threshold. Its state is 4 bytes per norm of the window, and 8 more, per group.
@@ -333,20 +336,20 @@ def mean_std(
       >>> from optaxclip import clip_by, norms, thresholds
       >>> tx = clip_by(norms.leaf_norm(), thresholds.mean_std(2.0, window=4, warmup_steps=2))
       >>> state = tx.init(jnp.zeros(1))
-      >>> for norm in (1.0, 3.0, 9.0):  # 2, and twice 1
+      >>> for norm in (1.0, 3.0, 9.0):  # mean 2, deviation 1
       ...     updates, state = tx.update(jnp.array([norm]), state)
       >>> print(updates)
       [4.]
 
     Notes:
-      - Constant norms: where all norms in the window are equal, the deviation is a millionth of their mean, or 1e-6 if
-        the mean is below 1.
-      - Edge cases: A norm of 0, or one that is not finite, does not enter the history.
+      - Constant norms: if all norms in the window are equal, the deviation is a millionth of their mean, or 1e-6 if the
+        mean is below 1.
+      - Edge cases: zero and non-finite norms do not enter the history.
       - Losses: as `loss_threshold` of `skip_spikes` it judges losses of any sign. With `scale="log"` or
         `warmup_max_norm` it judges positive ones only.
 
     See also:
-      `clip_by_history`; `skip_spikes`, which it fits; `zscore`, without a window.
+      `clip_by_history`; `skip_spikes`, which can use it; `zscore`, without a window.
     """
     checks.static_together(
         window=window, warmup_steps=warmup_steps, ddof=ddof, include_current=include_current, patience=patience
@@ -376,7 +379,7 @@ def mean_std(
         bound = mean + jnp.asarray(num_std, norm.dtype) * jnp.maximum(std, 1e-6 * jnp.maximum(jnp.abs(mean), 1))
         is_spike = (number >= warmup_steps) & (norm > bound)
         value, spikes = taken_in(patience, spikes, is_spike, norm, bound)
-        if scale == "log":  # no norm is far below the mean, but its logarithm may be
+        if scale == "log":  # a norm is never far below the mean, but its logarithm may be
             value = jnp.where(number >= warmup_steps, jnp.maximum(value, 2 * mean - bound), value)
         value = norm if take_in == "raw" else value
         upper = jnp.where(number >= warmup_steps, bound, bounds.highest(norm.dtype))
@@ -397,9 +400,9 @@ def mean_std(
 
 
 def _not_zero(value: jax.Array) -> jax.Array:
-    """A value as a ring holds it, where 0 is an empty place.
+    """A value as the ring stores it: 0 is an empty place, so a value of 0 is stored as a tiny one.
 
-    A count would not do: orbax may restore a ring into a longer one, with zeros that are no values.
+    A count can't replace this: orbax may restore a ring into a longer one, whose further zeros are not values.
     """
     tiny = float(jnp.finfo(value.dtype).tiny)
     return value + jnp.where(jnp.abs(value) < tiny, 2 * tiny, 0).astype(value.dtype)
@@ -407,7 +410,7 @@ def _not_zero(value: jax.Array) -> jax.Array:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _mean_and_std_of(ring: jax.Array, ddof: int) -> tuple[jax.Array, jax.Array]:
-    """Mean and standard deviation of the values that are not 0, whose squares may lie outside the float range."""
+    """Mean and standard deviation of the non-zero values, whose squares may leave the float range."""
     largest = jnp.max(jnp.abs(ring))
     largest = jnp.where(largest > 0, largest, jnp.ones_like(largest))
     shares = arithmetic.quotient(ring, largest)
@@ -419,7 +422,7 @@ def _mean_and_std_of(ring: jax.Array, ddof: int) -> tuple[jax.Array, jax.Array]:
 
 @_mean_and_std_of.defjvp
 def _mean_and_std_jvp(ddof: int, primals: Any, tangents: Any) -> tuple[Any, Any]:
-    # That of the above would go through the reciprocals of the smallest norms, and add up many of them.
+    # The derivative of the code above would go through the reciprocals of the smallest norms, and add up many of them.
     (ring,), (change,) = primals, tangents
     mean, std = _mean_and_std(ring, ddof)
     there = ring != 0
@@ -434,7 +437,7 @@ _mean_and_std = jax.jit(_mean_and_std_of, static_argnums=1)
 
 
 def _number(ring: jax.Array, less: int) -> jax.Array:
-    """How many values are not 0, less a number; at least 1."""
+    """The number of non-zero values minus `less`; at least 1."""
     return jnp.maximum(jnp.sum(ring != 0) - less, 1).astype(ring.dtype)
 
 

@@ -1,7 +1,7 @@
 """Thresholds from constants and schedules.
 
-A threshold with a schedule among its bounds counts its steps in a `bounds.ScheduleState`; the others here have
-`optax.EmptyState`.
+A threshold with a scheduled bound counts its steps in a `bounds.ScheduleState`. The other thresholds of this module
+have `optax.EmptyState`.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from optaxclip._arrays import groups
 from optaxclip._numerics import arithmetic
 from optaxclip.core import Norms, State, Threshold
 
-Band: TypeAlias = tuple[Any, Any]  # its lower and its upper end
+Band: TypeAlias = tuple[Any, Any]  # the lower and the upper end
 ParamNorms: TypeAlias = Callable[[], Norms]
 
 
@@ -24,7 +24,7 @@ def constant(max_norm: bounds.Bound) -> Threshold:
 
     Args:
       max_norm: the bound, at least 0, in the units of the norm: a number, an array, an optax schedule, or a prefix
-        pytree of these where the norm has several groups.
+        pytree of these if the norm has several groups.
 
     Returns:
       A Threshold without state. A schedule adds a step count.
@@ -42,22 +42,22 @@ def constant(max_norm: bounds.Bound) -> Threshold:
       [0.6 0.8] [3. 4.]
 
     Notes:
-      - Edge cases: 0 gives zeros, inf bounds nothing. In an array, NaN bounds nothing and a negative number counts as
+      - Edge cases: 0 gives zeros; inf means no bound. In an array, NaN means no bound, and a negative number counts as
         0.
 
     See also:
-      `clip_by_global_norm`, `clip_by_leaf_norm`, `clip_by_block_rms`; `smooth`, without a kink.
+      `clip_by_global_norm`, `clip_by_leaf_norm`, `clip_by_block_rms`; `smooth`.
     """
     checks.bound("max_norm", max_norm)
     return from_bounds(lambda norms, param_norms, high: (0.0, high), max_norm)
 
 
 def between(min_norm: bounds.Bound, max_norm: bounds.Bound) -> Threshold:
-    """Brings every norm except 0 to at least `min_norm` and at most `max_norm`.
+    """Keeps every norm except 0 between `min_norm` and `max_norm`; small norms are scaled up.
 
     Args:
       min_norm: the lower end, at least 0 and finite, in the units of the norm: the kinds that `constant` takes.
-      max_norm: the upper end, of the same kinds. It may be inf, and wins where the two cross.
+      max_norm: the upper end, of the same kinds. It may be inf. If the two cross, the upper end wins.
 
     Returns:
       A Threshold without state. A schedule adds a step count.
@@ -75,10 +75,10 @@ def between(min_norm: bounds.Bound, max_norm: bounds.Bound) -> Threshold:
       [3. 4.] [0.6 0.8]
 
     Notes:
-      - Edge cases: a norm of 0 stays 0. Ends in arrays may cross or be NaN; a NaN bounds nothing.
+      - Edge cases: a norm of 0 stays 0. Ends in arrays may cross or be NaN; NaN means no bound.
 
     See also:
-      `clip_by_norm_range`; `exactly`, for a band without width.
+      `clip_by_norm_range`; `exactly`, for equal ends.
     """
     checks.bound("min_norm", min_norm, finite=True)
     checks.bound("max_norm", max_norm)
@@ -107,18 +107,18 @@ def exactly(target_norm: bounds.Bound) -> Threshold:
       [0.6 0.8]
 
     Notes:
-      - Edge cases: a norm of 0 has no direction and stays 0. A norm that is not finite stays too. Small norms are
-        scaled up however small they are, so near a minimum the steps do not shrink.
+      - Edge cases: a norm of 0 has no direction and stays 0. A group with a non-finite norm is returned unchanged. Even
+        the smallest norms are scaled up, so steps do not shrink near a minimum.
 
     See also:
-      `normalised`, where the norm follows how norms vary; `smooth`.
+      `normalised`, whose target depends on how much norms vary; `smooth`.
     """
     checks.bound("target_norm", target_norm, finite=True)
     return from_bounds(lambda norms, param_norms, goal: (goal, goal), target_norm)
 
 
 def smooth(max_norm: bounds.Bound) -> Threshold:
-    """Brings a norm n to :math:`n c / (n + c)`, below the bound c everywhere and without a kink.
+    """Brings a norm n to :math:`n c / (n + c)`, smoothly and always below the bound c.
 
     Args:
       max_norm: the bound c, at least 0, in the units of the norm: the kinds that `constant` takes. A norm of c is
@@ -139,7 +139,7 @@ def smooth(max_norm: bounds.Bound) -> Threshold:
       [1.5 2. ]
 
     Notes:
-      - Edge cases: 0 gives zeros, inf changes nothing. In floats the norm reaches c where n is far larger.
+      - Edge cases: 0 gives zeros; inf changes nothing. In floating point the norm reaches c if n is far larger.
 
     See also:
       `smooth_clip_by_global_norm`; `constant`.
@@ -164,7 +164,7 @@ def from_bounds(band: Callable[..., Band], *given: bounds.Bound) -> Threshold:
 
 
 def _harmonic(norm: jax.Array, high: Any) -> jax.Array:
-    """n c / (n + c), without the product and the sum that could overflow."""
+    """n c / (n + c), without a product or a sum that could overflow."""
     if high is None:
         return jnp.full_like(norm, bounds.highest(norm.dtype))
     bound = bounds.as_array(high, norm.dtype)

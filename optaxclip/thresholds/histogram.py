@@ -1,4 +1,4 @@
-"""The quantile of a whole history in a fixed number of bytes: a histogram of the logarithms."""
+"""The quantile of a whole history in a fixed number of bytes: a histogram of the logarithms of norms."""
 
 import functools
 from typing import Any, NamedTuple
@@ -11,21 +11,22 @@ from optaxclip._arguments import bounds
 from optaxclip.thresholds.ordering import interpolated, with_one_more
 from optaxclip.thresholds.rules import Rule, no_steps
 
-# Normal floats are the octaves from 2^-126 to 2^127. A bin is 1.7 % wide, its middle within 0.9 % of all that it holds.
+# Normal floats are the octaves from 2^-126 to 2^127. A bin is 1.7 % wide, so its middle is within 0.9 % of every norm
+# in it.
 _FIRST_OCTAVE = -126
 _OCTAVES = 254
 _BINS = 40  # per octave
-_EXACT = 64  # norms; with the bins they are just under 40 KiB
-MAX_GROUPS = 1024  # that a history of this size is kept of
+_EXACT = 64  # norms; with the bins, just under 40 KiB
+MAX_GROUPS = 1024  # with a history of this size
 
 
 class HistogramState(NamedTuple):
     """State of `quantile` without a window, per group.
 
     Attributes:
-      first_norms: the first 64 norms in ascending order; the largest float where there is none yet.
-      histogram: int32 of shape (254, 40), how many norms there were in each of the 40 parts of each octave.
-      norms_seen: int32, norms taken in.
+      first_norms: the first 64 norms in ascending order; the largest float in empty places.
+      histogram: int32 of shape (254, 40), the number of norms in each of the 40 parts of each octave.
+      norms_seen: int32, the number of norms in the histogram.
     """
 
     first_norms: jax.Array
@@ -34,7 +35,7 @@ class HistogramState(NamedTuple):
 
 
 def rule_of_all(q: Any) -> Rule:
-    """The quantile of all norms so far, the current one among them: exact at first, then to 0.9 %."""
+    """The quantile of all norms so far, the current one included: exact at first, then to 0.9 %."""
 
     def init(dtype: Any) -> HistogramState:
         first = jnp.full(_EXACT, bounds.highest(dtype), dtype)
@@ -52,7 +53,7 @@ def rule_of_all(q: Any) -> Rule:
             return jnp.where(is_early, first[rank], _value_at(histogram, by_octave, rank, norm.dtype))
 
         bound = interpolated(q, seen, value_at, norm.dtype)
-        # The middle of the bin of the largest is below that.
+        # The middle of the bin of the largest norm may be below that norm.
         bound = jnp.where(jnp.asarray(q) >= 1, bounds.highest(norm.dtype), bound)
         return (0.0, bound), HistogramState(first, histogram, seen)
 
@@ -61,7 +62,7 @@ def rule_of_all(q: Any) -> Rule:
 
 @jax.jit
 def _bin_of(norm: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Octave and part of it. What float64 has beyond the range of float32 goes to the ends."""
+    """The octave of a norm, and the part of it. float64 beyond the range of float32 goes to the outer bins."""
     flat = jnp.floor((jnp.log2(norm) - _FIRST_OCTAVE) * _BINS).astype(jnp.int32)
     return jnp.divmod(jnp.clip(flat, 0, _OCTAVES * _BINS - 1), _BINS)
 
@@ -76,7 +77,7 @@ def _value_at(histogram: jax.Array, by_octave: jax.Array, rank: jax.Array, dtype
 
 
 def _place(numbers: jax.Array, rank: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """In which of several bins an entry lies, and its rank there."""
+    """The bin that holds the entry of a rank, and the rank of the entry in that bin."""
     up_to = jnp.cumsum(numbers)
     place = jnp.sum(up_to <= rank)
     return place, rank - (up_to[place] - numbers[place])

@@ -12,12 +12,12 @@ from optaxclip._numerics import averages
 
 
 def interpolated(q: Any, number: jax.Array, value_at: Callable[[jax.Array], jax.Array], dtype: Any) -> jax.Array:
-    """The quantile q of `number` values, interpolated linearly between two, as in `numpy.quantile`.
+    """The quantile q of `number` values, with linear interpolation as in `numpy.quantile`.
 
     Args:
       q: in [0, 1].
       number: int32, how many values there are.
-      value_at: from a rank, counted from 0, to the value of that rank.
+      value_at: from a rank, counted from 0, to its value.
       dtype: to calculate in.
     """
     last = number - 1
@@ -27,11 +27,11 @@ def interpolated(q: Any, number: jax.Array, value_at: Callable[[jax.Array], jax.
 
 
 def _times(q: Any, number: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """The whole part of q times a number, and the rest: a long multiplication, with 48 bits of q.
+    """The integer part and the fraction of q times a number, by long multiplication with 48 bits of q.
 
-    In float32 the rest would be noise of up to 0.004 at a rank of 10^5, and where neighbours lie decades apart it
-    would make a bound of another order of magnitude. It might even be negative: compilers fuse the product into the
-    difference, where it is not rounded.
+    In float32, the fraction would have an error of up to 0.004 at a rank of 10^5. Between neighbours that are decades
+    apart, this changes the order of magnitude of the bound. The fraction could even be negative: compilers fuse the
+    product into the difference, without rounding it.
     """
     halves = [jnp.asarray(half, jnp.uint32) for half in (number & 0xFFFF, number >> 16)]
     columns: list[Any] = [0] * 5
@@ -46,9 +46,9 @@ def _times(q: Any, number: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]
 
 
 def _digits(q: Any) -> list[jax.Array]:
-    """The first 48 bits of a fraction, lowest 16 first. 1 is all ones."""
+    """The first 48 bits of a fraction, the lowest 16 first. For 1, all bits are set."""
     digits: list[jax.Array] = []
-    # At least float32, and float64 without x64 where it is not traced.
+    # At least float32. A number that is not traced is float64, also without x64.
     rest = q.astype(dtypes.accumulator(q.dtype)) if isinstance(q, jax.Array) else np.float64(q)
     for _ in range(3):
         digit = (jnp if isinstance(q, jax.Array) else np).minimum(rest * 65536 // 1, 65535)
@@ -57,18 +57,18 @@ def _digits(q: Any) -> list[jax.Array]:
     return digits
 
 
-# Jitted, as what follows in other files, so that eager calls do not compile operation by operation.
+# Jitted, so that eager calls do not compile operation by operation.
 @jax.jit
 def with_one_more(ordered: jax.Array, new: jax.Array) -> jax.Array:
-    """An ascending array with its last entry dropped and another one put in: a shift, and no sorting."""
+    """An ascending array with one more entry and without its last one, by a shift instead of a sort."""
     places = jnp.arange(ordered.size)
     into = jnp.sum(ordered < new)
     return jnp.where(places < into, ordered, jnp.where(places == into, new, jnp.roll(ordered, 1)))
 
 
 def in_order(values: jax.Array) -> Callable[[jax.Array], jax.Array]:
-    """From a rank, counted from 0, to the value of that rank. No value is negative."""
-    # As integers, which have the order of the floats: XLA on CPUs (jax 0.8 to 0.12) sorts them in a tenth of the time.
+    """A function from a rank, counted from 0, to its value. No value may be negative."""
+    # Sorted as integers, which have the same order: XLA on CPUs (jax 0.8 to 0.12) sorts them ten times faster.
     whole = jax.lax.bitcast_convert_type(values, jnp.int64 if values.dtype == jnp.float64 else jnp.int32)
     ordered = jnp.sort(whole)
-    return lambda rank: values[jnp.argmax(whole == ordered[rank])]  # an entry, which has a derivative
+    return lambda rank: values[jnp.argmax(whole == ordered[rank])]  # an entry of the input, so that it has a derivative

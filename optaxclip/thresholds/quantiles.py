@@ -1,4 +1,4 @@
-"""Thresholds that are a quantile of the norms: of the last ones, of all so far, or an estimate of one."""
+"""Thresholds from quantiles of the norms: of the last norms, of all norms so far, or estimated."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -21,8 +21,8 @@ class RecentNormsState(NamedTuple):
     """State of `quantile` with a window and of `order_statistic`, per group.
 
     Attributes:
-      recent_norms: ring of the last norms; 0 where there is none yet.
-      norms_seen: int32, norms taken in.
+      recent_norms: ring of the last norms; 0 is an empty place.
+      norms_seen: int32, the number of norms that entered the ring.
     """
 
     recent_norms: jax.Array
@@ -36,16 +36,16 @@ def quantile(
 
     .. math:: bound_t = \mathrm{quantile}(\{n_1, \dots, n_t\}, q)
 
-    By default the first norm is its own quantile and passes, however large: pass `warmup_max_norm=` if your run can
-    explode at once.
+    By default, the first norm is its own quantile, so it is not bounded. If your run can explode at once, pass
+    `warmup_max_norm=`.
 
     Args:
       quantile: q in [0, 1], interpolated linearly as in `numpy.quantile`.
-      window: how many of the last norms count, at least 1; the quantile is then exact. None is the whole history: exact
-        for the first 64 norms, then a histogram, for at most 1,024 groups.
-      warmup_steps: for how many norms `warmup_max_norm` bounds, too; at least 0.
-      warmup_max_norm: bound on the norm in the warm-up, positive. The history takes norms in as measured, so a quantile
-        near 1 needs a longer warm-up. None bounds nothing but by the quantile there.
+      window: how many of the last norms count, at least 1; the quantile is then exact. None keeps the whole history:
+        exact for the first 64 norms, then as a histogram, for at most 1,024 groups.
+      warmup_steps: how many norms `warmup_max_norm` also bounds; at least 0.
+      warmup_max_norm: bound on the norm in the warm-up, positive. Raw norms enter the history, so a quantile near 1
+        needs a longer warm-up. None bounds by the quantile alone.
 
     Returns:
       A Threshold. Its state per group is 4 bytes per norm of the window and 4 more, or 40 KiB without a window.
@@ -64,12 +64,12 @@ def quantile(
       [2.]
 
     Notes:
-      - Histogram: its 10,160 bins are spread evenly over the logarithms of all normal float32, so the quantile is right
-        to 0.9 %.
-      - Edge cases: A norm of 0, or one that is not finite, does not enter the history.
+      - Histogram: its 10,160 bins are spread evenly over the logarithms of all normal float32 numbers, so the quantile
+        is accurate to 0.9 %.
+      - Edge cases: zero and non-finite norms do not enter the history.
 
     See also:
-      `autoclip`; `order_statistic`, without interpolation; `tracked_quantile`, with hardly any state.
+      `autoclip`; `order_statistic`, without interpolation; `tracked_quantile`, with one number of state.
     """
     checks.static_together(window=window, warmup_steps=warmup_steps)
     quantile = checks.number("quantile", quantile, at_most=1.0)
@@ -79,7 +79,7 @@ def quantile(
     of_history = rule_of_all(quantile) if window is None else _of_window(quantile, window)
 
     def so_far(state: Any) -> tuple[jax.Array, Any]:
-        # A quantile survives outliers, so its history takes norms in as measured.
+        # Outliers do not spoil a quantile, so raw norms enter its history.
         return state.norms_seen < warmup_steps, np.inf
 
     rule = bounded_at_first(of_history, warmup_max_norm, so_far)
@@ -87,7 +87,7 @@ def quantile(
 
 
 def _of_window(quantile: Number, window: int) -> Rule:
-    """The quantile of the last norms, the current one among them."""
+    """The quantile of the last norms, the current one included."""
 
     def bound_of(ring: jax.Array) -> jax.Array:
         there = jnp.where(ring > 0, ring, jnp.full_like(ring, bounds.highest(ring.dtype)))
@@ -97,16 +97,16 @@ def _of_window(quantile: Number, window: int) -> Rule:
 
 
 def order_statistic(percentile: Number = 5.0, *, window: int = 100) -> Threshold:
-    r"""Bounds a norm by one of the last `window` norms: the one that `percentile` percent lie below.
+    r"""Bounds a norm by one of the last `window` norms, chosen so that `percentile` percent of them are smaller.
 
     .. math:: bound = s_k, \qquad k = \min(\lfloor p w / 100 \rfloor, w - 1), \qquad s_0 \le \dots \le s_{w-1}
 
-    The window includes the current norm. The first norm fills the whole window and passes, however large: `chain` this
-    with a `constant` if your run can explode at once.
+    The window includes the current norm. The first norm fills the whole window, so it is not bounded. If your run can
+    explode at once, `chain` this with a `constant`.
 
     Args:
-      percentile: p in [0, 100]; 100 bounds nothing. There is no interpolation. A number between 0 and 1 warns, because
-        it may be meant as a fraction.
+      percentile: p in [0, 100]; 100 means no bound. There is no interpolation. A number between 0 and 1 raises a
+        warning, because it may be meant as a fraction.
       window: w, the number of norms, at least 1.
 
     Returns:
@@ -126,7 +126,7 @@ def order_statistic(percentile: Number = 5.0, *, window: int = 100) -> Threshold
       [2.]
 
     Notes:
-      - Edge cases: A norm of 0, or one that is not finite, does not enter the history.
+      - Edge cases: zero and non-finite norms do not enter the history.
 
     See also:
       `contrib.percentile_clip`; `quantile`, which interpolates.
@@ -142,7 +142,7 @@ def order_statistic(percentile: Number = 5.0, *, window: int = 100) -> Threshold
 
 
 def _of_recent(window: int, bound_of: Callable[[jax.Array], jax.Array], *, prefilled: bool) -> Rule:
-    """A bound calculated from the ring of the last norms; `prefilled`, a norm takes every place that has none yet."""
+    """A bound computed from the ring of the last norms. If `prefilled`, a norm fills all empty places."""
     window = checks.whole("window", window)
 
     def init(dtype: Any) -> RecentNormsState:
@@ -160,14 +160,14 @@ class TrackedQuantileState(NamedTuple):
     """State of `tracked_quantile`, per group.
 
     Attributes:
-      tracked_log_norm: logarithm of the estimate. The estimate itself would gather a rounding error at every step.
+      tracked_log_norm: logarithm of the estimate. The estimate itself would accumulate a rounding error at every step.
     """
 
     tracked_log_norm: jax.Array
 
 
 def tracked_quantile(quantile: Number = 0.5, *, learning_rate: Number = 0.2, initial: Number = 1.0) -> Threshold:
-    r"""Bounds a norm by an estimate of a quantile of the norms, which moves by a factor per step.
+    r"""Bounds a norm by an estimate of a quantile of the norms, which changes by a factor at each step.
 
     .. math:: c \leftarrow c \cdot \exp(-learning\_rate \cdot (1[n \le c] - q))
 
@@ -193,13 +193,13 @@ def tracked_quantile(quantile: Number = 0.5, *, learning_rate: Number = 0.2, ini
       [1.105]
 
     Notes:
-      - Precision: the logarithm of c moves in fixed steps. It never settles: at the default rate it wanders about the
-        quantile with a standard deviation of 0.12 to 0.25.
-      - Edge cases: the first bound is `initial`, whatever the norms. The estimate stays in the normal float range. A
-        norm of 0, or one that is not finite, does not enter the history.
+      - Precision: the logarithm of c moves in fixed steps, so it never settles. At the default rate it wanders around
+        the quantile with a standard deviation of 0.12 to 0.25.
+      - Edge cases: the first bound is `initial`, whatever the norms. The estimate stays in the normal float range. Zero
+        and non-finite norms do not enter the history.
 
     See also:
-      `contrib.clip_by_tracked_quantile`; `quantile`, of the norms themselves, with more state.
+      `contrib.clip_by_tracked_quantile`; `quantile`, which keeps the norms and needs more state.
     """
     quantile = checks.number("quantile", quantile, at_most=1.0)
     learning_rate = checks.number("learning_rate", learning_rate, below=np.inf)
@@ -207,7 +207,7 @@ def tracked_quantile(quantile: Number = 0.5, *, learning_rate: Number = 0.2, ini
 
     def limit(norm: jax.Array, state: TrackedQuantileState) -> tuple[Any, TrackedQuantileState]:
         bound = tracking.estimate(state.tracked_log_norm)
-        share = (norm <= bound).astype(bound.dtype)  # of one norm: all or nothing
+        share = (norm <= bound).astype(bound.dtype)  # the share of one norm: 0 or 1
         moved_on = tracking.moved(state.tracked_log_norm, share, quantile, learning_rate)
         return (0.0, bound), TrackedQuantileState(moved_on)
 

@@ -1,4 +1,4 @@
-"""The threshold that is relative to the parameters."""
+"""A threshold that is relative to the parameters."""
 
 from typing import Any
 
@@ -12,12 +12,12 @@ from optaxclip.thresholds.fixed import from_bounds
 
 
 def relative_to_params(ratio: bounds.Bound, *, floor: bounds.Bound = 0.0, offset: bounds.Bound = 0.0) -> Threshold:
-    r"""Bounds a norm by :math:`ratio \cdot \max(\|w\|, floor) + offset`, where w are the parameters of its group.
+    r"""Bounds a norm by :math:`ratio \cdot \max(\|w\|, floor) + offset`, with w the parameters of its group.
 
     Args:
-      ratio: permitted share of the parameters' norm, at least 0: the kinds that `constant` takes.
-      floor: parameters with a smaller norm count as this large, so that zero-initialised ones can move; at least 0, of
-        the same kinds.
+      ratio: the permitted share of the parameters' norm, at least 0: the kinds that `constant` takes.
+      floor: parameters with a smaller norm count as `floor`, so that zero-initialised ones can move; at least 0, of the
+        same kinds.
       offset: added to the bound, at least 0, in the units of the norm, of the same kinds.
 
     Returns:
@@ -35,7 +35,7 @@ def relative_to_params(ratio: bounds.Bound, *, floor: bounds.Bound = 0.0, offset
       >>> print(updates)
       [0.3 0.4]
 
-      LARC, the clip of NVIDIA apex, in front of SGD: no step of SGD moves a leaf by more than 0.02 of its norm.
+      LARC, the clip of NVIDIA apex, before SGD: no step changes a leaf by more than 0.02 of its norm.
 
       >>> import optax
       >>> rate = optax.exponential_decay(0.5, 1000, 0.5)
@@ -46,19 +46,19 @@ def relative_to_params(ratio: bounds.Bound, *, floor: bounds.Bound = 0.0, offset
       [-0.06, -0.08]
 
     Notes:
-      - Edge cases: without `floor` and `offset`, parameters of norm 0 never move. Parameters whose norm is not finite
-        bound nothing.
-      - LARC: momentum comes behind the clip, as in apex. Differs from apex: a leaf whose parameters are all 0 is not
-        clipped there, and stops here (pass `floor=`). apex multiplies weight decay by the same factor, and adds its
-        norm to that of the gradient. Here put `optax.add_decayed_weights` in front: the bound is then on the norm of
-        the sum.
+      - Edge cases: without `floor` and `offset`, parameters of norm 0 never move. If the norm of the parameters is
+        non-finite, there is no bound.
+      - LARC: momentum comes after the clip, as in apex.
+      - Differs from apex: a leaf whose parameters are all 0 is not clipped by apex, but stays 0 here unless you pass
+        `floor=`. apex multiplies weight decay by the same factor, and adds its norm to that of the gradient. Here, put
+        `optax.add_decayed_weights` before the clip: the bound then applies to the norm of the sum.
 
     References:
       You, Gitman, Ginsburg, Large batch training of convolutional networks, arXiv:1708.03888, 2017 (LARS).
       LARC in NVIDIA apex, with its default of clipping.
 
     See also:
-      `adaptive_grad_clip`; `norms.relative_change`, by single coordinates.
+      `adaptive_grad_clip`; `norms.relative_change`, for single coordinates.
     """
     checks.bound("ratio", ratio)
     checks.bound("floor", floor)

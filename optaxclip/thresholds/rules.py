@@ -1,7 +1,7 @@
-"""What follows the history of norms: a rule for one group, lifted over all of them.
+"""Rules that follow the history of norms: each is written for one group, and applied to all of them.
 
-A rule knows one norm and its own state. `per_group` makes a Threshold of it: every group of every Norm, be it all
-leaves, a leaf or a unit, gets a state of its own, and the statistics of each are guarded alone.
+A rule sees one norm and its own state. `per_group` turns it into a Threshold. Each group of a Norm (all leaves, a leaf,
+a unit) gets its own state. A zero or non-finite norm only holds back the statistics of its own group.
 """
 
 import functools
@@ -22,14 +22,14 @@ RuleState: TypeAlias = Any  # a NamedTuple of arrays
 
 
 class Rule(NamedTuple):
-    """How much one group may have, from its own history.
+    """How large the norm of one group may be, from its own history.
 
     Attributes:
-      init: `dtype -> state` before the first norm.
+      init: `dtype -> state`, the state before the first norm.
       limit: `(norm, state, *shared) -> ((lower, upper), state)`, with `norm` positive and finite.
-      shared: from the norms of all groups, a vector, what `limit` is told besides.
-      takes_zero: whether a norm of 0 is an observation, too.
-      signed: whether `limit` is right for finite numbers of any sign, too.
+      shared: `norms -> arguments`, what else `limit` gets, from the vector of the norms of all groups.
+      takes_zero: whether a norm of 0 is an observation.
+      signed: whether `limit` is also right for finite numbers of any sign.
     """
 
     init: Callable[[Any], RuleState]
@@ -42,14 +42,14 @@ class Rule(NamedTuple):
 def of_logarithms(rule: Rule) -> Rule:
     """A rule for numbers of any sign, applied to the logarithms of norms.
 
-    Its state holds logarithms, and the upper end of the band is the exponential of its own; there is no lower end.
+    Its state holds logarithms. The upper end of the band is the exponential of the rule's own; there is no lower end.
     """
 
     def limit(norm: jax.Array, state: RuleState, *shared: Any) -> tuple[tuple[float, jax.Array], RuleState]:
-        # XLA's logarithm of a subnormal loss (jax 0.8 to 0.12) is -inf.
+        # The logarithm of a subnormal loss is -inf in XLA (jax 0.8 to 0.12).
         log_norm = jnp.log(jnp.maximum(norm, float(jnp.finfo(norm.dtype).tiny)))
         (_, upper), after = rule.limit(log_norm, state, *shared)
-        # The exponential of the logarithm may round below the norm, which would be clipped by an ulp.
+        # The exponential of the logarithm may round below the norm, and would then clip it by an ulp.
         bound = jnp.where(log_norm <= upper, jnp.maximum(exponential(upper), norm), exponential(upper))
         return (0.0, bound), after
 
@@ -57,30 +57,30 @@ def of_logarithms(rule: Rule) -> Rule:
 
 
 def exponential(log: jax.Array) -> jax.Array:
-    """The exponential as a positive normal number: where it is beyond the largest float, that."""
+    """The exponential, clipped to the positive normal floats."""
     info = jnp.finfo(log.dtype)
-    most = float(np.nextafter(np.log(info.max), info.dtype.type(0)))  # rounded, the logarithm may be that of inf
+    most = float(np.nextafter(np.log(info.max), info.dtype.type(0)))  # rounded up, its exponential would be inf
     size = jnp.exp(jnp.minimum(log, most))
     return jnp.where(log > most, jnp.full_like(log, bounds.highest(log.dtype)), jnp.maximum(size, float(info.tiny)))
 
 
-_OUTLIER = 10  # times the mean so far: more is no observation that a mean survives
+_OUTLIER = 10  # times the mean so far: a larger norm would spoil the mean
 
 
 def bounded_at_first(
     rule: Rule, warmup_max_norm: Number | None, so_far: Callable[[RuleState], tuple[jax.Array, jax.Array]]
 ) -> Rule:
-    """A rule that bounds nothing in its warm-up, with a bound there.
+    """Adds a bound to the warm-up of a rule that has none there.
 
-    Its statistics take norms in as measured, not as clipped: the mean could never exceed the bound. But a norm of 1e25
-    would stay in a mean and its deviation for thousands of steps. So a norm counts for no more than the bound, or ten
-    times the mean so far where that is more.
+    Raw norms enter the statistics: with clipped norms, the mean could never exceed the bound. But a norm of 1e25 would
+    stay in the mean and deviation for thousands of steps. So a norm counts for at most the bound or ten times the mean
+    so far, whichever is larger.
 
     Args:
       rule: for positive numbers.
-      warmup_max_norm: the bound; None is none, and leaves the rule as it is.
-      so_far: from a state to whether the next norm belongs to the warm-up, and the mean of the norms, 0 for none,
-        inf for statistics that take in every norm as measured.
+      warmup_max_norm: the bound; None returns the rule unchanged.
+      so_far: `state -> (is_warm, mean)`: whether the next norm belongs to the warm-up, and the mean of the norms so
+        far. A mean of 0 means no norms yet; inf means that every norm counts as measured.
     """
     if warmup_max_norm is None:
         return rule
@@ -97,13 +97,14 @@ def bounded_at_first(
 
 
 def per_group(rule: Rule, *, max_groups: int | None = None) -> Threshold:
-    """A rule for one group as a Threshold for all.
+    """Turns a rule for one group into a Threshold for all groups.
 
-    A norm that is 0, infinite or NaN is no observation: the state of its group stays bit for bit, the others go on.
-    For a number of any sign, which the `signed` of the result judges, 0 and below are observations.
+    A norm that is 0, infinite or NaN is not an observation: the state of its group stays unchanged, bit for bit, and
+    the other groups continue. The `signed` Threshold of the result judges numbers of any sign; there, 0 and negative
+    numbers are observations.
 
     Args:
-      rule: the rule. Its state's arrays get the groups as a leading axis.
+      rule: the rule. The arrays of its state get a leading axis for the groups.
       max_groups: the largest number of groups allowed.
     """
 
@@ -111,11 +112,11 @@ def per_group(rule: Rule, *, max_groups: int | None = None) -> Threshold:
         number = groups.number(norms)
         if max_groups is not None and number > max_groups:
             raise ValueError(
-                f"there are {number} groups, and the history of each takes {_nbytes(rule.init(jnp.float32)):,} bytes; "
+                f"a history of {_nbytes(rule.init(jnp.float32)):,} bytes per group is too large for {number} groups: "
                 f"pass window=, or a norm with at most {max_groups} groups"
             )
         one = rule.init(groups.dtype(norms))
-        # Without groups one stands in: checkpoints refuse empty arrays.
+        # Without groups there is one placeholder: checkpoints refuse empty arrays.
         return jax.tree.map(lambda leaf: jnp.tile(leaf, (max(number, 1), *(1 for _ in leaf.shape))), one)
 
     def limit(
@@ -148,7 +149,7 @@ def _where_seen(is_seen: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array
 
 
 def _require_like(state: State, expected: State) -> None:
-    """Raises unless a state is one that `init` makes for these norms, by these arguments."""
+    """Raises ValueError unless the state is one that `init` makes for these norms and arguments."""
     caller = "a threshold that follows the history of norms"
     if type(state) is not type(expected):
         raise ValueError(states.wrong(caller, states.described(expected), states.described(state)))
@@ -157,7 +158,7 @@ def _require_like(state: State, expected: State) -> None:
         kind = states.described(expected)
         raise ValueError(
             states.wrong(caller, f"a {kind} with arrays of shapes {needed}", f"one with {came}")
-            + " (in shard_map, of the same pieces of the leaves)"
+            + " (in shard_map, init and update must see the same pieces of the leaves)"
         )
 
 
@@ -168,10 +169,10 @@ def _nbytes(state: RuleState) -> int:
 def taken_in(
     patience: int | None, spikes: jax.Array, is_spike: jax.Array, norm: jax.Array, bound: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """What statistics that keep spikes out take in, and the number of spikes in a row with this norm.
+    """The value that enters statistics which exclude spikes, and the number of spikes in a row.
 
-    A spike counts as the bound that it was clipped to. But norms that stay above the bound are no spikes, they are the
-    new level, and the bound would never get there: after `patience` in a row a norm counts as itself.
+    A spike counts as the bound that it was clipped to. But norms that stay above the bound are a new level, which the
+    bound would never reach. So after `patience` spikes in a row, a norm counts as itself.
     """
     spikes = jnp.where(is_spike, jnp.asarray(optax.safe_increment(spikes)), jnp.zeros_like(spikes))
     is_kept_out = is_spike if patience is None else is_spike & (spikes <= patience)
@@ -179,5 +180,5 @@ def taken_in(
 
 
 def no_steps() -> jax.Array:
-    """A count at its start."""
+    """A step count of 0."""
     return jnp.zeros((), jnp.int32)

@@ -1,4 +1,4 @@
-"""What a clip takes away, kept for the next step."""
+"""Adds what a clip removes to the gradient of the next step."""
 
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ class CarryState(NamedTuple):
     """State of `with_carry`.
 
     Attributes:
-      carry: like the parameters, what was taken away and not yet given back.
+      carry: like the parameters, what was clipped away and not yet added back.
       inner_state: the state of the wrapped transformation.
     """
 
@@ -29,25 +29,25 @@ class CarryState(NamedTuple):
 
 
 def with_carry(
-    inner: optax.GradientTransformation, *, state_dtype: Any = None
+    inner: optax.GradientTransformation, *, state_dtype: jax.typing.DTypeLike | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Adds what a clipper took away to the next gradient, which removes the bias of clipping.
+    r"""Adds what a clipper removed to the next gradient, which removes the bias of clipping.
 
     .. math:: u \leftarrow \operatorname{clip}(g + c), \qquad c \leftarrow g + c - u
 
-    The carry grows without limit while the *mean* gradient is outside the bound; see the Notes.
+    The carry grows without limit while the *mean* gradient is beyond the bound; see the Notes.
 
     Args:
       inner: the clipper, or a chain of clippers. Pass no optimizer: its changes would be carried too.
       state_dtype: dtype of the carry, a real float dtype of at least 16 bits. None: the parameter's dtype, or float32
-        where that has fewer than 16 bits. In 16 bits the carry is rounded at every step.
+        if that has fewer than 16 bits. In 16 bits the carry is rounded at every step.
 
     Returns:
-      An optax transformation. Its state is one number per coordinate and the inner one.
+      An optax transformation. Its state is one number per coordinate, and the inner state.
 
     Raises:
-      ValueError: if `inner` is no transformation, or `state_dtype` no such dtype; at update, if a gradient inside
-        `shard_map` has not been reduced yet.
+      ValueError: if `inner` is not a transformation, or `state_dtype` is not such a dtype; at update, if a gradient
+        inside `shard_map` has not been reduced yet.
 
     Example:
       >>> import jax.numpy as jnp
@@ -63,16 +63,16 @@ def with_carry(
       -1.0 0.0
 
     Notes:
-      - Guarantees: the updates keep the bound of `inner`. All updates so far plus the carry are the sum of the
-        gradients so far, up to rounding.
-      - Growth: while the mean gradient is outside the bound, the carry grows by the difference at every step. The first
-        steps of a run that always clips are an example. The carry is given back long after, as fast as the bound
-        allows, so the iterate overshoots. To avoid it, clip alone until the mean gradient is inside, then start with a
-        fresh carry.
-      - Non-finite gradients: a coordinate whose gradient or update is not finite keeps its carry, and its update is
-        that of `inner`. A clip by norm then lets the other coordinates of the group pass, and with them their whole
-        carry. Where that can happen, put `skip_nonfinite` around it.
-      - Overflow: a gradient plus carry past the largest float is the largest float.
+      - Guarantees: the updates keep the bound of `inner`. The sum of all updates so far, plus the carry, is the sum of
+        all gradients so far, up to rounding.
+      - Growth: while the mean gradient is beyond the bound, the carry grows by the difference at every step. Runs that
+        clip all of their first steps are an example. The carry is added back much later, as fast as the bound allows,
+        so the parameters overshoot. To avoid this, clip without a carry until the mean gradient is within the bound,
+        then start with a fresh carry.
+      - Non-finite gradients: a coordinate whose gradient or update is non-finite keeps its carry, and its update is
+        that of `inner`. A clip by norm then returns the other coordinates of the group unclipped, with their whole
+        carry. If that can happen, put `skip_nonfinite` around it.
+      - Overflow: if gradient plus carry exceeds the largest float, it is the largest float.
       - Placement: in place of the clipper: `chain(with_carry(clip(1.0)), sgd(1e-3))`. The proofs are for clips of
         coordinates and of norms, and for plain gradient descent.
 
@@ -97,7 +97,7 @@ def with_carry(
         filled = fill_missing(updates, state.carry)
         require_beside(filled, state.carry)
         mesh.require_reduced(filled, state.carry, called="carry")
-        # A gradient that is missing gives its parameter no chance to get rid of anything: its carry is in no norm.
+        # A parameter whose gradient is missing gets no update, so its carry must not count in a norm.
         usable = _where_missing(updates, jax.tree.map(jnp.zeros_like, state.carry), state.carry)
         total, _ = each_leaf(lambda grad, carry: (_total(grad, carry).astype(_dtype(grad)), carry), filled, usable)
         clipped, inner_state = wrapped.update(total, state.inner_state, params, **extra_args)
@@ -124,7 +124,7 @@ def _dtype(leaf: Any) -> Any:
 
 
 def _total(grad: Any, carry: Any) -> Any:
-    """Gradient plus carry in the wider of their dtypes; finite, in the range of the gradient's, if the gradient is."""
+    """Gradient plus carry, in the wider dtype; finite in the gradient's dtype if the gradient is."""
     wide = np.promote_types(dtypes.wide(_dtype(grad)), dtypes.wide(_dtype(carry)))
     grad = jnp.asarray(grad)
     total = arithmetic.saturated(grad.astype(wide) + carry.astype(wide), bounds.highest(grad.dtype))

@@ -17,11 +17,11 @@ from optaxclip.wrappers import verdicts
 
 
 class MicroStep(NamedTuple):
-    """What `optax.MultiSteps` keeps of the last micro-batch as its `skip_state`. Both are boolean scalars.
+    """The `skip_state` of `optax.MultiSteps` for the last micro-batch. Both fields are boolean scalars.
 
     Attributes:
-      micro_skipped: whether it was left out.
-      micro_nonfinite: whether that was because a gradient was infinite or NaN.
+      micro_skipped: whether the micro-batch was left out.
+      micro_nonfinite: whether a gradient was infinite or NaN.
     """
 
     micro_skipped: jax.Array
@@ -31,22 +31,22 @@ class MicroStep(NamedTuple):
 def skip_micro_steps(
     max_norm: Bound = math.inf, *, norm: Norm = norms.global_norm(), axes: Axes = "auto"
 ) -> optax.ShouldSkipUpdateFunction:
-    """Makes the rule by which `optax.MultiSteps` leaves out a micro-batch: a norm above `max_norm`, or not finite.
+    """Makes `optax.MultiSteps` leave out micro-batches with a norm above `max_norm`, or a non-finite one.
 
-    One bad micro-batch then costs one micro-batch: another takes its place in the sum.
+    A bad micro-batch then costs one micro-batch, not the whole step: the next one takes its place in the sum.
 
     Args:
-      max_norm: the bound, at least 0, in the units of the norm: a number, an array, a prefix pytree of these where the
-        norm has several groups, or a schedule, which is called with the number of gradient steps. By default only what
-        is not finite is left out.
-      norm: what to measure, from `optaxclip.norms`. Leaves that it leaves out, as by `include=`, may be NaN.
+      max_norm: the bound, at least 0, in the units of the norm: a number, an array, a prefix pytree of these if the
+        norm has several groups, or a schedule of the number of gradient steps. By default, only non-finite
+        micro-batches are left out.
+      norm: what to measure, from `optaxclip.norms`. Leaves that it excludes, for example by `include=`, may be NaN.
       axes: which mesh axes split the leaves; see `clip_by`. All devices make the same decision.
 
     Returns:
       A function for `should_skip_update_fn` of `optax.MultiSteps`. The `skip_state` there is a `MicroStep`.
 
     Raises:
-      ValueError: if `max_norm` is negative or NaN, `norm` is no Norm, or `axes` names none.
+      ValueError: if `max_norm` is negative or NaN, `norm` is not a Norm, or `axes` is of another kind.
 
     Example:
       >>> import jax.numpy as jnp
@@ -63,15 +63,16 @@ def skip_micro_steps(
       -2.0 False
 
     Notes:
-      - Guarantees: a micro-batch that is left out changes neither the sum nor the number of micro-batches in it.
-      - Edge cases: gradients of 1e30 have a finite norm. Leaves without floats are not checked. Without `params`, a
-        gradient may not be missing (None).
-      - Placement: in `optax.MultiSteps`. Around it `skip_nonfinite` does the same, and counts.
+      - Guarantees: a micro-batch that is left out changes neither the sum nor its number of micro-batches.
+      - Edge cases: gradients of 1e30 have a finite norm. Leaves without floats are not checked. Without `params`, no
+        gradient may be None.
+      - Placement: in `optax.MultiSteps`. `skip_nonfinite` around `optax.MultiSteps` does the same, and counts.
       - Differs from optax: `optax.skip_not_finite` and `optax.skip_large_updates` let each device of a `shard_map`
-        decide alone. A sum of squares overflows to inf, so the second leaves out norms above 1.8e19.
+        decide alone. `optax.skip_large_updates` also leaves out norms above 1.8e19, because its sum of squares
+        overflows.
 
     See also:
-      `skip_spikes`, with statistics, around the optimizer.
+      `skip_spikes`, around the optimizer, with thresholds that follow the norms.
 
       Notebook: `notebooks/recipes.ipynb`, accumulated gradients.
     """
@@ -85,7 +86,7 @@ def skip_micro_steps(
     ) -> tuple[jax.Array, MicroStep]:
         filled, known = beside(updates, params)
         leaves = core.Leaves(filled, known, axes, told={})
-        # A schedule of the bound counts gradient steps, which optax does.
+        # A scheduled bound depends on the number of gradient steps, which optax counts.
         judged = core.judge(norm, threshold, leaves, bounds.ScheduleState(jnp.asarray(gradient_step)))
         verdict = verdicts.of_norms(judged, leaves)
         is_skipped = verdict.high | ~verdict.finite

@@ -1,4 +1,4 @@
-"""How many steps were left out, and why; and what `clip_stats` says of it."""
+"""Counters of skipped steps and their reasons, and what `clip_stats` reports of them."""
 
 from typing import Any, NamedTuple
 
@@ -10,14 +10,14 @@ from optaxclip.records import reader, recorder, restored
 
 
 class SkipStats(NamedTuple):
-    """Which steps a wrapper left out. All are int32 scalars.
+    """Counters of the skipped steps. All are int32 scalars.
 
     Attributes:
       skip_steps: the number of steps so far.
-      skipped_in_row: the number of steps left out in a row up to now.
-      skipped_nonfinite: the number left out because a gradient or the loss was infinite or NaN.
-      skipped_norm: the number left out because a norm was above its threshold.
-      skipped_loss: the number left out because the loss was, and no norm.
+      skipped_in_row: the number of steps skipped in a row, up to the last step.
+      skipped_nonfinite: the number of steps skipped because a gradient or the loss was infinite or NaN.
+      skipped_norm: the number of steps skipped because a norm was above its bound.
+      skipped_loss: the number of steps skipped because only the loss was above its bound.
     """
 
     skip_steps: jax.Array
@@ -33,7 +33,7 @@ def none_yet() -> SkipStats:
 
 
 def one_more(stats: SkipStats, skipped: jax.Array, nonfinite: jax.Array, high_norm: jax.Array) -> SkipStats:
-    """The counters one step on: whether it was left out, and the reasons that were there."""
+    """The counters after one more step: whether it was skipped, and the reasons."""
     in_row = jnp.asarray(optax.safe_increment(stats.skipped_in_row))
     return SkipStats(
         skip_steps=jnp.asarray(optax.safe_increment(stats.skip_steps)),

@@ -1,4 +1,4 @@
-"""Steps that are not taken: those that are not finite, and those that stand out."""
+"""Skips steps: those with non-finite gradients, and spikes."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from optaxclip._arrays import groups, mesh, states, told
 from optaxclip._arrays.parameters import beside, parameters
 from optaxclip._arrays.trees import Tree
 from optaxclip._jaxprs.holding import update_or_hold
-from optaxclip.core import Norm, Norms, Threshold, Updates
+from optaxclip.core import Norm, Norms, State, Threshold, Updates
 from optaxclip.wrappers import skip_counts, verdicts
 from optaxclip.wrappers.skip_counts import SkipStats
 
@@ -22,17 +22,17 @@ class SkipState(NamedTuple):
     """State of `skip_nonfinite` and `skip_spikes`.
 
     Attributes:
-      skip_stats: how many steps were rejected, and why.
-      spikes_in_row: int32 scalar, the number of finite steps in a row that stood out, taken or not.
+      skip_stats: how many steps were skipped, and why.
+      spikes_in_row: int32 scalar, the number of spikes in a row, skipped or not. Non-finite steps do not count.
       norm_threshold_state: the state of the threshold on the norms.
-      loss_threshold_state: the state of the threshold on the loss, `optax.EmptyState()` without one.
+      loss_threshold_state: the state of the threshold on the loss; `optax.EmptyState()` without such a threshold.
       inner_state: the state of the wrapped transformation.
     """
 
     skip_stats: SkipStats
     spikes_in_row: jax.Array
-    norm_threshold_state: Any
-    loss_threshold_state: Any
+    norm_threshold_state: State
+    loss_threshold_state: State
     inner_state: Tree
 
 
@@ -48,10 +48,10 @@ def skip_nonfinite(
       axes: which mesh axes split the leaves; see `clip_by`. All devices make the same decision.
 
     Returns:
-      An optax transformation. Its state is a `SkipState`: the inner one and a few counters.
+      An optax transformation. Its state is a `SkipState`: the inner state and a few counters.
 
     Raises:
-      ValueError: if `inner` is no transformation, or `axes` names none.
+      ValueError: if `inner` is not a transformation, or `axes` is of another kind.
 
     Example:
       >>> import jax.numpy as jnp
@@ -68,31 +68,31 @@ def skip_nonfinite(
       1
 
     Notes:
-      - Guarantees: a skipped step returns zeros in the dtypes that `inner` returns, and leaves the inner state bit for
-        bit as it was. Any other step is that of `inner`, except where the compiler fuses a multiplication with an
-        addition. A step that is not finite is never taken, however many there are in a row.
-      - Edge cases: gradients of 1e30 are finite. Clip them inside, or use `skip_spikes`. Leaves without floats are not
-        checked; in a skipped step integer updates are zeros too.
-      - Some leaves: `skip_spikes(inner, thresholds.constant(jnp.inf), norm=norms.global_norm(include=...))` checks
-        only those included.
+      - Guarantees: a skipped step returns zeros in the dtypes that `inner` returns, and leaves the inner state
+        unchanged, bit for bit. Any other step is that of `inner`, up to rounding if the compiler fuses a multiplication
+        with an addition. A non-finite step is never taken, however many there are in a row.
+      - Edge cases: gradients of 1e30 are finite: clip them inside, or use `skip_spikes`. Leaves without floats are not
+        checked. In a skipped step, integer updates are zeros too.
+      - Some leaves: `skip_spikes(inner, thresholds.constant(jnp.inf), norm=norms.global_norm(include=...))` checks only
+        the included leaves.
       - Placement: around everything: `skip_nonfinite(chain(clip_by_global_norm(1.0), adam(1e-3)))`. Around
-        `optax.MultiSteps` it checks every micro-batch. Do not put it inside: optax empties its sum of gradients by
-        multiplying with 0, so a NaN stays in it and every later step is skipped.
-      - Records: a clipper inside with `record=` sees only the steps that were taken. To record all steps, put a clipper
-        in front that bounds nothing: `chain(clip_by_leaf_norm(jnp.inf, record=100), skip_nonfinite(adam(1e-3)))`.
-      - Differs from optax: `optax.apply_if_finite` applies the NaN after `max_consecutive_errors`. In `shard_map` it
-        lets each device decide alone.
+        `optax.MultiSteps` it checks every micro-batch. Do not put it inside: optax resets its sum of gradients by
+        multiplying with 0, so a NaN stays in the sum, and every later step is skipped.
+      - Records: a clipper inside with `record=` sees only the steps that are taken. To record all steps, put a clipper
+        without a bound in front: `chain(clip_by_leaf_norm(jnp.inf, record=100), skip_nonfinite(adam(1e-3)))`.
+      - Differs from optax: `optax.apply_if_finite` applies the NaN after `max_consecutive_errors`. Inside `shard_map`,
+        it lets each device decide alone.
 
     References:
       `optax.apply_if_finite`.
 
     See also:
-      `skip_spikes`; `skip_micro_steps`, inside `optax.MultiSteps`; `zero_nonfinite`, which keeps the coordinates that
-      are finite.
+      `skip_spikes`; `skip_micro_steps`, inside `optax.MultiSteps`; `zero_nonfinite`, which keeps the finite
+      coordinates.
 
       Notebook: `notebooks/recipes.ipynb`, logs, loops, other libraries, checkpoints.
     """
-    # Nothing that is finite lies above infinity.
+    # No finite norm is above infinity.
     return skip_spikes(inner, thresholds.constant(float("inf")), axes=axes)
 
 
@@ -105,36 +105,35 @@ def skip_spikes(
     max_consecutive: int | None = 20,
     axes: mesh.Axes = "auto",
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Skips every step whose norm or loss is above its threshold, or not finite.
+    r"""Skips every step whose norm or loss is above its bound or non-finite.
 
     .. math:: (u, s) \leftarrow (0, s) \text{ if } n_G > upper_G \text{ for some group, or the loss is above its own},
         \text{ else } \mathrm{inner}(g, s)
 
-    After 20 spikes in a row the next is taken, as a new level; `max_consecutive=None` skips them all. While a threshold
-    warms up, every finite step is taken, however large its norm. Put a clip inside:
+    After 20 spikes in a row, the next is taken, as a new level; with `max_consecutive=None` all are skipped. During the
+    warm-up of a threshold, every finite step is taken, however large its norm. So put a clip inside:
     `skip_spikes(chain(clip_by_global_norm(1.0), adam(1e-3)), thresholds.mean_std(6.0))`.
 
     Args:
       inner: the optimizer, or any transformation.
-      threshold: from `optaxclip.thresholds`. A step is a spike if some norm is above the upper end of its band; the
-        lower end is ignored. `thresholds.mean_std` and `thresholds.zscore` with many deviations fit, and so does
-        `thresholds.constant`.
-      norm: what to measure, from `optaxclip.norms`. Leaves that it leaves out, as by `include=`, may be NaN.
+      threshold: from `optaxclip.thresholds`. A step is a spike if a norm is above the upper end of its band; the lower
+        end is ignored. Use `thresholds.mean_std` or `thresholds.zscore` with many deviations, or `thresholds.constant`.
+      norm: what to measure, from `optaxclip.norms`. Leaves that it excludes, for example by `include=`, may be NaN.
       loss_threshold: a threshold for the loss. Pass the loss as `tx.update(grads, state, params, value=loss)`, the same
-        on all devices. `thresholds.mean_std` and `thresholds.zscore` judge losses of any sign, `thresholds.constant`
-        compares the number; a negative one must be an array, as ``thresholds.constant(jnp.array(-5.0))``. The other
-        thresholds, and these two with `scale="log"`, judge positive losses only: one of 0 or less is not judged and
-        does not enter the statistics.
-      max_consecutive: after this many finite steps skipped in a row, spikes are taken, and enter the statistics, until
-        a step is no spike. At least 0; 20 is long for a spike and short for a new level. None never takes one.
+        on all devices. `thresholds.mean_std` and `thresholds.zscore` judge losses of any sign, and so does
+        `thresholds.constant`; pass it a negative bound as an array, ``thresholds.constant(jnp.array(-5.0))``. All other
+        thresholds, and `scale="log"`, judge positive losses only: they ignore a loss of 0 or less.
+      max_consecutive: after this many spikes in a row, spikes are taken and enter the statistics, until a step is not a
+        spike. At least 0; 20 is long for a spike and short for a new level. With None, no spike is ever taken.
       axes: which mesh axes split the leaves; see `clip_by`. All devices make the same decision.
 
     Returns:
-      An optax transformation. Its state is a `SkipState`: the inner one, those of the thresholds, and a few counters.
+      An optax transformation. Its state is a `SkipState`: the inner state, the states of the thresholds, and a few
+      counters.
 
     Raises:
-      ValueError: if an argument is of another kind; at update, with `loss_threshold`, if `value` is missing, no scalar,
-        or differs between the devices of a `shard_map`.
+      ValueError: if an argument is of another kind; at update, with `loss_threshold`, if `value` is missing, is not a
+        scalar, or differs between the devices of a `shard_map`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -150,23 +149,23 @@ def skip_spikes(
       -0.1 -0.15 0.0 -0.2 0.0 0.0 -5.0 -6.0
 
     Notes:
-      - Guarantees: those of `skip_nonfinite`. A skipped step does not enter the statistics of the thresholds, and
-        schedules of `inner` do not advance.
+      - Guarantees: as for `skip_nonfinite`. A skipped step does not enter the statistics of the thresholds, and does
+        not advance the schedules of `inner`.
       - Schedules: a schedule inside a threshold counts every step, skipped or not. To skip steps 10 to 12, pass
         ``thresholds.constant(lambda step: jnp.where((step >= 10) & (step <= 12), 0.0, jnp.inf))`` and
         `max_consecutive=None`.
-      - Thresholds that do not fit: a quantile or a small ratio of the steps *taken* skips more and more ordinary steps.
-        `thresholds.smooth` skips all of them.
-      - Edge cases: a step whose gradient, or with `loss_threshold` whose loss, is not finite is never taken. It counts
-        neither for nor against `max_consecutive`. A step is counted under the first reason that holds: not finite,
-        norm, loss.
-      - Placement: around everything. As with `skip_nonfinite`, a recorder belongs in front.
-      - Differs from OLMo-core: that code takes skipped steps into its window, so that one spike opens the band for 128
-        steps. It multiplies by 0, so that a NaN stays one. It has no `max_consecutive`.
+      - Unsuitable thresholds: a quantile or a small multiple of the norms of the steps *taken* skips more and more
+        ordinary steps. `thresholds.smooth` skips all steps.
+      - Edge cases: a step with a non-finite gradient, or a non-finite loss if there is a `loss_threshold`, is never
+        taken. It does not change the count for `max_consecutive`. `clip_stats` counts a step under the first reason
+        that applies: non-finite, norm, loss.
+      - Placement: around everything. To record all steps, put a recording clipper in front; see `skip_nonfinite`.
+      - Differs from OLMo-core: in OLMo-core, skipped steps enter the window, so one spike widens the band for 128
+        steps. OLMo-core multiplies skipped updates by 0, so a NaN stays NaN. It has no `max_consecutive`.
 
     References:
-      Walsh et al., 2 OLMo 2 Furious, COLM 2025, arXiv:2501.00656. The code of OLMo-core calls it SkipStepOptimizer,
-      here `skip_spikes(inner, thresholds.mean_std(6.0), loss_threshold=thresholds.mean_std(6.0))`.
+      Walsh et al., 2 OLMo 2 Furious, COLM 2025, arXiv:2501.00656. It is SkipStepOptimizer in OLMo-core, and
+      `skip_spikes(inner, thresholds.mean_std(6.0), loss_threshold=thresholds.mean_std(6.0))` here.
 
     See also:
       `skip_nonfinite`; `clip_by_history` and `zclip`, which shrink such steps instead.
@@ -188,7 +187,7 @@ def skip_spikes(
 
 
 class _Gate(NamedTuple):
-    """What decides whether a step is taken: the arguments of `skip_spikes`."""
+    """The arguments of `skip_spikes` that decide whether a step is taken."""
 
     threshold: Threshold
     norm: Norm
@@ -234,7 +233,7 @@ class _States(NamedTuple):
 
 
 class _Seen(NamedTuple):
-    """What a step is judged by, and the states of the thresholds if it is taken and if it is skipped."""
+    """What is known of a step, and the next states of the thresholds if it is taken and if it is skipped."""
 
     finite: jax.Array
     high_norm: jax.Array
@@ -283,10 +282,10 @@ def _without(
     param_norms: Callable[[], Norms],
     extra_args: Mapping[str, Any],
 ) -> Any:
-    """The state of a threshold after a step that does not count: NaN is no observation, and it counts as a step."""
+    """The state of a threshold after a skipped step: NaN counts as a step, but not as an observation."""
     if not jax.tree.leaves(state):
         return state
-    # These NaN are meant, and go nowhere: no error for them where jax looks for NaN.
+    # These NaN are intended, so jax_debug_nans must not raise for them.
     with jax.debug_nans(False), jax.debug_infs(False):
         nothing = jax.tree.map(lambda norm: jnp.full_like(norm, jnp.nan), norms)
         _, after = threshold.limit(nothing, state, param_norms, **extra_args)
@@ -294,7 +293,7 @@ def _without(
 
 
 def _outer_state(state: SkipState, seen: _Seen, rejected: jax.Array) -> SkipState:
-    """The state one step on, except for the inner one."""
+    """The state after this step, except the inner state."""
     after = jax.tree.map(lambda skipped, taken: jnp.where(rejected, skipped, taken), seen.skipped, seen.taken)
     in_row = jnp.where(seen.stands_out, jnp.asarray(optax.safe_increment(state.spikes_in_row)), 0)
     return state._replace(
@@ -312,23 +311,23 @@ def _loss(extra_args: Mapping[str, Any], names: frozenset[str]) -> jax.Array:
     if extra_args.get("value") is None:
         raise ValueError("loss_threshold needs the loss: call tx.update(updates, state, params, value=loss)")
     loss = told.scalar("value", extra_args["value"], "loss").astype(jnp.float32)
-    # Where the types do not say whether the devices have the same loss, the largest makes sure that they decide alike.
-    # It may lose a NaN, but no infinity.
+    # If the types do not say that all devices have the same loss, they take the largest, so that all decide alike. pmax
+    # may lose a NaN, so NaN becomes inf first.
     axes = mesh.may_vary_over(loss, names)
     return jax.lax.pmax(jnp.where(jnp.isnan(loss), jnp.inf, loss), axes) if axes else loss
 
 
 def _no_param_norms() -> Any:
-    raise ValueError("loss_threshold must not depend on the parameters: a loss has no norm of them beside it")
+    raise ValueError("loss_threshold must not depend on the parameters: pass a threshold that needs no params")
 
 
 def _is_above(loss: jax.Array, upper: Any) -> jax.Array:
-    """Whether a loss is above its threshold. As a loss may be, that may be negative, as no norm's may."""
+    """Whether a loss is above its bound. Unlike the bound of a norm, it may be negative."""
     return jnp.isfinite(loss) & (loss > bounds.as_array(upper, loss.dtype))
 
 
 def _zero_if(flag: jax.Array, leaf: Any) -> Any:
-    """Zeros if the flag is set, whatever the leaf holds; leaves that hold no numbers stay."""
+    """Zeros if the flag is set, also for NaN; leaves without numbers stay unchanged."""
     dtype = getattr(leaf, "dtype", None)
     is_number = dtype is None or (jnp.issubdtype(dtype, jnp.number) and dtype != jax.dtypes.float0)
     return jnp.where(flag, jnp.zeros_like(leaf), leaf) if is_number else leaf

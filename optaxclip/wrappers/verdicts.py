@@ -1,4 +1,4 @@
-"""What the norms of a step say of it, the same on all devices."""
+"""Whether the norms of a step are finite and within their band, the same on all devices."""
 
 from typing import NamedTuple
 
@@ -10,11 +10,11 @@ from optaxclip._arrays import groups, mesh
 
 
 class Verdict(NamedTuple):
-    """What a skip decides by. Both are boolean scalars.
+    """What the decision to skip is based on. Both are boolean scalars.
 
     Attributes:
-      finite: whether all norms are finite. That tells whether all gradients that were measured are.
-      high: whether all are finite, and some norm is above the upper end of its band.
+      finite: whether all norms, and so all measured gradients, are finite.
+      high: whether all norms are finite, and one is above the upper end of its band.
     """
 
     finite: jax.Array
@@ -25,12 +25,12 @@ _HIGH, _NOT_FINITE = 1, 2
 
 
 def of_norms(judged: core.Judged, leaves: core.Leaves) -> Verdict:
-    """The verdict on all groups together, on all devices."""
+    """The verdict over all groups and all devices."""
     codes = jax.tree.leaves(groups.over_groups(_code, judged.norms, judged.limits))
     worst = jnp.zeros((), jnp.int32)
     for each in codes:
         worst = jnp.maximum(worst, jnp.max(each, initial=0))
-    if any(each.ndim for each in codes):  # units, which may lie on different devices
+    if any(each.ndim for each in codes):  # units, which may be on different devices
         axes = mesh.may_vary_over(worst, leaves.axes)
         worst = jax.lax.pmax(worst, axes) if axes else worst
     return Verdict(finite=worst < _NOT_FINITE, high=worst == _HIGH)

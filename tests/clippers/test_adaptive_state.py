@@ -310,5 +310,5 @@ def test_units_that_lie_on_different_devices_are_refused(rng):
 def test_another_tree_than_at_init_is_refused():
     tx = contrib.percentile_clip()
     state = tx.init({"a": jnp.zeros(2)})
-    with pytest.raises(ValueError, match=r"\(2, 100\), .*, got one with .*\(1, 100\), .*of the tree"):
+    with pytest.raises(ValueError, match=r"\(2, 100\), .*, got one with .*\(1, 100\), .*parameter tree"):
         tx.update({"a": jnp.zeros(2), "b": jnp.zeros(2)}, state)

@@ -474,5 +474,5 @@ def test_bad_arguments_are_refused(factory, arguments, message):
 
 def test_more_stacked_axes_than_a_leaf_has():
     for tx in (oc.clip_by_spectral_norm(1.0, stacked=3), oc.clip_singular_values(1.0, stacked=3)):
-        with pytest.raises(ValueError, match=r"stacked must be from 0 to the rank of the leaf, got 3"):
+        with pytest.raises(ValueError, match=r"stacked must be at most the number of axes of the leaf, got 3"):
             update(tx, jnp.ones((2, 2)))

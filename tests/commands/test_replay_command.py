@@ -80,7 +80,7 @@ def test_every_row_with_a_clipper_is_replayed_or_refused_in_one_line(capsys, fil
         ("--clippers clip_by_value", "clip_by_value(-0.1, 0.1) must be a clipper that clip_by makes"),
         (
             "--clippers adagc",
-            "adagc(1.05) can't be replayed on these norms: it measures several per step, and there is one",
+            "adagc(1.05) can't be replayed on these norms: it measures several per step, but there is one",
         ),
         ("--row none", "steps.csv' has no column 'row'"),
         ("--steps 3", "unrecognized arguments: --steps 3"),

@@ -56,7 +56,7 @@ STRAY = {
     "of another tree": (
         contrib.percentile_clip(),
         lambda: contrib.percentile_clip().init({"a": jnp.ones(2)}),
-        r"\(2, 100\).*\(1, 100\).*of the tree",
+        r"\(2, 100\).*\(1, 100\).*parameter tree",
     ),
     "of another window": (
         oc.clip_by_history(window=128),
@@ -66,17 +66,17 @@ STRAY = {
     "without the record": (
         oc.clip_by_global_norm(1.0, record=3),
         optax.EmptyState,
-        "built with record=3 must be a record of 3 steps beside the threshold's state, got EmptyState",
+        "built with record=3 must be the threshold's state with a record of 3 steps, got EmptyState",
     ),
     "with a record": (
         oc.clip_by_global_norm(1.0),
         lambda: oc.clip_by_global_norm(1.0, record=2).init(updates()),
-        "built with record=0 must be the threshold's alone, got a record of 2 steps",
+        "built with record=0 must be the threshold's state without a record, got one with a record of 2 steps",
     ),
     "with a record of another tree": (
         oc.clip_by_leaf_norm(1.0, record=2),
         lambda: oc.clip_by_leaf_norm(1.0, record=2).init({"a": jnp.ones(2)}),
-        "the record is of 1 groups, and the updates have 2",
+        "the record has 1 groups, but the updates have 2",
     ),
 }
 

@@ -227,15 +227,15 @@ def test_bad_arguments(name):
     [
         ({}, np.ones(3), r"leaf 'q' of shape \(3, 4, 6\) has no heads of shape \(3,\)"),
         ({}, np.ones((2, HEADS)), r"no heads of shape \(2, 4\)"),
-        ({"queries_per_key": 3}, LOGITS, "max_logits has 4 heads, which queries_per_key=3 does not divide"),
+        ({"queries_per_key": 3}, LOGITS, "max_logits must have a multiple of queries_per_key=3 heads, got 4"),
         ({}, 400.0, "max_logits must hold arrays of real numbers, one per head, got 400.0"),
         ({}, {"k": LOGITS}, "max_logits has no entry for the leaf 'q'; it has 'k'"),
-        ({}, {"q": LOGITS, "k": LOGITS}, "max_logits has an entry for 'k', where projections names no leaf"),
-        ({"projections": Projection("query", tail=7)}, LOGITS, "have 6 entries, fewer than in"),
+        ({}, {"q": LOGITS, "k": LOGITS}, "max_logits has an entry for 'k', but projections names no leaf there"),
+        ({"projections": Projection("query", tail=7)}, LOGITS, "tail must fit into a head of 6 entries"),
         (
             {"projections": lambda path: "query"},
             LOGITS,
-            "projections must say Projection or None of each leaf, got 'query'",
+            "projections must give a Projection or None for each leaf, got 'query'",
         ),
         (
             {},
@@ -257,7 +257,7 @@ def test_bad_logits(rng, options, logits, words):
 def test_missing_logits_and_parameters(rng):
     w = numbers(rng, MODEL, HEADS, DIM)
     tx = qk_clip(projections=QUERY, alpha=1.0)
-    with pytest.raises(ValueError, match=r"qk_clip needs update\(\.\.\., max_logits=\.\.\.\)"):
+    with pytest.raises(ValueError, match=r"qk_clip needs the largest logit.*call update\(\.\.\., max_logits=\.\.\.\)"):
         tx.update(w, tx.init(w), w)
     with pytest.raises(ValueError, match="not passing `params`"):
         tx.update(w, tx.init(w), max_logits=LOGITS)
@@ -303,10 +303,10 @@ def test_named_leaves_may_be_missing(rng):
 @pytest.mark.parametrize(
     ("names", "alpha", "words"),
     [
-        ("q", 0.5, "names queries and no keys, and at alpha=0.5 .* pass alpha=1"),
-        ("q", 0.0, "names queries and no keys"),
-        ("k", 0.5, "names keys and no queries, and at alpha=0.5 .* pass alpha=0"),
-        ("k", 1.0, "names keys and no queries"),
+        ("q", 0.5, "names queries but no keys, so at alpha=0.5 .* pass alpha=1"),
+        ("q", 0.0, "names queries but no keys"),
+        ("k", 0.5, "names keys but no queries, so at alpha=0.5 .* pass alpha=0"),
+        ("k", 1.0, "names keys but no queries"),
         ("q", 1.0, None),
         ("k", 0.0, None),
         ("qk", 0.5, None),
@@ -355,7 +355,7 @@ def test_flat_heads_of_two_sizes_are_refused(rng, number, stacked):
     logits = np.full((*front, number), 400.0)
     sizes = {4: "8 entries, .* 'k' have 4", 8: "4 entries, .* 'k' have 2"}[number]
     tx = qk_clip(projections={"q": FLAT_QUERY, "k": FLAT_KEY})
-    with pytest.raises(ValueError, match=rf"leaf 'q' have {sizes} \(without tails\), at queries_per_key=1"):
+    with pytest.raises(ValueError, match=rf"leaf 'q' have {sizes} \(without tails\): queries_per_key=1"):
         once(tx, params, logits=logits)
 
 

@@ -190,7 +190,7 @@ GLOBAL = optaxclip.clip_by_global_norm(1.0)
 @pytest.mark.parametrize(
     ("clipper", "complaint"),
     [
-        (optaxclip.clip_by_leaf_norm(1.0), "it measures several per step, and there is one"),
+        (optaxclip.clip_by_leaf_norm(1.0), "it measures several per step, but there is one"),
         (optaxclip.adaptive_grad_clip(0.1), "measures parts of leaves"),
         (optaxclip.clip_by(norms.global_norm(), thresholds.relative_to_params(0.1)), "asks for the parameters"),
         (optaxclip.clip_by(norms.global_norm(include={"w": True}), thresholds.constant(1.0)), "include does not fit"),
@@ -207,9 +207,9 @@ def test_what_can_not_be_replayed_is_named(clipper, complaint):
 
 def test_other_groups_are_refused():
     state = recorded([[1.0, 2.0]], optaxclip.clip_by_leaf_norm(1.0, record=1))
-    with pytest.raises(ValueError, match=r"it measures one per step, and there is one for each of 'a', 'b'"):
+    with pytest.raises(ValueError, match=r"it measures one per step, but there is one for each of 'a', 'b'"):
         diagnostics.replay(state, optaxclip.zclip())
-    with pytest.raises(ValueError, match=r"it measures one per step, and there is one for each of 'a', 'b'"):
+    with pytest.raises(ValueError, match=r"it measures one per step, but there is one for each of 'a', 'b'"):
         diagnostics.replay(state, optaxclip.clip_by(norms.group_norm("both"), thresholds.constant(1.0)))
 
 
@@ -217,7 +217,7 @@ def test_a_record_without_names_of_its_groups_says_so():
     tx = optaxclip.clip_by_leaf_norm(1.0, record=1)
     state = recorded([[1.0, 2.0]], tx)
     nameless = state._replace(clip_stats=state.clip_stats._replace(names=type(state.clip_stats.names)()))
-    with pytest.raises(ValueError, match="does not know the names of its groups; migrate"):
+    with pytest.raises(ValueError, match="does not know the names of its groups: restore them with"):
         diagnostics.replay(nameless, tx)
 
 
@@ -228,5 +228,5 @@ def test_a_replay_needs_clippers_and_norms():
         with pytest.raises(ValueError, match=r"norms must be a vector of real numbers.*record="):
             diagnostics.replay(tx.init(jnp.ones(2)), GLOBAL)
     for choice in ({"place": "0"}, {"history": "first_nonfinite"}):
-        with pytest.raises(ValueError, match="choose from a state, and norms is a vector"):
+        with pytest.raises(ValueError, match="choose from a state, but norms is a vector"):
             diagnostics.replay([1.0], GLOBAL, **choice)

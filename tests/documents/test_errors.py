@@ -490,7 +490,10 @@ MISFITS = {
         "'b/c/d' is in the bound but not in what it bounds, which has 'a', 'b/c'",
     ),
     "another container": (oc.clip([1.0, 2.0]), "'0' is in the bound but not in"),
-    "too long for its norm": (oc.clip_by_leaf_norm(jnp.ones(3)), r"shape \(3,\) does not fit 'a'.*has shape \(\)"),
+    "too long for its norm": (
+        oc.clip_by_leaf_norm(jnp.ones(3)),
+        r"shape \(3,\) does not fit 'a'.*broadcast to shape \(\)",
+    ),
     "one axis too many": (oc.clip_by_leaf_norm({"a": jnp.ones(1), "b": 1.0}), r"shape \(1,\) does not fit 'a'"),
     "too long for its leaf": (oc.clip({"a": jnp.ones(3), "b": 1.0}), r"shape \(3,\) does not fit 'a'.*\(2,\)"),
     "a bound for a scalar": (

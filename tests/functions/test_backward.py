@@ -666,7 +666,7 @@ def test_in_shard_map_without_types(rng):
     rows = P(("data", "model"))
     loss = jax.shard_map(per_device, mesh=AUTO, in_specs=rows, out_specs=P(), check_vma=False)
     np.testing.assert_allclose(jax.jit(jax.grad(loss))(x), by_norm(1.0)(x), rtol=RTOL)
-    with pytest.warns(UserWarning, match="sees nothing"):
+    with pytest.warns(UserWarning, match="finds no split arrays"):
         on_mesh(AUTO, oc.clip(1.0), P(), check_vma=False)(x, jnp.float32(1.0), jnp.zeros(2))
 
 

@@ -95,17 +95,17 @@ def test_norms_of_several_groups_are_plain_numbers():
     [
         ({"max_norm": -1.0}, "max_norm must be"),
         ({"max_norm": oc.zclip()}, "without state, and this one keeps"),
-        ({"max_norm": lambda step: 1.0}, r"this is a schedule: pass schedule\(step\)"),
+        ({"max_norm": lambda step: 1.0}, r"got a schedule: pass schedule\(step\)"),
         ({"max_norm": oc.clip_by_leaf_norm(1.0, record=10)}, "without state, and this one keeps"),
-        ({"max_norm": oc.thresholds.constant(1.0)}, r"is a Threshold: pass clip_by\(norm, threshold\)"),
-        ({"max_norm": optax.clip_by_global_norm(1.0)}, "what clip_by or a method built on it makes"),
+        ({"max_norm": oc.thresholds.constant(1.0)}, r"got a Threshold: pass clip_by\(norm, threshold\)"),
+        ({"max_norm": optax.clip_by_global_norm(1.0)}, "not built on clip_by: pass a clip"),
         ({"max_norm": oc.clip_by_global_norm(1.0), "norm": norms.leaf_norm()}, r"leave out norm= and axes="),
         ({"max_norm": 1.0, "norm": 2}, "norm must be"),
         ({"max_norm": 1.0, "known_norm": {"w": 1.0}}, "known_norm must be a scalar for each group"),
         ({"max_norm": 1.0, "known_norm": jnp.ones(2)}, "known_norm must be one norm, a real scalar"),
         ({"max_norm": 1.0, "known_norm": "5"}, "known_norm must be one norm, a real scalar, got '5'"),
         ({"max_norm": 1.0, "known_norm": 1j}, "known_norm must be one norm, a real scalar"),
-        ({"max_norm": 0.1, "norm": norms.unit_norm(), "known_norm": 1.0}, "known_norm is for one number per group"),
+        ({"max_norm": 0.1, "norm": norms.unit_norm(), "known_norm": 1.0}, "known_norm takes one number per group"),
         ({"max_norm": oc.adaptive_grad_clip(0.1)}, "params"),
     ],
 )
@@ -174,14 +174,14 @@ def test_thresholds_follow_a_known_norm_and_skips_judge_it():
 
 
 def test_what_a_known_norm_needs():
-    with pytest.raises(ValueError, match=r"must be told: call tx.update\(updates, state, params, grad_norm=norm\)"):
+    with pytest.raises(ValueError, match=r"needs the norm: call tx.update\(updates, state, params, grad_norm=norm\)"):
         KNOWN.update(FLOATS, KNOWN.init(FLOATS))
     with pytest.raises(ValueError, match="grad_norm must be one norm, a real scalar"):
         KNOWN.update(FLOATS, KNOWN.init(FLOATS), grad_norm=jnp.ones(3))
     with pytest.raises(ValueError, match="name must be"):
         norms.known("grad norm")
     relative = clip_by(norms.known("n"), thresholds.relative_to_params(0.1))
-    with pytest.raises(ValueError, match="needs another Norm"):
+    with pytest.raises(ValueError, match="use another Norm"):
         relative.update(FLOATS, relative.init(FLOATS), FLOATS, n=1.0)
 
 

@@ -122,7 +122,7 @@ PARTS = {
     "clip_by-unit_norm-relative_to_params": (0, 1),
     "clip_by-leaf_norm-mixed_bounds": (0,),
 }
-NEED_SPECS = r"dense/kernel.*axes= to be a PartitionSpec"
+NEED_SPECS = r"dense/kernel.*axes= as a PartitionSpec"
 # Those of them whose threshold has a state for each part: every device would have that of its own parts alone.
 HISTORY_OF_PARTS = {"clip_by-unit_norm-zscore-ema_ratio", "clip_by-leaf_rms-mean_std-quantile"}
 # Which compare an update with its parameter: of a parameter that is whole, shard_map has not the piece beside it.
@@ -422,7 +422,7 @@ def test_shard_map(row, way):
             assert_same(in_shard_map(row, layout, **options), expected(row), near_zero(row))
 
 
-@pytest.mark.filterwarnings("ignore:axes=.device. takes every leaf to be split")  # in pmap every leaf is
+@pytest.mark.filterwarnings("ignore:axes=.device. assumes that every leaf is split")  # in pmap every leaf is
 @pytest.mark.slow
 @pytest.mark.parametrize("transform", [jax.pmap, jax.vmap], ids=["pmap", "vmap"])
 @each_row

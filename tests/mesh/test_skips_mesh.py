@@ -188,7 +188,7 @@ def test_pmap(axes):
     for number, grads in enumerate(given):
         with warnings.catch_warnings():
             if axes == "device":  # both leaves are split, which nothing in `pmap` could tell
-                warnings.filterwarnings("ignore", "axes='device' takes every leaf to be split")
+                warnings.filterwarnings("ignore", "axes='device' assumes that every leaf is split")
             out, state = step(grads, state)
         expected, expected_state = expected_step(grads, expected_state)
         for key, want in expected.items():

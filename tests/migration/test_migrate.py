@@ -265,7 +265,7 @@ def test_moments_of_which_none_fits_keep_no_count_either():
 
 @pytest.mark.parametrize("params", [PARAMS, jnp.ones(3)], ids=["a tree", "an array"])
 def test_an_optimizer_is_not_dropped_without_a_word(params):
-    with pytest.warns(UserWarning, match="no place for what the old state has per parameter.*0/mu") as caught:
+    with pytest.warns(UserWarning, match="no place for what the old state keeps per parameter.*0/mu") as caught:
         oc.migrate(optax.sgd(0.1), params, ADAM.init(params))
     assert caught[0].filename == __file__
 

@@ -85,7 +85,7 @@ def test_a_state_is_held_back_the_same_way(hold, unreadable):
 @pytest.mark.parametrize("is_possible", [True, False])
 def test_a_state_of_another_size_is_refused(is_possible, monkeypatch):
     monkeypatch.setattr(reading, "IS_POSSIBLE", is_possible)
-    with pytest.raises(ValueError, match="had 1 arrays before the update, and has 2 after it"):
+    with pytest.raises(ValueError, match="had 1 arrays before the update and 2 after it"):
         holding.update_or_hold(lambda u, s: (u, (s, s)), jnp.asarray(True), jnp.ones(2), jnp.ones(2))
 
 

@@ -189,7 +189,7 @@ ON_A_MESH = {
         lambda w, x: jax.lax.psum(jnp.sum(jnp.tanh(w @ x)), "model"),
         (P("model"), P("data")),
         True,
-        r"parameters are split over mesh axes \('model',\), so a part",
+        r"parameters are split over mesh axes \('model',\), so each device",
     ),
     "split examples": (
         lambda w, x: jnp.sum(jnp.tanh(jax.lax.psum(w[:, :4] @ x, "model"))),

@@ -203,7 +203,7 @@ def test_without_types_and_axes_there_is_a_warning():
     mapped = jax.shard_map(
         per_example.track_quantile, mesh=AUTO, in_specs=(P(), P("data")), out_specs=P(), check_vma=False
     )
-    with pytest.warns(UserWarning, match="axes='auto' sees nothing"):
+    with pytest.warns(UserWarning, match="axes='auto' finds no split arrays"):
         jax.eval_shape(mapped, jnp.float32(1.0), jnp.ones(16))
 
 

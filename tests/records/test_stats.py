@@ -407,7 +407,7 @@ def test_in_a_jitted_function_it_gives_traced_scalars(rng, per_group):
     assert ("clip_norm/b/c" in traced) == per_group
     for name, value in traced.items():
         assert float(value) == pytest.approx(concrete[name], rel=1e-6)
-    with pytest.raises(ValueError, match=r"ask for it outside"):
+    with pytest.raises(ValueError, match=r"call clip_stats outside"):
         jax.jit(lambda state: clip_stats(state, history=True))(state)
 
 

@@ -17,8 +17,8 @@ class Capped(NamedTuple):
     """Matrices with capped singular values.
 
     Attributes:
-      matrices: the stack; zeros in place of those that are kept.
-      kept: of each, whether the cap leaves it as it is.
+      matrices: the stack; zeros for the matrices that are kept.
+      kept: for each matrix, whether the cap leaves it unchanged.
     """
 
     matrices: jax.Array
@@ -47,13 +47,13 @@ def _largest_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     return norm, jnp.where(norm > 0, slope, jnp.zeros_like(slope))
 
 
-# At module level and jitted, so that eager calls do not compile anew, as is the next.
+# At module level and jitted, so that eager calls do not compile again. So is `capped`.
 @jax.jit
 def largest_singular_values(stack: jax.Array) -> jax.Array:
-    """The largest singular value of each matrix of a stack, [number, rows, columns] with no more columns than rows.
+    """Returns the largest singular value of each matrix of a stack, [number, rows, columns] with rows >= columns.
 
-    It is inf where an entry is not finite, and otherwise at most the largest float. Its derivative is u v^T; at 0 that
-    is 0, and where several singular values are the largest it is that of one of them.
+    It is inf if an entry is not finite, and otherwise at most the largest float. Its derivative is u v^T, and 0 for a
+    matrix of zeros. If several singular values are the largest, it is the derivative of one of them.
     """
     if stack.size == 0:
         return jnp.zeros(stack.shape[0], dtypes.accumulator(stack.dtype))
@@ -67,7 +67,7 @@ def largest_singular_values(stack: jax.Array) -> jax.Array:
 def _capped(stack: jax.Array, cap: jax.Array, soft: bool) -> Capped:
     size, x = _unit(stack)
     relative = _relative(cap, size)
-    # Of much smaller singular values the soft cap changes nothing that can be seen.
+    # If all singular values are this far below the cap, the soft cap changes nothing visible.
     reach = relative * (float(jnp.finfo(cap.dtype).eps) ** 0.5 / 4 if soft else 1)
     shares, largest = jax.lax.platform_dependent(
         x,
@@ -77,16 +77,17 @@ def _capped(stack: jax.Array, cap: jax.Array, soft: bool) -> Capped:
         default=functools.partial(iterations.capped, soft=soft),
     )
     kept = largest <= reach
-    # Whoever has the leaf puts it there where it is kept. To do so here would take a copy of each transposed leaf.
+    # The caller has the leaf and keeps it. To return it from here would copy each transposed leaf.
     factor = jnp.where(kept, jnp.zeros_like(cap), cap)[:, None, None]
     return Capped(shares * factor.astype(x.dtype), kept)
 
 
 @_capped.defjvp
 def _capped_jvp(soft: bool, primals: Any, tangents: Any) -> tuple[Capped, Capped]:
-    r"""The derivative of U g(S) V^T: the symmetric part of U^T dA V times the quotients of differences of g, and so on.
+    r"""The derivative of U g(S) V^T, by the quotients of differences of g.
 
-    All of these quotients are written out, so that they are finite where singular values are the same, or 0.
+    The symmetric part of U^T dA V is multiplied by (g(s) - g(t)) / (s - t), the antisymmetric part by (g(s) + g(t)) /
+    (s + t). All quotients are written out, so that they are finite if singular values are equal or 0.
     """
     (stack, cap), (change, cap_change) = primals, tangents
     out = capped(stack, cap, soft)
@@ -100,21 +101,21 @@ def _capped_jvp(soft: bool, primals: Any, tangents: Any) -> tuple[Capped, Capped
     if stack.shape[-2] > stack.shape[-1]:
         outside = product(change, turned(vh)) - product(u, inner)
         total += product(times_columns(outside, share), vh)
-    no_change: Any = np.zeros(out.kept.shape, jax.dtypes.float0)  # of what is no number
+    no_change: Any = np.zeros(out.kept.shape, jax.dtypes.float0)  # `kept` is boolean
     return out, Capped(jnp.where(out.kept[:, None, None], jnp.zeros_like(total), total), no_change)
 
 
 @functools.partial(jax.jit, static_argnums=2)
 def capped(stack: jax.Array, cap: jax.Array, soft: bool) -> Capped:
-    """Matrices with their singular values capped, U g(S) V^T: hard min(s, c), soft s / sqrt(1 + (s/c)^2).
+    """Caps the singular values of matrices, U g(S) V^T: hard min(s, c), soft s / sqrt(1 + (s/c)^2).
 
-    A matrix inside its cap, or with an entry that is not finite, is kept. First derivatives are finite everywhere,
-    second ones where the singular values differ from one another and from 0.
+    A matrix inside its cap, or with an entry that is not finite, is kept. First derivatives are finite everywhere.
+    Second derivatives are finite if the singular values differ from one another and from 0.
 
     Args:
       stack: matrices, [number, rows, columns], with at least as many rows as columns, in float32 or wider.
-      cap: for each, at least 0, of the accumulator's dtype; inf caps nothing.
-      soft: which of the two.
+      cap: for each matrix, at least 0, in the accumulator's dtype. inf caps nothing.
+      soft: whether to use the soft cap.
     """
     if stack.size == 0:
         return Capped(jnp.zeros_like(stack), jnp.ones(stack.shape[0], jnp.bool_))
@@ -122,10 +123,10 @@ def capped(stack: jax.Array, cap: jax.Array, soft: bool) -> Capped:
 
 
 def _slopes(ratio: jax.Array, soft: bool) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Derivatives of g, all in units of the cap, at singular values of `ratio` times the cap.
+    """Returns derivatives of g in units of the cap, at the singular values `ratio` times the cap.
 
     Returns:
-      g(s) / s; the derivative by the cap; (g(s) - g(t)) / (s - t) of all pairs, and (g(s) + g(t)) / (s + t).
+      g(s) / s; the derivative by the cap; for all pairs (g(s) - g(t)) / (s - t), and (g(s) + g(t)) / (s + t).
     """
     share = decompositions.share(ratio, soft)
     value = share * ratio
@@ -141,7 +142,7 @@ def _slopes(ratio: jax.Array, soft: bool) -> tuple[jax.Array, jax.Array, jax.Arr
 
 
 def _unit(stack: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Of each matrix its largest modulus, and it divided by that; zeros where an entry is not finite."""
+    """Returns the largest modulus of each matrix, and the matrix divided by it; zeros if an entry is not finite."""
     size = jax.lax.stop_gradient(arithmetic.largest(stack, (1, 2)))
     usable = (size > 0) & jnp.isfinite(size)
     whole = jnp.where(usable, size, jnp.ones_like(size))[:, None, None]
@@ -149,7 +150,7 @@ def _unit(stack: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _relative(cap: jax.Array, size: jax.Array) -> jax.Array:
-    """The caps as parts of `size`. Further below than rounding is, it makes no difference how far."""
+    """Returns the caps as shares of `size`, clipped from below to a number far under the rounding error."""
     info = jnp.finfo(cap.dtype)
     usable = (size > 0) & jnp.isfinite(size)
     share = arithmetic.quotient(cap, jnp.where(usable, size, jnp.ones_like(size)))

@@ -1,7 +1,7 @@
-"""Leaves as stacks of matrices, and back.
+"""Converts leaves to stacks of matrices, and back.
 
-Matrices with more columns than rows are transposed, so that W and W^T, as a transformer has them in its two MLP
-kernels, have one shape and go into one stack. Singular values are the same.
+Matrices with more columns than rows are transposed, which keeps the singular values. Then W and W^T, as in the two MLP
+kernels of a transformer, have the same shape and go into one stack.
 """
 
 import math
@@ -21,15 +21,15 @@ UNITS = ("io", "oi")
 
 
 def is_axis_count(value: Any) -> bool:
-    """Whether `stacked` may be this for a leaf."""
+    """Whether a value of `stacked` is allowed for a leaf."""
     return checks.is_whole(value) and value >= 0
 
 
 def layers(stacked: Any, leaves: Leaves) -> list[int]:
-    """How many axes of each leaf index layers, from a function or a prefix pytree; None is 0.
+    """Returns how many axes of each leaf index layers, from a function or a prefix pytree. None is 0.
 
     Raises:
-      ValueError: if that is no whole number, or a leaf has fewer axes.
+      ValueError: if an entry is no whole number of at least 0, or larger than the rank of its leaf.
     """
     if stacked is None:
         return [0] * len(leaves)
@@ -39,17 +39,17 @@ def layers(stacked: Any, leaves: Leaves) -> list[int]:
             raise ValueError(f"stacked must be a whole number of at least 0, got {axes!r} for {leaf.path!r}")
         if axes > jnp.ndim(leaf.value):
             raise ValueError(
-                f"stacked must be from 0 to the rank of the leaf, got {axes} for {leaf.path!r} of shape "
+                f"stacked must be at most the number of axes of the leaf, got {axes} for {leaf.path!r} of shape "
                 f"{jnp.shape(leaf.value)}"
             )
     return found
 
 
 def of_leaves(leaves: Leaves, layers: Sequence[int], units: str) -> dict[int, jax.Array]:
-    """The leaves that are matrices, by their place: those with two dimensions or more behind `layers`.
+    """Returns the leaves that are matrices, by index: those with at least two dimensions after the `layers`.
 
     Returns:
-      Of each a stack of shape [number of layers, rows, columns], with at least as many rows as columns, in float32 or
+      For each a stack of shape [number of layers, rows, columns], with at least as many rows as columns, in float32 or
       wider, whole on every device.
 
     Raises:
@@ -63,7 +63,7 @@ def of_leaves(leaves: Leaves, layers: Sequence[int], units: str) -> dict[int, ja
 
 
 def with_vectors(leaves: Leaves, layers: Sequence[int], matrices: dict[int, jax.Array]) -> list[jax.Array]:
-    """What `matrices` have at each place, and the norms of the vectors and numbers at the others."""
+    """Returns `matrices` for the leaves that are in it, and the norms of all other leaves."""
     others = [i for i in range(len(leaves)) if i not in matrices]
     dims = [tuple(range(layers[i], jnp.ndim(leaves[i].value))) for i in others]
     norms = dict(zip(others, tree_norms.of_each([leaves[i] for i in others], 2, dims), strict=True))
@@ -74,9 +74,9 @@ def _as_stack(leaf: Leaf, layers: int, units: str) -> jax.Array:
     value = jnp.asarray(leaf.value)
     if axes := leaf.axes_over(tuple(range(layers, value.ndim))):
         raise ValueError(
-            f"the matrix {leaf.path!r} is split over mesh axes {axes}, and its singular values need all of it: clip "
-            "under jit, outside of shard_map, where jax gathers it, or gather it before and take this device's piece "
-            "after"
+            f"the matrix {leaf.path!r} is split over mesh axes {axes}, but its singular values need all of it: clip "
+            "outside shard_map, under jit, where jax gathers it; or gather it before the clip and take this device's "
+            "piece afterwards"
         )
     number, rows, columns = _sizes(value.shape, layers, units)
     stack = layouts.whole(value).astype(dtypes.wide(value.dtype)).reshape(number, rows, columns)
@@ -84,28 +84,28 @@ def _as_stack(leaf: Leaf, layers: int, units: str) -> jax.Array:
 
 
 def as_leaf(stack: jax.Array, shape: tuple[int, ...], layers: int, units: str) -> jax.Array:
-    """A stack that `of_leaves` made of a leaf, in the shape of that leaf."""
+    """Converts a stack that `of_leaves` made of a leaf back to the shape of the leaf."""
     _, rows, columns = _sizes(shape, layers, units)
     return (turned(stack) if rows < columns else stack).reshape(shape)
 
 
 def _sizes(shape: tuple[int, ...], layers: int, units: str) -> tuple[int, int, int]:
-    """The number of a leaf's matrices, and of their rows and columns."""
+    """Returns the number of matrices in a leaf, and their numbers of rows and columns."""
     last = len(shape) - 1 if units == "io" else layers + 1  # where the columns begin
     return math.prod(shape[:layers]), math.prod(shape[layers:last]), math.prod(shape[last:])
 
 
 def together(fn: Callable[..., Any], *columns: dict[int, jax.Array]) -> dict[int, Any]:
-    """`fn(*arrays)` of every place, with what is alike in one call.
+    """Returns `fn(*arrays)` for every index, with one call for all stacks of the same shape and dtype.
 
     Args:
       fn: takes arrays with a leading axis of matrices, the first a stack; returns a pytree of arrays with such an axis.
-      *columns: the arguments at every place.
+      *columns: the arguments by index.
     """
 
     def kind(i: int) -> Any:
         stack = columns[0][i]
-        # On an Auto mesh XLA decides how arrays are laid out, and would lay out alike what is put together.
+        # On an Auto mesh XLA decides the layout, and would give arrays that are put together the same one.
         return stack.shape[1:], stack.dtype, layouts.varying(stack), None if layouts.is_known(stack) else i
 
     keys = list(columns[0])
