@@ -1,4 +1,4 @@
-"""Blocks of code in Markdown: they run in order in one namespace, and print what is said beside or below them."""
+"""Blocks of code in Markdown, and what the page says that they print."""
 
 import importlib.util
 import re
