@@ -1,7 +1,7 @@
 """Every public docstring helps: what it does in one line, each argument, an example, and names that exist.
 
 Each test looks at all of them and lists what fails. That the examples run is doctest's to check (`--doctest-modules`),
-and that the text is well-formed the API pages', which are built with warnings as errors.
+and that the text is well-formed the site's, which is built with warnings as errors.
 """
 
 import ast
@@ -96,12 +96,12 @@ def test_the_first_line_is_a_sentence():
     assert_none_fails(check, PUBLIC)
 
 
-# What Sphinx knows, and what notebooks/api/conf.py adds.
+# What Sphinx knows, and what notebooks/conf.py adds.
 HEADINGS = {"Args", "Attributes", "Example", "Notes", "Raises", "References", "See also"}
 
 
 def test_every_heading_is_one_that_the_pages_render():
-    configuration = (ROOT / "notebooks" / "api" / "conf.py").read_text()
+    configuration = (ROOT / "notebooks" / "conf.py").read_text()
 
     def check(name):
         return [

@@ -1,27 +1,14 @@
 """The code in README.md and in CONTRIBUTING.md runs, and prints and does what is said beside it."""
 
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 import optaxclip as oc
+from tests.support.pages import ROOT, blocks, run
 
-ROOT = Path(__file__).parents[2]
-
-
-def blocks(name):
-    text = (ROOT / name).read_text(encoding="utf-8")
-    return re.findall(r"^```python\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
-
-
-def run(block, namespace):
-    exec(compile(block, "a block of code in the documentation", "exec"), namespace)
-    return namespace
-
-
-README = blocks("README.md")
+README = blocks(ROOT / "README.md")
 
 
 def test_the_readme_has_code():
