@@ -35,7 +35,7 @@ def extremes(info):
 
 @functools.cache
 def compiled_mixed(row):
-    """The jitted update, compiled quickly; as users do where the older emitters make NaN of a -0 (`support.compiling`)."""
+    """The jitted update; compiled as users do where XLA's older emitters make NaN of a -0 (tests.support.compiling)."""
     quick = jax.jit(transformation(row).update)
     as_users_do = jax.jit(transformation(row).update, compiler_options=compiling.AS_USERS_DO)
 
