@@ -101,7 +101,7 @@ _ALL = [
     _clip_gradients(contrib.aggc, layer, 2.0),
     _clip_gradients(optaxclip.clip_by_history, 3.0),
     _clip_gradients(contrib.clip_norm_growth, 1.01),
-    _skip_spikes(6.0, 1.0),
+    _skip_spikes(3.0, 1.0),
 ]
 
 ROWS = {row.name: row for row in _ALL}
