@@ -1,5 +1,6 @@
 """`.. public:: MODULE ...` documents the public names of some modules, and links find them without their module."""
 
+import re
 from importlib import import_module
 from typing import Any
 
@@ -7,7 +8,9 @@ from docutils import nodes
 from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
+from sphinx.transforms.post_transforms import SphinxPostTransform
 from sphinx.util.docutils import SphinxDirective
+from sphinx.util.nodes import make_refnode
 
 import optaxclip
 
@@ -44,8 +47,30 @@ def _link_to_top(app: Sphinx, env: BuildEnvironment, node: pending_xref, text: n
     return None
 
 
+class CodeLinks(SphinxPostTransform):
+    """Code in the text of pages and notebooks leads to what it names: `zclip`, `norms.leaf_norm()`, `clip(1.0)`."""
+
+    default_priority = 20
+
+    def run(self, **_: Any) -> None:
+        """Wraps each such piece of code in a link."""
+        objects = self.env.domains.python_domain.objects
+        for code in list(self.document.findall(nodes.literal)):
+            called = re.fullmatch(r"(?:optaxclip\.)?([a-z_.]+)(?:\(.*\))?", code.astext())
+            if not called or isinstance(code.parent, nodes.reference | nodes.title):
+                continue
+            for name in (f"optaxclip.{called[1]}", f"optaxclip.contrib.{called[1]}"):
+                if name in objects and objects[name].objtype in ("class", "function"):
+                    place = objects[name]
+                    link = make_refnode(self.app.builder, self.env.docname, place.docname, place.node_id, [])
+                    code.replace_self(link)
+                    link += code
+                    break
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     """Called by Sphinx."""
     app.add_directive("public", Public)
+    app.add_post_transform(CodeLinks)
     app.connect("missing-reference", _link_to_top)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
