@@ -139,6 +139,17 @@ def fields_of(found):
     return list(getattr(found, "_fields", None) or found.__dataclass_fields__)
 
 
+def test_types_say_something():
+    """`Bound` and `Tree` do, on the page of the types; `Any` does not."""
+
+    def check(name):
+        definition = ast.parse(inspect.getsource(inspect.unwrap(FUNCTIONS[name]))).body[0].args
+        arguments = [*definition.posonlyargs, *definition.args, *definition.kwonlyargs]
+        return [argument.arg for argument in arguments if re.search(r"(^|\| )Any\b", ast.unparse(argument.annotation))]
+
+    assert_none_fails(check, FUNCTIONS)
+
+
 def test_it_says_what_comes_back():
     returning = [name for name, found in FUNCTIONS.items() if inspect.signature(found).return_annotation is not None]
     assert [name for name in returning if "Returns" not in sections_of(name)] == []
