@@ -1,16 +1,16 @@
 """One training run with clipping on several processes.
 
-Start it on every machine, with its own --process:
+Start it on every machine, each with its own --process:
 
     python several_processes.py --coordinator 10.0.0.1:1234 --processes 2 --process 0
     python several_processes.py --coordinator 10.0.0.1:1234 --processes 2 --process 1
 
-It runs on whatever devices jax finds there; --cpu-devices 4 makes four of each machine's CPU. Every device has a slice
-of the parameters, of the optimizer's state and of the batch (FSDP), inside `shard_map`. The clipper needs to be told
-nothing: it sees in the types which arrays are slices, and measures the norm of all of them.
+It runs on all devices that jax finds. --cpu-devices 4 splits each machine's CPU into four devices. Inside `shard_map`
+every device has a shard of the parameters, of the optimizer's state and of the batch (FSDP). The clipper needs no
+arguments for this. It reads from the types which arrays are shards, and measures the norm over all of them.
 
-With --folder, each process saves the whole state after every step, on its own machine, and goes on from there when it
-is started again.
+With --folder each process saves the whole state after every step, on its own machine. Started again, it continues from
+there.
 """
 
 import argparse
@@ -41,7 +41,7 @@ BATCH = 64
 
 
 def main() -> None:
-    """Trains, as the command line says."""
+    """Trains with the settings of the command line."""
     args = parse_arguments()
     if args.cpu_devices:
         jax.config.update("jax_platforms", "cpu")
@@ -80,10 +80,10 @@ def main() -> None:
 
 
 def one_step(tx, params, state, x, y):
-    """What every device does, with its slices of the parameters, of the state and of the batch."""
+    """One step of one device, with its shards of the parameters, of the state and of the batch."""
 
     def loss_of(params):
-        # The transpose of all_gather sums over the devices, and gives each its slice of the gradient.
+        # The transpose of all_gather sums over the devices, and gives each device its shard of the gradient.
         whole = {
             name: jax.lax.all_gather(leaf, "data", tiled=True) if SPECS[name] else leaf for name, leaf in params.items()
         }
@@ -97,7 +97,7 @@ def one_step(tx, params, state, x, y):
 
 
 def state_specs(tx, params):
-    """The state of each parameter is sliced as the parameter is; all else is the same on every device."""
+    """State of a parameter is sharded like the parameter; all other state is the same on every device."""
     return optax.tree.map_params(
         tx,
         lambda _, spec: spec,
@@ -108,13 +108,13 @@ def state_specs(tx, params):
 
 
 def initial_params():
-    """The same on every process."""
+    """The same parameters on every process."""
     rng = np.random.default_rng(0)
     return {name: jnp.asarray(rng.normal(size=size, scale=0.3), jnp.float32) for name, size in SIZES.items()}
 
 
 def batch_of(step, bad_step):
-    """The same batch on every process; in the bad step the last example, which only the last device sees, is NaN."""
+    """The same batch on every process. In the bad step the last example, on the last device, is NaN."""
     rng = np.random.default_rng([1, step])
     x = rng.normal(size=(BATCH, 16)).astype(np.float32)
     y = np.sin(x).sum(axis=1)
@@ -124,38 +124,38 @@ def batch_of(step, bad_step):
 
 
 def spread(array, sharding):
-    """An array that every process has, as one array on all devices."""
+    """Spreads an array that every process has over all devices."""
     array = np.asarray(array)
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 class Checkpoints:
-    """The last two states, as files of one process. They hold all of the state, whatever the number of devices."""
+    """Files of one process with the last two states. Each holds the whole state, for any number of devices."""
 
     def __init__(self, folder, process):
         self.folder, self.start = folder, f"process-{process}-step-"
 
     def steps(self):
-        """After which steps there is one, in order."""
+        """The steps that have a checkpoint, in order."""
         return sorted(int(file.stem.removeprefix(self.start)) for file in self.folder.glob(f"{self.start}*.npz"))
 
     def file(self, step):
-        """Where that after a step is."""
+        """The file of a step."""
         return self.folder / f"{self.start}{step}.npz"
 
     def save(self, step, carry):
-        """Keeps this state and the last, and no older one."""
+        """Saves this state, and deletes all but the last two."""
         whole = multihost_utils.process_allgather(carry, tiled=True)
         self.folder.mkdir(parents=True, exist_ok=True)
         unfinished = self.folder / f"unfinished-{self.file(step).name}"
         np.savez(unfinished, *jax.tree.leaves(whole))
-        unfinished.replace(self.file(step))  # whoever is killed while writing leaves the last checkpoint as it was
+        unfinished.replace(self.file(step))  # a kill while writing leaves the last checkpoint intact
         for old in self.steps()[:-2]:
             self.file(old).unlink()
 
     def newest(self, carry):
-        """The newest step that all processes have, and the state after it; or step 0 and `carry`."""
-        # No process can be two steps ahead of another, since each step needs them all.
+        """The newest step that all processes have, and its state. Without one, step 0 and `carry`."""
+        # Each step needs all processes, so none is two steps ahead of another.
         mine = self.steps()[-1] if self.steps() else 0
         step = int(np.min(multihost_utils.process_allgather(np.asarray(mine))))
         if step == 0:
@@ -165,16 +165,16 @@ class Checkpoints:
 
 
 def parse_arguments():
-    """What the command line says."""
+    """The settings of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--coordinator", default="localhost:1234", help="address and a free port of the first machine")
-    parser.add_argument("--processes", type=int, default=1, help="how many there are")
-    parser.add_argument("--process", type=int, default=0, help="which of them this one is, from 0")
-    parser.add_argument("--cpu-devices", type=int, help="use so many devices of the CPU")
+    parser.add_argument("--processes", type=int, default=1, help="number of processes")
+    parser.add_argument("--process", type=int, default=0, help="number of this process, from 0")
+    parser.add_argument("--cpu-devices", type=int, help="split the CPU into this many devices")
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="skip_spikes")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--bad-step", type=int, help="in this step one example is NaN")
-    parser.add_argument("--folder", type=Path, help="save here, and go on from what is here")
+    parser.add_argument("--bad-step", type=int, help="the step in which one example is NaN")
+    parser.add_argument("--folder", type=Path, help="save here, and continue from what is here")
     return parser.parse_args()
 
 
