@@ -33,7 +33,7 @@ def write_ranges(path: Path, report: Report) -> None:
             axes.set_xscale("log")
             for line, method in enumerate(report.methods):
                 medians = median(report.found[task.name][method.name].held_out)
-                _draw_rates(axes, line, np.asarray(report.rates), medians)
+                _draw_rates(axes, line, np.asarray(task.rates), medians)
                 score = report.scores[task.name][method.name]
                 if not np.isnan(score.low):
                     ends = [score.low, score.high]
@@ -62,7 +62,7 @@ def write_losses(path: Path, report: Report) -> None:
                 if score.best_loss > WORST * best:
                     axes.plot(WORST * best, line, ">", color=MARK, markersize=4, label="beyond the axis")
                     continue
-                at = list(report.rates).index(score.best_rate)
+                at = task.rates.index(score.best_rate)
                 _draw_losses(axes, line, report.found[task.name][method.name].held_out[at], WORST * best)
 
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tests.benchmarks.sweep.programs import Losses
+from tests.benchmarks.sweep.programs import Outcome
 
 TOLERANCE = 0.05  # a loss is good if it is at most so much above the best of all methods in its task
 WORSE = 1.5  # a run has survived its spikes if its loss is at most so many times that without them
@@ -38,7 +38,7 @@ class Score(NamedTuple):
     survived: float | None
 
 
-def scores(found: Mapping[str, Losses], rates: Sequence[float], guess: float | None) -> dict[str, Score]:
+def scores(found: Mapping[str, Outcome], rates: Sequence[float], guess: float | None) -> dict[str, Score]:
     """The scores of the methods in one task. Which losses are good depends on all methods that are given.
 
     Args:
@@ -55,7 +55,7 @@ def median(losses: np.ndarray) -> np.ndarray:
     return np.median(np.where(np.isfinite(losses), losses, np.inf), axis=1)
 
 
-def _score(losses: Losses, rates: np.ndarray, limit: float, guess: float | None) -> Score:
+def _score(losses: Outcome, rates: np.ndarray, limit: float, guess: float | None) -> Score:
     medians = median(losses.held_out)
     best = int(np.argmin(medians))
     trained = np.isfinite(medians[best])
@@ -107,7 +107,7 @@ def _crossing(medians: np.ndarray, rates: np.ndarray, inside: int, outside: int,
     return float(rates[inside] * (rates[outside] / rates[inside]) ** part)
 
 
-def survived(losses: Losses, guess: float) -> float | None:
+def survived(losses: Outcome, guess: float) -> float | None:
     """The share of the runs that survive their spikes, among those that learn without them.
 
     A run learns if its loss is below half of that of a guess.

@@ -29,13 +29,13 @@ def text(report: Report) -> str:
     )
 
 
-def footing(seeds: int, rates: Sequence[float]) -> str:
+def footing(seeds: int) -> str:
     """What the numbers in the table are."""
     return f"""\
 loss:     on held-out data, at the best learning rate; the median of the seeds ({seeds}).
 decades:  the width of the range of learning rates around the best one in which the loss is at most {TOLERANCE:.0%}
           above the smallest of its column, interpolated between neighbouring rates; - where there is none, and >= where
-          it reaches an end of the rates tried, {rates[0]:g} or {rates[-1]:g}.
+          it reaches an end of the rates tried.
 gap:      the held-out loss less the training loss, at the best learning rate; the median of the seeds.
 survived: of the runs (learning rates and seeds) that learn without spikes, the share that ends at most {WORSE:g} times
           worse with them."""
