@@ -18,7 +18,7 @@ from tests.benchmarks.sweep.registry import TASKS
 from tests.benchmarks.sweep.report import Report, report
 
 PROGRAMS = "programs"  # the folder in the folder, with a file per program
-FILES = ("table.csv", "table.md", "ranges.png", "losses.png")
+FILES = ("table.csv", "table.md", "sensitivities.png", "ranges.png", "losses.png")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,6 +78,7 @@ def _show(asked: Options, found: Report, write: Callable[[Write], None]) -> None
 def _write_files(where: Path, found: Report) -> None:
     tables.write_csv(where / "table.csv", found)
     (where / "table.md").write_text(tables.markdown(found) + "\n", encoding="utf-8")
+    figures.write_sensitivities(where / "sensitivities.png", found)
     figures.write_ranges(where / "ranges.png", found)
     figures.write_losses(where / "losses.png", found)
 

@@ -46,7 +46,8 @@ class Job:
     def __init__(self, options: Options, folder: Path) -> None:
         self._pairs = [(task, method) for task in options.tasks for method in options.methods]
         self._settings = {
-            task.name: results.settings(task.rates, options.seeds, options.steps or task.steps) for task in options.tasks
+            task.name: results.settings(task.rates, options.seeds, options.steps or task.steps)
+            for task in options.tasks
         }
         self._found = {
             pair: found
