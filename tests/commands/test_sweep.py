@@ -82,7 +82,8 @@ def test_a_sweep_prints_a_table_and_writes_what_it_announces(finished):
     ]
     for line in table:
         (printed,) = (each for each in finished.out.splitlines() if each.startswith(line["clipper"]))
-        assert f"{float(line['best_loss']):.3f}" in printed.split()
+        assert f"{float(line['best_loss']):.3f})" in printed
+        assert f"{float(line['sensitivity']):.3f} (" in printed
     markdown = (finished.folder / "table.md").read_text(encoding="utf-8").splitlines()
     assert [line.split("|")[1].strip() for line in markdown[2:]] == ["no clipping", "`clip_by_global_norm(1.0)`"]
 
@@ -648,12 +649,11 @@ def test_the_table_says_what_is_lost_and_what_does_not_differ(mixed):
 
 
 def test_the_markdown_table_has_the_same_numbers(mixed):
-    header, _, *lines = (
-        [cell.strip(" `") for cell in line.strip("|").split("|")] for line in tables.markdown(mixed).splitlines()
-    )
+    printed = tables.markdown(mixed)
+    header, _, *lines = ([cell.strip(" `") for cell in line.strip("|").split("|")] for line in printed.splitlines())
     assert [header, *lines] == TABLE
-    assert "| no clipping |" in tables.markdown(mixed)
-    assert "| `zclip(2.5)` |" in tables.markdown(mixed)
+    assert "| no clipping |" in printed
+    assert "| `zclip(2.5)` |" in printed
 
 
 def test_without_the_reference_nothing_is_said_to_equal_it():

@@ -21,7 +21,8 @@ class Outcome(NamedTuple):
       held_out: loss after the last step, on what was not.
       initial: held-out loss before the first step; its rows are all the same.
       spikes: how many norms of the gradient, before the clip, `diagnostics.summary` calls spikes.
-      unspiked: the same as `held_out`, of runs that differ only in that they have no bad batches; None where none have any.
+      unspiked: the same as `held_out`, of runs that differ only in that they have no bad batches; None where none have
+        any.
     """
 
     train: np.ndarray

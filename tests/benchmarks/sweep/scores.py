@@ -97,7 +97,7 @@ def _at_most_initial(outcome: Outcome) -> np.ndarray:
 
 
 def differs(one: np.ndarray, other: np.ndarray) -> bool:
-    """Whether two methods can be told apart: whether the paired t-interval of their difference over seeds excludes 0."""
+    """Whether two methods can be told apart: the t-interval of their difference, paired by seed, excludes 0."""
     difference = one - other
     if len(difference) < 2:
         return False

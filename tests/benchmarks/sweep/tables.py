@@ -23,8 +23,8 @@ Each cell: learning-rate sensitivity (best loss). Smaller is better.
 sensitivity: the mean over the learning rates of min(loss, loss before the first step) - smallest loss; the mean of
              the seeds ({seeds}). Wortsman et al. 2023, arXiv:2309.14322.
 best loss:   on held-out data, at the best learning rate; the median of the seeds.
-=            cannot be told from {METHODS[REFERENCE].shown}: the {CONFIDENCE:.0%} interval of the difference, paired by seed, holds 0,
-             or the difference is below {ROUNDING:g}. One equal pair in twenty lacks the sign by chance.
+=            cannot be told from {METHODS[REFERENCE].shown}: the {CONFIDENCE:.0%} interval of the difference, paired by
+             seed, contains 0, or the difference is below {ROUNDING:g}. Chance alone removes about one = in twenty.
 spikes:      steps of a run whose gradient norm, before the clip, `diagnostics.summary` calls a spike; at the best
              learning rate, the mean of the seeds.
 survived:    of the runs (learning rates and seeds) that learn without bad batches, the share that ends at most
