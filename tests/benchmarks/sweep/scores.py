@@ -67,7 +67,7 @@ def scores(found: Mapping[str, Outcome], rates: Sequence[float], guess: float | 
     limit = (1 + TOLERANCE) * min(median(outcome.held_out).min() for outcome in found.values())
     reference = found.get(REFERENCE)
     return {
-        name: _score(outcome, None if outcome is reference else reference, np.asarray(rates), limit, guess)
+        name: _score(outcome, None if name == REFERENCE else reference, np.asarray(rates), limit, guess)
         for name, outcome in found.items()
     }
 
