@@ -628,7 +628,8 @@ def mixed():
         "none": program([[np.nan] * 3] * 4),
         "clip_by_global_norm": reference,
         "optax.clip_by_global_norm": reference,
-        "zclip": program([[9, 9, 9], [1.2, 1.2, 1.2], [1e5] * 3, [np.nan] * 3]),
+        "zclip": program([[9, 9, 9], [1.05, 1.05, 1.05], [1e5] * 3, [np.nan] * 3]),
+        "adagc": program([[9, 9, 9], [1.2, 1.2, 1.2], [1.2, 1.2, 1.2], [1.2, 1.2, 1.2]]),
     }
     spikes = {name: losses._replace(unspiked=np.ones((4, 3))) for name, losses in tables_.items()}
     return shown({"regression": tables_, "spikes": spikes})
@@ -639,7 +640,8 @@ TABLE = [
     ["no clipping", "- (lost)", "- (lost)", "nan", "0%"],
     ["clip_by_global_norm(1.0)", "2.033 (1.000)", "2.033 (1.000)", "1.0", "75%"],
     ["optax.clip_by_global_norm(1.0)", "=2.033 (=1.000)", "=2.033 (=1.000)", "1.0", "75%"],
-    ["zclip(2.5)", "5.850 (=1.200)", "5.850 (=1.200)", "0.0", "25%"],
+    ["zclip(2.5)", "5.963 (=1.050)", "5.963 (=1.050)", "0.0", "25%"],
+    ["adagc(1.05)", "- (=1.200)", "- (=1.200)", "0.0", "75%"],  # a sensitivity is shown beside a comparable loss alone
 ]
 
 
@@ -668,9 +670,9 @@ def test_the_csv_has_them_unrounded(mixed, tmp_path):
         itertools.product(["regression", "spikes"], mixed.scores["regression"])
     )
     assert (lines[0]["best_loss"], lines[0]["survived"], lines[1]["open_ended"]) == ("inf", "", "1")
-    assert float(lines[5]["decades"]) == mixed.scores["spikes"]["clip_by_global_norm"].decades
-    assert float(lines[5]["survived"]) == 0.75
-    assert [line["sensitivity_differs"] for line in lines[:4]] == ["1", "", "0", "1"]
+    assert float(lines[6]["decades"]) == mixed.scores["spikes"]["clip_by_global_norm"].decades
+    assert float(lines[6]["survived"]) == 0.75
+    assert [line["sensitivity_differs"] for line in lines[:5]] == ["1", "", "0", "1", "0"]
 
 
 @pytest.fixture
@@ -702,16 +704,16 @@ def test_the_figures_show_sensitivities_ranges_and_losses(drawn, mixed):
     score = mixed.scores["regression"]["clip_by_global_norm"]
     assert (list(good.get_xdata()), list(good.get_ydata())) == ([score.low, score.high], [1, 1])
     crosses = [line for line in first.lines if line.get_label() == "not finite"]
-    assert [len(line.get_xdata()) for line in crosses] == [4, 0, 0, 1]
+    assert [len(line.get_xdata()) for line in crosses] == [4, 0, 0, 1, 0]
     assert "beyond the axis" in {text.get_text() for text in losses.legends[0].get_texts()}
 
     def seeds(figure):
         return [list(line.get_xdata()) for line in figure.axes[0].lines if line.get_label() == "seeds"]
 
-    assert seeds(losses) == [[1.0, 1.4], [1.0, 1.4], [1.2, 1.2]]
-    assert np.ravel(seeds(sensitivities)[1:]) == pytest.approx([2.0, 2.1, 2.0, 2.1, 5.85, 5.85])
+    assert seeds(losses) == [[1.0, 1.4], [1.0, 1.4], [1.05, 1.05], [1.2, 1.2]]
+    assert np.ravel(seeds(sensitivities)[1:]) == pytest.approx([2.0, 2.1, 2.0, 2.1, 5.9625, 5.9625, 1.95, 1.95])
     hollow = [line for line in sensitivities.axes[0].lines if line.get_label() == "mean, not told from it"]
-    assert [list(line.get_ydata()) for line in hollow] == [[2]]
+    assert [list(line.get_ydata()) for line in hollow] == [[2], [4]]
 
 
 @pytest.mark.parametrize("value", [np.nan, 0.0, 1e-30, 3e38], ids=str)

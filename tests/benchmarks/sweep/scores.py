@@ -9,6 +9,7 @@ from scipy import stats
 from tests.benchmarks.sweep.programs import Outcome
 
 TOLERANCE = 0.05  # a loss is good if it is at most so much above the best of all methods in its task
+COMPARABLE = 0.1  # a sensitivity is shown for a best loss that is at most so much above the best of all methods
 REFERENCE = "clip_by_global_norm"  # the method that all others are compared with
 CONFIDENCE = 0.95  # of the interval around a difference from the reference
 ROUNDING = 0.001  # in units of the loss: smaller differences from the reference are none

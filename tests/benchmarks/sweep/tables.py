@@ -8,7 +8,7 @@ from optaxclip.demo.table import loss
 from optaxclip.diagnostics.tables import table
 from tests.benchmarks.sweep.methods import METHODS, Method
 from tests.benchmarks.sweep.report import Report
-from tests.benchmarks.sweep.scores import CONFIDENCE, REFERENCE, ROUNDING, WORSE, Score
+from tests.benchmarks.sweep.scores import COMPARABLE, CONFIDENCE, REFERENCE, ROUNDING, WORSE, Score
 
 
 def text(report: Report) -> str:
@@ -22,6 +22,7 @@ def footing(seeds: int) -> str:
 Each cell: learning-rate sensitivity (best loss). Smaller is better.
 sensitivity: the mean over the learning rates of min(loss, loss before the first step) - smallest loss; the mean of
              the seeds ({seeds}). Wortsman et al. 2023, arXiv:2309.14322.
+-            the best loss is more than {COMPARABLE:.0%} above the smallest of its column: what hardly learns is hardly sensitive.
 best loss:   on held-out data, at the best learning rate; the median of the seeds.
 =            cannot be told from {METHODS[REFERENCE].shown}: the {CONFIDENCE:.0%} interval of the difference, paired by
              seed, contains 0, or the difference is below {ROUNDING:g}. Chance alone removes about one = in twenty.
@@ -60,15 +61,16 @@ def _header(report: Report) -> list[str]:
 
 def _cells(report: Report, method: Method) -> list[str]:
     scored = {task.name: report.scores[task.name][method.name] for task in report.tasks}
-    cells = [method.shown, *map(_cell, scored.values())]
+    best = {name: min(score.best_loss for score in report.scores[name].values()) for name in scored}
+    cells = [method.shown, *(_cell(score, best[name]) for name, score in scored.items())]
     cells += [f"{scored[task.name].spikes:.1f}" for task in report.tasks if task.spikes is None]
     return cells + [_survived(scored[task.name]) for task in report.tasks if task.spikes is not None]
 
 
-def _cell(score: Score) -> str:
-    if not math.isfinite(score.best_loss):
-        return f"- ({loss(score.best_loss)})"
-    sensitivity = f"{_sign(score.sensitivity_differs)}{score.sensitivity:.3f}"
+def _cell(score: Score, best: float) -> str:
+    """The sensitivity of a method that hardly learns is small, and would look good."""
+    is_comparable = math.isfinite(best) and score.best_loss <= (1 + COMPARABLE) * best
+    sensitivity = f"{_sign(score.sensitivity_differs)}{score.sensitivity:.3f}" if is_comparable else "-"
     return f"{sensitivity} ({_sign(score.loss_differs)}{loss(score.best_loss)})"
 
 
