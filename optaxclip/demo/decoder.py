@@ -98,7 +98,7 @@ def batch_loss(params: Params, batch: jax.Array) -> jax.Array:
 
 
 def _normalized(stream: jax.Array, scale: jax.Array) -> jax.Array:
-    return scale * stream * jax.lax.rsqrt(jnp.mean(stream**2, axis=-1, keepdims=True) + 1e-6)
+    return scale[None, None] * stream * jax.lax.rsqrt(jnp.mean(stream**2, axis=-1, keepdims=True) + 1e-6)
 
 
 def _attention(stream: jax.Array, layer: Layers) -> jax.Array:
@@ -111,7 +111,8 @@ def _attention(stream: jax.Array, layer: Layers) -> jax.Array:
 def _rotated(heads: jax.Array) -> jax.Array:
     """Rotary positions (Su et al. 2021, arXiv:2104.09864) of an array of (batch, position, head, coordinate)."""
     half = heads.shape[-1] // 2
-    angles = jnp.arange(heads.shape[1])[:, None, None] * 10_000.0 ** (-jnp.arange(half) / half)
+    positions, frequencies = jnp.arange(heads.shape[1]), 10_000.0 ** (-jnp.arange(half) / half)
+    angles = jnp.outer(positions, frequencies)[None, :, None]
     first, second = heads[..., :half], heads[..., half:]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

@@ -65,7 +65,7 @@ DECODER = Model(
     init=decoder.init,
     batch_loss=decoder.batch_loss,
     batch=8,
-    steps=200,
+    steps=150,
     optimizers=_by_name(
         Optimizer("sgd", "SGD", lambda rate, steps: optax.sgd(_warmed_up(rate, steps), momentum=0.9), 1.0),
         Optimizer("adamw", "AdamW", lambda rate, steps: optax.adamw(_warmed_up(rate, steps)), 3e-3),

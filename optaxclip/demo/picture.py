@@ -8,7 +8,7 @@ import numpy as np
 
 from optaxclip.demo.models import Optimizer
 from optaxclip.demo.rows import UNCLIPPED
-from optaxclip.demo.table import Line
+from optaxclip.demo.table import Line, table
 from optaxclip.demo.training import History
 from optaxclip.diagnostics.marks import BAND, DASHED, draw_below, draw_limit, hatch_nonfinite, norm_range
 from optaxclip.diagnostics.marks import tick_off as tick
@@ -20,7 +20,7 @@ BEYOND = 30.0  # times the 95th percentile: larger norms leave the panel
 
 
 def write_picture(path: Path, optimizers: Mapping[str, Optimizer], lines: Sequence[Line], guess: float) -> None:
-    """Draws the picture.
+    """Draws the picture, and puts the table into it as a comment, so that one can tell which run it shows.
 
     Args:
       path: the file, a PNG.
@@ -47,7 +47,7 @@ def write_picture(path: Path, optimizers: Mapping[str, Optimizer], lines: Sequen
             axes.tick_params(labelbottom=True)
             axes.legend(loc="best", fontsize=7)
         figure.supxlabel("step")
-        figure.savefig(path, format="png")
+        figure.savefig(path, format="png", metadata={"Description": table(optimizers, lines)})
 
 
 def _measured(lines: Sequence[Line], optimizer: str) -> list[Line]:

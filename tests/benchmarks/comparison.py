@@ -1,4 +1,4 @@
-"""What other libraries' clips do with the same gradients: the comparison table of the README.
+"""What other libraries' clips do with the same gradients: the tables of notebooks/beside.md.
 
     python -m tests.benchmarks.comparison
 

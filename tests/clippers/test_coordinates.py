@@ -17,17 +17,23 @@ ADAM = [(1, -1), (1, 1), (10, 0.1), (1, 0), (0, 0), (-1, 0.001)]
 ACCLIP = [(1, -1), (1, 1), (-1, 0.1), (10, -0.1), (1, 0)]
 
 
+@functools.cache
+def jitted(tx):
+    return jax.jit(functools.partial(tx.update))
+
+
 def run(tx, sequence):
     """What comes out for each gradient, and the states."""
     sequence = [jnp.atleast_1d(jnp.asarray(each, jnp.float32)) for each in sequence]
     params = jnp.zeros_like(sequence[0])
-    update, state = jax.jit(functools.partial(tx.update)), tx.init(params)
+    update, state = jitted(tx), tx.init(params)
+    programs = update._cache_size()
     outs, states = [], []
     for each in sequence:
         out, state = update(each, state, params)
         outs.append(np.asarray(out))
         states.append(state)
-    assert update._cache_size() == 1
+    assert update._cache_size() <= programs + 1
     return np.array(outs), states
 
 

@@ -128,10 +128,16 @@ def test_a_loss_of_any_sign_has_no_such_bound():
 # The defaults.
 
 
+@functools.cache
+def default(name):
+    """What drives it: compiled once for a number of steps."""
+    return driver(DEFAULTS[name]())
+
+
 @pytest.mark.parametrize("level", [0.25, 5.0, 1e3])
 @pytest.mark.parametrize("name", DEFAULTS)
 def test_an_explosion_in_the_warm_up_is_cut_and_forgotten(rng, name, level):
-    run, steps = driver(DEFAULTS[name]()), WARMUP_STEPS[name]
+    run, steps = default(name), WARMUP_STEPS[name]
     for at in ((0,), (1, 2), (steps // 2,), (steps - 1,)):
         given = exploding(rng, steps + 120, at, level=level)
         after, _ = run(given)
@@ -149,7 +155,7 @@ def test_an_explosion_in_the_warm_up_is_cut_and_forgotten(rng, name, level):
 @pytest.mark.parametrize("name", DEFAULTS)
 def test_small_norms_pass_after_an_explosion(rng, name, level):
     given = exploding(rng, 300, (0,), level=level)
-    after, _ = drive(DEFAULTS[name](), given)
+    after, _ = default(name)(given)
     assert after.max() <= 1 + 1e-5
     assert np.median(after[200:]) > 0.3 * level
 

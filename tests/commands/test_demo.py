@@ -20,15 +20,17 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 import optaxclip
-from optaxclip.demo import batches, corpus, csv_files, figures, folder, job, model, rows, timing, training
+from optaxclip.demo import batches, corpus, csv_files, figures, folder, job, models, picture, rows, timing, training
+from optaxclip.demo.runs import runs
 from optaxclip.demo.table import Line, table
 from optaxclip.demo.training import History, Program, Result
-from optaxclip.demo.watching import last_update_clipped, watch
+from optaxclip.demo.watching import last_step_changed, watch
 from tests.support.commands import DEMO
 
 ROOT = Path(__file__).parents[2]
-FILES = {"loss.png", "norm.png", "table.csv", "steps.csv"}
+FILES = {"optaxclip.png", "loss.png", "norm.png", "table.csv", "steps.csv"}
 UNRECORDED = {"none", "optax.clip_by_global_norm", "clip_by_value"}  # what `clip_by` did not make
+DECODER, RNN = models.DECODER, models.RECURRENT
 
 
 def cells(text):
@@ -48,10 +50,17 @@ def history(loss, norm=None, limit=None, scale=None, clipped=None):
     return History(*arrays, None if clipped is None else np.asarray(clipped, bool))
 
 
+def result(bits=2.5, nonfinite_steps=0, clipped_share=None, steps=None):
+    return Result(bits, nonfinite_steps, clipped_share, steps or history([3.0, 2.5]))
+
+
 def line(name="a", bits=2.5, nonfinite_steps=0, clipped_share=None, step_time=None, steps=None):
-    return Line(
-        name, f"{name}(1.0)", Result(bits, nonfinite_steps, clipped_share, steps or history([3.0, 2.5])), step_time
-    )
+    """A line of the table of `--model rnn`, which has one optimizer."""
+    return Line(name, f"{name}(1.0)", {"adam": result(bits, nonfinite_steps, clipped_share, steps)}, step_time)
+
+
+def trained(*lines):
+    return runs(RNN.optimizers, lines)
 
 
 # A whole job.
@@ -64,7 +73,7 @@ def finished(tmp_path_factory):
     stdout, stderr = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
         names = "optax.clip_by_global_norm,clip_by_global_norm"
-        code = DEMO.main("--steps", 12, "--clippers", names, "--seed", 1, "--out", out)
+        code = DEMO.main("--model", "rnn", "--steps", 12, "--clippers", names, "--seed", 1, "--out", out)
     return SimpleNamespace(code=code, out=stdout.getvalue(), err=stderr.getvalue(), folder=out)
 
 
@@ -72,16 +81,14 @@ def test_optax_is_lost_where_a_range_safe_norm_trains(finished):
     assert finished.code == 0
     found = cells(finished.out)
     assert list(found) == ["optax.clip_by_global_norm(1.0)", "clip_by_global_norm(1.0)"]  # in the order asked for
-    bits, nonfinite, *_ = found["optax.clip_by_global_norm(1.0)"]
-    assert (bits, int(nonfinite) > 4) == ("lost", True)
-    bits, nonfinite, clipped, _ = found["clip_by_global_norm(1.0)"]
+    assert found["optax.clip_by_global_norm(1.0)"][0] == "lost"
+    bits, clipped, _ = found["clip_by_global_norm(1.0)"]
     assert float(bits) < 7
-    assert nonfinite == "0"
     assert 0 < float(clipped.removesuffix("%")) < 100
 
 
-def test_progress_without_a_terminal_is_a_line_per_row(finished):
-    done = r"(\[\d/2\] [\w.]+\(1\.0\): 12 steps in [\d.]+ s\n){2}step times, measured in [\d.]+ s\n"
+def test_progress_without_a_terminal_is_a_line_per_run(finished):
+    done = r"(\[\d/2\] Adam, [\w.]+\(1\.0\): 12 steps in [\d.]+ s\n){2}step times, measured in [\d.]+ s\n"
     assert re.fullmatch(done, finished.err)
 
 
@@ -93,23 +100,23 @@ def test_the_folder_holds_what_is_announced_and_nothing_else(finished):
 def test_table_csv_has_the_numbers_of_the_table(finished):
     lines = read(finished.folder / "table.csv")
     assert tuple(lines[0]) == csv_files.TABLE
-    assert [each["row"] for each in lines] == ["optax.clip_by_global_norm", "clip_by_global_norm"]
+    assert [each["row"] for each in lines] == ["adam/optax.clip_by_global_norm", "adam/clip_by_global_norm"]
+    assert [int(each["nonfinite_steps"]) > 4 for each in lines] == [True, False]
     for each, (shown, printed) in zip(lines, cells(finished.out).items(), strict=True):
         bits, share, time = (
             float(each[name]) for name in ("bits_per_character", "clipped_share", "relative_step_time")
         )
-        assert each["clipper"] == shown
-        assert ["lost" if np.isnan(bits) else f"{bits:.3f}", each["nonfinite_steps"]] == printed[:2]
-        assert [f"{share:.1%}", f"{time:.2f}x"] == printed[2:]
+        assert each["clipper"] == f"Adam, {shown}"
+        assert ["lost" if np.isnan(bits) else f"{bits:.3f}", f"{share:.1%}", f"{time:.2f}x"] == printed
         assert 0.1 < time < 10  # a step is a step
 
 
-def test_steps_csv_has_every_step_of_every_row(finished):
+def test_steps_csv_has_every_step_of_every_run(finished):
     lines = read(finished.folder / "steps.csv")
     assert tuple(lines[0]) == csv_files.STEPS
     by_row = {name: list(group) for name, group in itertools.groupby(lines, lambda each: each["row"])}
     assert all([int(each["step"]) for each in group] == list(range(1, 13)) for group in by_row.values())
-    lost, global_norm = by_row["optax.clip_by_global_norm"], by_row["clip_by_global_norm"]
+    lost, global_norm = by_row["adam/optax.clip_by_global_norm"], by_row["adam/clip_by_global_norm"]
 
     # The first step has the same parameters and batch everywhere. One norm is logged, the other is in the record.
     assert lost[0]["loss"] == global_norm[0]["loss"]
@@ -130,17 +137,18 @@ def test_steps_csv_has_every_step_of_every_row(finished):
 
 
 def test_figures_are_pngs_of_a_readable_size(finished):
-    for name in ("loss.png", "norm.png"):
+    for name in ("optaxclip.png", "loss.png", "norm.png"):
         start = (finished.folder / name).read_bytes()[:24]
         assert start.startswith(b"\x89PNG\r\n\x1a\n")
         width, height = np.frombuffer(start[16:], ">u4")
-        assert (width > 1000, height > 400) == (True, True)
+        assert (width > 800, height > 400) == (True, True)
 
 
 @pytest.mark.slow
-def test_the_seed_decides_the_table(capsys, monkeypatch):
+def test_the_seed_decides_the_table(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(job, "relative_step_times", lambda programs, *_, **__: dict.fromkeys(programs, 1.0))
-    arguments = ["--steps", "3", "--clippers", "none", "--learning-rate", "0.001", "--seed"]
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--steps", "3", "--clippers", "none", "--seed"]
     first, again, other = (cells(DEMO.run(capsys, *arguments, seed)[1]) for seed in ("5", "5", "6"))
     assert first == again
     assert first != other
@@ -148,7 +156,7 @@ def test_the_seed_decides_the_table(capsys, monkeypatch):
 
 def test_as_a_process_on_a_text_with_warnings_as_errors(tmp_path):
     (tmp_path / "text.txt").write_text("\ufeffsmall text, " * 60, encoding="utf-8")
-    command_line = [sys.executable, "-W", "error", "-m", "optaxclip", "--steps", "2", "--clippers", "none"]
+    command_line = [sys.executable, "-W", "error", "-m", "optaxclip", "--model", "rnn", "--steps=2", "--clippers=none"]
     done = subprocess.run(
         [*command_line, "--text", str(tmp_path / "text.txt"), "--out", str(tmp_path / "out")],
         cwd=ROOT,
@@ -157,21 +165,23 @@ def test_as_a_process_on_a_text_with_warnings_as_errors(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    bits, nonfinite, clipped, time = cells(done.stdout)["no clipping"]
+    bits, clipped, time = cells(done.stdout)["no clipping"]
     assert float(bits) > 0
-    assert (nonfinite, clipped, time) == ("0", "-", "1.00x")
+    assert (clipped, time) == ("-", "1.00x")
     assert "text.txt', 779 characters" in done.stdout  # the first of 60 marks is none of the text
     assert "\r" not in done.stdout + done.stderr  # no bar where there is no terminal
     assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
     assert {each["limit"] for each in read(tmp_path / "out" / "steps.csv")} == {""}
 
 
-def test_without_out_nothing_is_written(capsys, monkeypatch, tmp_path):
+def test_without_out_the_picture_is_written_to_the_working_folder(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(job, "train", lambda *_args, **_kwargs: line().result)
+    monkeypatch.setattr(job, "train", lambda *_args, **_kwargs: result())
     monkeypatch.setattr(job, "relative_step_times", lambda programs, *_args, **_kwargs: dict.fromkeys(programs, 1.0))
     code, out, _ = DEMO.run(capsys, "--clippers", "none")
-    assert (code, "2.500" in out, list(tmp_path.iterdir())) == (0, True, [])
+    assert (code, out.count("2.500")) == (0, 2)  # SGD and AdamW
+    assert out.endswith("\nPicture: optaxclip.png\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["optaxclip.png"]
 
 
 # Bad input: one line, code 2, and no training.
@@ -186,6 +196,10 @@ def no_training(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
+        ("--model transformer", "--model: invalid choice: 'transformer'"),
+        ("--optimizer adam", "--optimizer: --model decoder is trained with sgd or adamw, got 'adam'"),
+        ("--model rnn --optimizer sgd", "--optimizer: --model rnn is trained with adam, got 'sgd'"),
+        ("--learning-rate 0.1", "--learning-rate: choose one with --optimizer, sgd or adamw"),
         ("--steps 0", "--steps: must be at least 1 and less than 2**31, got 0"),
         ("--steps -3", "--steps: must be at least 1 and less than 2**31, got -3"),
         ("--steps 1.5", "--steps: must be a whole number, got '1.5'"),
@@ -293,12 +307,12 @@ def trains(monkeypatch):
     """Makes that many rows train, in no time, before Ctrl-C."""
 
     def patch(count):
-        results = iter([line().result] * count)
+        results = iter([result()] * count)
 
         def train(*_args, **_kwargs):
-            if (result := next(results, None)) is None:
+            if (done := next(results, None)) is None:
                 raise KeyboardInterrupt
-            return result
+            return done
 
         monkeypatch.setattr(job, "train", train)
         monkeypatch.setattr(job, "relative_step_times", lambda programs, *_, **__: dict.fromkeys(programs, 1.25))
@@ -309,7 +323,7 @@ def trains(monkeypatch):
 @pytest.mark.parametrize("count", [0, 2])
 def test_interrupt_keeps_the_rows_that_are_finished(capsys, trains, tmp_path, count):
     trains(count)
-    code, out, err = DEMO.run(capsys, "--out", tmp_path / "new" / "out")
+    code, out, err = DEMO.run(capsys, "--model", "rnn", "--out", tmp_path / "new" / "out")
     assert code == 130
     assert out.count("2.500") == count
     assert err.splitlines()[-1] == f"interrupted; {count} of {len(rows.ROWS)} rows finished"
@@ -322,7 +336,7 @@ def test_interrupt_keeps_the_rows_that_are_finished(capsys, trains, tmp_path, co
         assert list(tmp_path.iterdir()) == []
 
 
-def test_interrupt_while_timing_keeps_all_rows(capsys, monkeypatch, trains, ctrl_c):
+def test_interrupt_while_timing_keeps_all_rows(capsys, monkeypatch, trains, ctrl_c, tmp_path):
     trains(1)
 
     def interrupted(_programs, unclipped, *, between_rounds):
@@ -332,13 +346,14 @@ def test_interrupt_while_timing_keeps_all_rows(capsys, monkeypatch, trains, ctrl
         pytest.fail("between_rounds should have raised KeyboardInterrupt")
 
     monkeypatch.setattr(job, "relative_step_times", interrupted)
-    code, out, err = DEMO.run(capsys, "--clippers", "clip_by_leaf_norm")
+    monkeypatch.chdir(tmp_path)
+    code, out, err = DEMO.run(capsys, "--model", "rnn", "--clippers", "clip_by_leaf_norm")
     assert code == 130
-    assert cells(out) == {"clip_by_leaf_norm(1.0)": ["2.500", "0", "-", "-"]}
+    assert cells(out) == {"clip_by_leaf_norm(1.0)": ["2.500", "-", "-"]}
     assert err.endswith("interrupted; 1 of 1 rows finished\n")
 
 
-def test_interrupt_waits_for_the_end_of_a_step(capsys, monkeypatch, ctrl_c):
+def test_interrupt_waits_for_the_end_of_a_step(capsys, monkeypatch, ctrl_c, tmp_path):
     after_signal = []
 
     def train(*_args, report, **_kwargs):
@@ -348,9 +363,11 @@ def test_interrupt_waits_for_the_end_of_a_step(capsys, monkeypatch, ctrl_c):
         pytest.fail("report should have raised KeyboardInterrupt")
 
     monkeypatch.setattr(job, "train", train)
+    monkeypatch.chdir(tmp_path)
     code, _, err = DEMO.run(capsys)
+    assert (code, list(tmp_path.iterdir())) == (130, [])
     assert (code, after_signal) == (130, ["still here"])
-    assert err == f"interrupted; 0 of {len(rows.ROWS)} rows finished\n"
+    assert err == f"interrupted; 0 of {len(DECODER.rows)} rows finished\n"
 
 
 @pytest.mark.parametrize(("signals", "names"), [(1, FILES), (2, set())], ids=["once", "twice"])
@@ -366,7 +383,7 @@ def test_interrupt_waits_for_the_files_unless_it_comes_twice(
         write(*arguments)
 
     monkeypatch.setattr(csv_files, "write_steps", interrupted)
-    code, out, _ = DEMO.run(capsys, "--clippers", "none", "--out", tmp_path / "out")
+    code, out, _ = DEMO.run(capsys, "--model", "rnn", "--clippers", "none", "--out", tmp_path / "out")
     assert (code, "2.500" in out) == (130, True)
     assert {path.name for path in tmp_path.glob("out/*")} == names
 
@@ -380,7 +397,7 @@ def test_a_full_disk_leaves_the_folder_as_it_was(capsys, monkeypatch, trains, tm
     (tmp_path / "table.csv").write_text("old", encoding="utf-8")
     for out in (tmp_path, tmp_path / "new"):
         trains(1)
-        code, printed, err = DEMO.run(capsys, "--clippers", "none", "--out", out)
+        code, printed, err = DEMO.run(capsys, "--model", "rnn", "--clippers", "none", "--out", out)
         assert (code, "2.500" in printed) == (1, True)  # the table at least is there
         assert err.splitlines()[-1].endswith(f"cannot write to '{out}': No space left on device")
     assert [path.name for path in tmp_path.iterdir()] == ["table.csv"]
@@ -396,10 +413,24 @@ def test_list_names_every_row(capsys):
     assert [each.split()[0] for each in out.splitlines()] == list(rows.ROWS)
 
 
+def test_a_skip_is_seen_and_leaves_the_optimizer_alone():
+    optimizer = rows.ROWS["skip_spikes"].around(optax.sgd(0.5), 3)
+    params = jnp.ones(2)
+    update, state, seen = jax.jit(optimizer.update), optimizer.init(params), []
+    for step in range(70):
+        grads = jnp.full(2, jnp.nan if step == 1 else 1e10 if step == 69 else 0.1 + 0.01 * (step % 3))
+        updates, state = update(grads, state, params)
+        seen.append(bool(last_step_changed(state)))
+    assert [step for step, skipped in enumerate(seen) if skipped] == [1, 69]
+    assert updates.tolist() == [0.0, 0.0]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("row", rows.ROWS.values(), ids=rows.ROWS)
+@pytest.mark.parametrize(
+    "row", [row for row in rows.ROWS.values() if row.name != "skip_spikes"], ids=lambda row: row.name
+)
 def test_every_row_is_an_optimizer_whose_clip_is_seen_and_recorded(row):
-    optimizer = row.optimizer(0.1, 3)
+    optimizer = row.around(optax.adam(0.1), 3)
     params = {"matrix": jnp.full((3, 2), 0.5), "vector": jnp.full(2, 0.5)}
     update, state = jax.jit(optimizer.update), optimizer.init(params)
     for step in range(70):  # some look at more than sixty norms before they clip
@@ -407,7 +438,7 @@ def test_every_row_is_an_optimizer_whose_clip_is_seen_and_recorded(row):
     grads = jax.tree.map(lambda param: jnp.full_like(param, 1e10), params)
     updates, state = update(grads, state, params)
     assert all(jnp.all(jnp.isfinite(leaf) & (leaf < 0)) for leaf in jax.tree.leaves(updates))
-    clipped = last_update_clipped(state)
+    clipped = last_step_changed(state)
     assert clipped is None if row.name == "none" else bool(clipped)
     if row.name in UNRECORDED:
         with pytest.raises(ValueError, match="there is no record in this state"):
@@ -424,16 +455,16 @@ def test_watch_sees_what_changed_and_changes_nothing():
         before = jnp.asarray(updates)
         after, state = tx.update(before, tx.init(before))
         np.testing.assert_array_equal(after, clip.update(before, clip.init(before))[0])
-        assert bool(last_update_clipped(state)) is expected
+        assert bool(last_step_changed(state)) is expected
 
 
 AXES = jax.tree_util.GetAttrKey("norm_axes")
 
 
 def test_a_step_is_traced_once_donates_and_stays_on_the_device():
-    optimizer = rows.ROWS["clip_by_global_norm"].optimizer(0.01, 2)
-    step = training._make_step(optimizer)
-    run_ = training._start(optimizer, model.init(jax.random.key(0), 4), 2)
+    optimizer = rows.ROWS["clip_by_global_norm"].around(optax.adam(0.01), 2)
+    step = training._make_step(RNN, optimizer)
+    run_ = training._start(optimizer, RNN.init(jax.random.key(0), 4), 2)
     text, key = jnp.arange(100) % 4, jax.random.key(1)
     with jax.transfer_guard("disallow"):
         for _ in range(3):  # one more than is logged
@@ -451,7 +482,7 @@ def test_a_step_is_traced_once_donates_and_stays_on_the_device():
 def test_lost_steps_are_counted_logged_and_reported_up_to_the_last():
     reports = {}
     text = corpus.from_text("a small text", "abcd" * 200)
-    program = training.prepare(optax.sgd(1e30), text, steps=25, seed=0)
+    program = training.prepare(RNN, optax.sgd(1e30), text, steps=25, seed=0)
     lost = training.train(program, text, steps=25, report=reports.__setitem__)
     assert not np.isfinite(lost.bits)
     assert 20 <= lost.nonfinite_steps <= 24  # the first step is finite
@@ -491,7 +522,7 @@ def test_step_times_are_paired_within_a_round_and_the_first_does_not_count(monke
             now[0] += costs[rounds[0] % 2] * 2.0 ** rounds[0] if done else 1e99  # ever slower, and compiled at first
             return done + 1, jnp.zeros(())
 
-        return Program(start=lambda: 0, step=step)
+        return Program(start=lambda: 0, step=step, held_out_loss=lambda _: 0.0)
 
     def next_round():
         rounds[0] += 1
@@ -505,46 +536,53 @@ def test_step_times_are_paired_within_a_round_and_the_first_does_not_count(monke
     assert {tuple(turn) for turn in turns[:-1]} == {("none", "other"), ("other", "none")}
 
 
-def test_step_times_need_no_row_without_clipping(capsys, monkeypatch):
+def test_step_times_need_no_row_without_clipping(capsys, monkeypatch, tmp_path):
     asked = {}
 
     def times(programs, unclipped, **_kwargs):
         asked[unclipped] = list(programs)
         return dict.fromkeys(programs, 1.125)
 
-    monkeypatch.setattr(job, "train", lambda *_args, **_kwargs: line().result)
+    monkeypatch.setattr(job, "train", lambda *_args, **_kwargs: result())
     monkeypatch.setattr(job, "relative_step_times", times)
-    _, out, _ = DEMO.run(capsys, "--clippers", "clippy")
+    monkeypatch.chdir(tmp_path)
+    _, out, _ = DEMO.run(capsys, "--model", "rnn", "--clippers", "clippy")
     assert asked == {"none": ["none", "clippy"]}
-    assert cells(out) == {"clippy(0.1, 0.01) after Adam": ["2.500", "0", "-", "1.12x"]}
+    assert cells(out) == {"clippy(0.1, 0.01), last": ["2.500", "-", "1.12x"]}
 
 
 def test_table_says_plainly_what_was_lost():
-    assert table(
-        [
-            line("good", 2.5, 0, 0.125, 1.016),
-            line("bad", float("nan"), 12, None, 0.994),
-            line("huge", 1e25, 0, 1.0, None),
-        ]
-    ) == "\n".join(
-        [
-            "clipper    bits per character  non-finite steps  steps clipped  step time",
-            "---------  ------------------  ----------------  -------------  ---------",
-            "good(1.0)               2.500                 0          12.5%      1.02x",
-            "bad(1.0)                 lost                12              -      0.99x",
-            "huge(1.0)             1.0e+25                 0         100.0%          -",
-        ]
-    )
+    lines = [
+        line("good", 2.5, 0, 0.125, 1.016),
+        line("bad", float("nan"), 12, None, 0.994),
+        line("huge", 1e25, 0, 1.0, None),
+    ]
+    assert table(RNN.optimizers, lines).splitlines() == [
+        "clipper    Adam bits  clipped   time",
+        "---------  ---------  -------  -----",
+        "good(1.0)      2.500    12.5%  1.02x",
+        "bad(1.0)        lost        -  0.99x",
+        "huge(1.0)    1.0e+25   100.0%      -",
+    ]
+
+
+@pytest.mark.parametrize("model", models.MODELS.values(), ids=models.MODELS)
+def test_the_table_fits_into_80_columns(model):
+    worst = dict.fromkeys(model.optimizers, result(1e25, 0, 1.0))
+    lines = [Line(row.name, row.shown, worst, 10.0) for row in rows.ROWS.values()]
+    assert max(map(len, table(model.optimizers, lines).splitlines())) <= 80
 
 
 def test_csv_says_nan_and_inf_and_leaves_empty_what_there_is_none_of(tmp_path):
     steps = history([0.1, np.nan], norm=[16777213, np.inf], limit=[np.inf, 0.5], clipped=[False, True])
-    bad = line("bad", float("nan"), 1, None, None, steps)
-    csv_files.write_table(tmp_path / "table.csv", [bad])
-    csv_files.write_steps(tmp_path / "steps.csv", [bad])
-    assert (tmp_path / "table.csv").read_text(encoding="utf-8").splitlines()[1:] == ["bad,bad(1.0),nan,1,,"]
+    bad = trained(line("bad", float("nan"), 1, None, None, steps))
+    csv_files.write_table(tmp_path / "table.csv", bad)
+    csv_files.write_steps(tmp_path / "steps.csv", bad)
+    assert (tmp_path / "table.csv").read_text(encoding="utf-8").splitlines()[1:] == [
+        'adam/bad,"Adam, bad(1.0)",nan,1,,'
+    ]
     first, second = ((tmp_path / "steps.csv").read_text(encoding="utf-8")).splitlines()[1:]
-    assert second == "bad,2,nan,inf,0.5,,1"
+    assert second == "adam/bad,2,nan,inf,0.5,,1"
     _, step, loss, norm, limit, scale, clipped = first.split(",")
     assert (step, limit, scale, clipped) == ("1", "inf", "", "0")
     assert (np.float32(loss), norm) == (np.float32(0.1), "16777213")  # no digit is lost
@@ -560,13 +598,63 @@ def drawn(monkeypatch, tmp_path):
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_args, **_kwargs: saved.append(figure))
 
     def draw(lines, guess=6.0):
-        figures.write_losses(tmp_path / "loss.png", lines, guess)
-        figures.write_norms(tmp_path / "norm.png", lines)
+        figures.write_losses(tmp_path / "loss.png", trained(*lines), guess)
+        figures.write_norms(tmp_path / "norm.png", trained(*lines))
         for figure in saved:
             figure.draw_without_rendering()
         return saved
 
     return draw
+
+
+@pytest.fixture
+def pictured(monkeypatch, tmp_path):
+    """The picture of some lines, as matplotlib has it: its axes by their titles."""
+    saved = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_args, **_kwargs: saved.append(figure))
+
+    def draw(lines, optimizers=DECODER.optimizers):
+        picture.write_picture(tmp_path / "optaxclip.png", optimizers, lines, 6.0)
+        saved[-1].draw_without_rendering()
+        return {axes.get_title(loc="left"): axes for axes in saved[-1].axes}
+
+    return draw
+
+
+def curves(axes):
+    return {curve.get_label(): np.asarray(curve.get_ydata()).tolist() for curve in axes.lines}
+
+
+def test_the_picture_has_losses_per_optimizer_and_what_was_clipped_and_skipped_with_the_first(pictured):
+    def row(name, sgd, adamw):
+        return Line(name, name, {"sgd": result(steps=sgd), "adamw": result(steps=adamw)}, None)
+
+    ours, skipped = [False, True, False], [True, False, False]
+    panels = pictured(
+        [
+            row("none", history([5.0, 1e9, np.nan]), history([5.0, 4.0, 3.5])),
+            row(
+                "fixed",
+                history([5.0, 4.5, 4.25], [0.5, 2.0, 1.0], [1.0] * 3, [1.0] * 3, ours),
+                history([5.0, 4.0, 3.0]),
+            ),
+            row("skip_spikes", history([5.0, 4.75, 4.5], [9.0, 2.0, 1.0], clipped=skipped), history([5.0, 4.0, 2.5])),
+        ]
+    )
+    assert list(panels) == ["SGD, learning rate 1", "AdamW, learning rate 0.003", "SGD, fixed", "SGD, skip_spikes"]
+    sgd, adamw, fixed, skips = panels.values()
+    np.testing.assert_array_equal(curves(sgd)["no clipping"], [5.0, 7.5, np.nan])  # at the axis' end, with its size
+    assert sorted(notes(sgd)) == ["not finite from step 3 on", r"up to $1.0\times10^{9}$"]
+    assert curves(adamw)["no clipping"] == [5.0, 4.0, 3.5]
+    assert curves(sgd)["with a clip or skip"] == [5.0, 4.5, 4.25]
+    assert (curves(fixed)["norm"], curves(fixed)["limit"]) == ([0.5, 2.0, 1.0], [1.0] * 3)
+    assert (curves(skips)["norm"], "limit" in curves(skips)) == ([9.0, 2.0, 1.0], False)
+    ticks = [collection.get_label() for axes in (fixed, skips) for collection in axes.collections]
+    assert ticks == ["clipped steps", "skipped steps"]
+
+
+def test_a_picture_of_the_unclipped_run_alone_is_one_panel(pictured):
+    assert list(pictured([line("none")], RNN.optimizers)) == ["Adam, learning rate 0.03"]
 
 
 def legend(figure):
@@ -639,9 +727,9 @@ def test_nothing_overlaps_in_the_figures_of_all_rows(drawn):
     everything = history(
         np.append(np.full(99, 1e30), np.nan), limit=[1.0] * 100, scale=[0.1] * 100, clipped=[True] * 100
     )
-    lines = [Line(row.name, row.shown, line(steps=everything).result, None) for row in rows.ROWS.values()]
+    lines = [Line(row.name, row.shown, {"adam": result(steps=everything)}, None) for row in rows.ROWS.values()]
     for figure in drawn(lines):
-        titles = {row.shown for row in rows.ROWS.values()} | {figure.get_supxlabel(), figure.get_supylabel()}
+        titles = {f"Adam, {row.shown}" for row in rows.ROWS.values()} | {figure.get_supxlabel(), figure.get_supylabel()}
         names = titles | set(legend(figure)) | {note for axes in figure.axes for note in notes(axes)}
         texts = [text for text in figure.findobj(Text) if text.get_text() in names]  # all but the ticks' labels
         assert {text.get_text() for text in texts} == names

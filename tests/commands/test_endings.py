@@ -11,16 +11,17 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 import pytest
 
-from optaxclip.demo import ending, folder, interrupts, job, memory, model, options, rows, training
+from optaxclip.demo import ending, folder, interrupts, job, memory, models, options, rows, training
 from optaxclip.demo.command import FILES
 from tests.benchmarks.sweep import job as sweep_job
 from tests.support.commands import DEMO, SWEEP
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = pytest.mark.parametrize("command", [DEMO, SWEEP], ids=lambda each: each.name)
-SHORT = ["--steps", "2", "--clippers", "none"]
+SHORT = ["--model", "rnn", "--steps", "2", "--clippers", "none"]
 
 
 class Stream:
@@ -174,7 +175,9 @@ def test_a_sweep_that_does_not_fit_is_refused(capsys, monkeypatch, tmp_path, ask
 def test_no_row_logs_more_in_a_step_than_is_reckoned_with(row):
     def size(steps):
         made = jax.eval_shape(
-            lambda: training._start(row.optimizer(0.1, steps), model.init(jax.random.key(0), 4), steps)
+            lambda: training._start(
+                row.around(optax.adam(0.1), steps), models.RECURRENT.init(jax.random.key(0), 4), steps
+            )
         )
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(made))
 

@@ -10,7 +10,7 @@ import pytest
 
 from optaxclip import diagnostics
 from optaxclip.demo import csv_files, job, replaying, rows
-from optaxclip.demo.table import Line
+from optaxclip.demo.runs import Run
 from optaxclip.demo.training import History, Result
 from tests.support.commands import REPLAY
 
@@ -51,16 +51,18 @@ def test_the_clippers_that_it_takes_by_default(capsys, file):
 
 
 def test_steps_csv_is_replayed_row_by_row(capsys, tmp_path):
-    def line(name, norms):
+    def trained(name, norms):
         columns = np.float32(norms)
-        return Line(name, name, Result(2.5, 0, None, History(columns, columns, None, None, None)), None)
+        return Run(name, name, Result(2.5, 0, None, History(columns, columns, None, None, None)), None)
 
-    csv_files.write_steps(tmp_path / "steps.csv", [line("none", [0.5, 1.5]), line("zclip", [3.0, 4.0])])
-    for name, share in (("none", "50.0%"), ("zclip", "100.0%")):
+    csv_files.write_steps(tmp_path / "steps.csv", [trained("sgd/none", [0.5, 1.5]), trained("sgd/zclip", [3.0, 4.0])])
+    for name, share in (("sgd/none", "50.0%"), ("sgd/zclip", "100.0%")):
         asked = (tmp_path / "steps.csv", "--row", name, "--clippers", "clip_by_global_norm")
         code, out, _ = REPLAY.run(capsys, *asked)
         assert (code, shares(out)) == (0, {"clip_by_global_norm(1.0)": share})
-    REPLAY.assert_refused(capsys, "has several rows: choose with --row one of none, zclip", tmp_path / "steps.csv")
+    REPLAY.assert_refused(
+        capsys, "has several rows: choose with --row one of sgd/none, sgd/zclip", tmp_path / "steps.csv"
+    )
     REPLAY.assert_refused(capsys, "no row 'clip': choose", tmp_path / "steps.csv", "--row", "clip")
 
 

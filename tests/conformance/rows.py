@@ -1,6 +1,7 @@
 """The rows of the table, and one compiled program for each."""
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,11 @@ def rows_and_dtypes(*, where=lambda row: True):
     return pytest.mark.parametrize(
         ("row", "dtype"), [pytest.param(row, dtype, id=f"{row.name}-{dtype}") for row, dtype in cases]
     )
+
+
+def takes_record(row):
+    """Whether the factory of a row has an argument `record`."""
+    return "record" in inspect.signature(row.factory).parameters
 
 
 @functools.cache

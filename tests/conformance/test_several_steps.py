@@ -9,15 +9,17 @@ import numpy as np
 import optax
 
 from tests.conformance.rows import (
+    assert_finite,
     compiled,
     first_step,
     rows,
     rows_and_dtypes,
     stack,
+    takes_record,
     transformation,
 )
 from tests.reference.trees import assert_same_bits
-from tests.table import params, tree
+from tests.table import ROWS, params, tree
 
 
 @rows_and_dtypes()
@@ -52,7 +54,17 @@ def test_a_step_can_be_a_branch_of_cond(row, dtype):
     )
 
 
-@rows()
+@functools.cache
+def one_of_each_state():
+    """A row for each class of state: what a scan carries and what is donated."""
+    classes = {}
+    for row in ROWS:
+        state = jax.eval_shape(transformation(row).init, params("float32"))
+        classes.setdefault(jax.tree.structure(state), row)
+    return classes.values()
+
+
+@rows(where=lambda row: row in one_of_each_state())
 def test_a_scan_with_everything_donated_twice_equals_a_loop(row):
     tx = transformation(row)
     batches = [[tree(seed, "float32"), tree(seed + 10, "float32")] for seed in (0, 50)]
@@ -78,6 +90,16 @@ def test_a_scan_with_everything_donated_twice_equals_a_loop(row):
         chex.assert_trees_all_close(outs, stack(expected[2 * i : 2 * i + 2]), rtol=1e-6, atol=1e-7)
     # Norms are of order 1, and a standard deviation is a difference of them.
     chex.assert_trees_all_close(state, loop_state, rtol=1e-6, atol=1e-6)
+
+
+@rows(where=lambda row: not takes_record(row))
+def test_ordinary_gradients_leave_no_infinity_in_the_state(row):
+    """Under `jax_debug_infs` one would be an error. Those that can have a record: numerics/test_debug_infs.py."""
+    weights = params("float32")
+    state = transformation(row).init(weights)
+    for seed, scale in enumerate((1.0, 2.0, 0.0, 3.0, 1e-3)):
+        updates, state = compiled(row)(tree(seed, "float32", scale), state, weights)
+        assert_finite((updates, state))
 
 
 @rows()

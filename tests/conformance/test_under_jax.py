@@ -131,7 +131,7 @@ def test_a_step_transfers_nothing(row):
 def test_no_dtype_is_promoted_in_passing(row, dtype):
     updates, weights = tree(0, dtype), params(parameters_dtype(row, dtype))
     tx = row.make()
-    new_updates, _ = jax.eval_shape(tx.update, updates, tx.init(weights), weights)
+    new_updates, _ = jax.eval_shape(tx.update, updates, jax.eval_shape(tx.init, weights), weights)
     chex.assert_trees_all_equal_shapes_and_dtypes(new_updates, updates)
 
 

@@ -1,7 +1,7 @@
 """Every public docstring helps: what it does in one line, each argument, an example, and names that exist.
 
 Each test looks at all of them and lists what fails. That the examples run is doctest's to check (`--doctest-modules`),
-and that the text is well-formed the API pages', which are built with warnings as errors.
+and that the text is well-formed the site's, which is built with warnings as errors.
 """
 
 import ast
@@ -96,12 +96,12 @@ def test_the_first_line_is_a_sentence():
     assert_none_fails(check, PUBLIC)
 
 
-# What Sphinx knows, and what notebooks/api/conf.py adds.
+# What Sphinx knows, and what notebooks/conf.py adds.
 HEADINGS = {"Args", "Attributes", "Example", "Notes", "Raises", "References", "See also"}
 
 
 def test_every_heading_is_one_that_the_pages_render():
-    configuration = (ROOT / "notebooks" / "api" / "conf.py").read_text()
+    configuration = (ROOT / "notebooks" / "conf.py").read_text()
 
     def check(name):
         return [
@@ -137,6 +137,17 @@ def test_arguments_and_fields_are_explained_and_no_others():
 
 def fields_of(found):
     return list(getattr(found, "_fields", None) or found.__dataclass_fields__)
+
+
+def test_types_say_something():
+    """`Bound` and `Tree` do, on the page of the types; `Any` does not."""
+
+    def check(name):
+        definition = ast.parse(inspect.getsource(inspect.unwrap(FUNCTIONS[name]))).body[0].args
+        arguments = [*definition.posonlyargs, *definition.args, *definition.kwonlyargs]
+        return [argument.arg for argument in arguments if re.search(r"(^|\| )Any\b", ast.unparse(argument.annotation))]
+
+    assert_none_fails(check, FUNCTIONS)
 
 
 def test_it_says_what_comes_back():

@@ -17,9 +17,10 @@ from tests.support.forms import assert_right
 from tests.table import ROWS, params, tree
 
 
-def grads():
-    """Their squares are 0 and inf in float32."""
-    return {"a": jnp.float32([3e-30, 4e-30]), "b": jnp.float32([[3e30], [4e30]]), "c": jnp.bfloat16(1e30)}
+def grads(zeros=0):
+    """Their squares are 0 and inf in float32. Zeros at the end count for nothing."""
+    end = [0.0] * zeros
+    return {"a": jnp.float32([3e-30, 4e-30, *end]), "b": jnp.float32([[3e30], [4e30]]), "c": jnp.bfloat16(1e30)}
 
 
 RIGHT = np.sqrt(25e60 + np.float64(jnp.bfloat16(1e30)) ** 2)
@@ -48,20 +49,23 @@ CONTEXTS = {
 
 @pytest.mark.parametrize("name", CONTEXTS)
 def test_under_contexts_of_jax(name):
-    updates, before = grads(), is_x64()
-    jax.clear_caches()  # so that it is traced here
+    zeros = 11 + list(CONTEXTS).index(name)  # of a size that is nowhere else, so that it is traced here
+    updates, column = grads(zeros), np.float32([[3e30], [4e30], *[[0.0]] * zeros])
+    clip, before = oc.clip_by_global_norm(1.0), is_x64()
+
+    @jax.jit
+    def program(updates, column):
+        return oc.global_norm(updates), clip.update(updates, clip.init(updates))[0], jax.grad(oc.global_norm)(column)
+
     with CONTEXTS[name]():
         inside = is_x64()
-        norm = jax.jit(oc.global_norm)(updates)
-        clip = oc.clip_by_global_norm(1.0)
-        clipped, _ = clip.update(updates, clip.init(updates))
-        slope = jax.grad(oc.global_norm)(updates["b"])
+        norm, clipped, slope = program(updates, column)
         assert is_x64() == inside
     assert is_x64() == before
     assert [x.dtype for x in (norm, clipped["a"], clipped["c"], slope)] == ["float32", "float32", "bfloat16", "float32"]
     np.testing.assert_allclose(norm, RIGHT, rtol=2**-23)
     np.testing.assert_allclose(clipped["b"], np.float64(updates["b"]) / RIGHT, rtol=1e-6)
-    np.testing.assert_allclose(slope, [[0.6], [0.8]], rtol=1e-6)
+    np.testing.assert_allclose(slope, [[0.6], [0.8], *[[0.0]] * zeros], rtol=1e-6)
 
 
 def test_eight_threads_at_once():

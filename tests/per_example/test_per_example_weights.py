@@ -1,5 +1,7 @@
 """Weights of examples: against one example after the other in float64, and padded batches against unpadded ones."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 import optaxclip as oc
 from optaxclip import per_example
 from optaxclip.per_example import two_pass
-from tests.reference.examples import f64, norm_of, row
+from tests.reference.examples import f64, norm_of, row, value_and_grad
 from tests.support.marks import slow_but
 from tests.support.meshes import AUTO, EXPLICIT, P, put
 
@@ -36,7 +38,7 @@ def trees(rng, number=B):
 def weighted(fun, params, batch, weights, reduce="mean"):
     """Value, gradients and norms, one example after the other; examples of weight 0 are not looked at."""
     used = [i for i, weight in enumerate(weights) if weight]
-    found = {i: jax.value_and_grad(fun)(params, row(batch, i)) for i in used}
+    found = {i: value_and_grad(fun)(params, row(batch, i)) for i in used}
     sizes = {i: norm_of(grads) for i, (_, grads) in found.items()}
     shares = {i: float(weights[i]) / (float(np.sum(f64(weights))) if reduce == "mean" else 1.0) for i in used}
     clipped = [
@@ -56,12 +58,14 @@ def assert_close(ours, expected, rtol=5e-6):
         np.testing.assert_allclose(leaf, other, rtol=0, atol=rtol * np.max(np.abs(other), initial=0) + TINY)
 
 
+@functools.cache
 def step_of(tx, fun=loss, **options):
+    """The jitted step: one for all tests that ask for the same."""
     return jax.jit(per_example.clipped_value_and_grad(fun, tx, **options))
 
 
 def one_by_one_fails(monkeypatch):
-    """The slow way, for weights too far apart, must not be needed."""
+    """The slow way, for weights too far apart, must not be needed. `step_of` must not have the step yet."""
     monkeypatch.setattr(
         two_pass, "_one_by_one", lambda problem, *_: jax.tree.map(lambda w: w * jnp.nan, problem.params)
     )
@@ -176,12 +180,13 @@ def test_weights_that_add_up_to_zero_give_no_nan(rng, form, weights):
 # Far apart.
 
 
+def linear(w, x):
+    return jnp.vdot(w, x)
+
+
 @pytest.mark.parametrize("spread", [1e-20, 1e-36])
 def test_weights_too_far_apart_for_one_sum(spread):
     """The example with the large weight has no gradient in the second entry, which is of the other alone."""
-
-    def linear(w, x):
-        return jnp.vdot(w, x)
 
     rows, weights = jnp.array([[3.0, 0.0], [0.0, 4e20]]), np.array([1.0, spread], np.float32)
     for tx in FORMS.values():

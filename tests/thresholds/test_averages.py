@@ -127,9 +127,8 @@ def test_without_memory_every_step_is_as_the_first(name, dtype):
     direction = trees.normal(np.random.default_rng(1), (3,), np.complex64)
     direction = (direction if dtype == np.complex64 else direction.real).astype(dtype)
     gradients = np.stack([direction * dtype(size) for size in SEQUENCE])
-    update = jax.jit(lambda each: tx.update(each, tx.init(each))[0])
-    first = np.stack([update(each) for each in gradients])
     run = jax.jit(tx.update)
+    first = np.stack([run(each, tx.init(each))[0] for each in gradients])
     state, outs = tx.init(gradients[0]), []
     for each in gradients:
         out, state = run(each, state)

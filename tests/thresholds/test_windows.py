@@ -1,5 +1,7 @@
 """Windows of norms that orbax restored into another length with `strict=False`: cut off, or with zeros added."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +22,12 @@ THRESHOLDS = {
         0.5, window=window, warmup_steps=3, take_in="raw", include_current=True
     ),
 }
+
+
+@functools.cache
+def clip(name, window):
+    """One, and so one program, for all tests."""
+    return clip_by(norms.leaf_norm(), THRESHOLDS[name](window))
 
 
 def followed(tx, sizes, state=None):
@@ -58,8 +66,7 @@ def restored(state, target, folder):
 @pytest.mark.parametrize(("before", "after"), LENGTHS)
 @pytest.mark.parametrize("name", THRESHOLDS)
 def test_a_window_of_another_length(name, before, after, tmp_path):
-    make = THRESHOLDS[name]
-    old, new = (clip_by(norms.leaf_norm(), make(window)) for window in (before, after))
+    old, new = (clip(name, window) for window in (before, after))
     _, state = followed(old, OLD)
     state = restored(state, new.init([jnp.zeros(1)] * 2), tmp_path)
     rings = np.array(jax.tree.leaves(state)[0], np.float64)

@@ -1,5 +1,7 @@
 """What `zscore` permits between spikes: the level that a spike must pass, which a record then shows."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,9 +14,11 @@ from tests.support import published
 SPIKES = [40, 41, 90]
 
 
-def follow(threshold, given):
-    """Each norm's limit in the record, what comes out, and mean and deviation before it."""
-    tx = clip_by(norms.global_norm(), threshold, record=len(given))
+@functools.cache
+def scanned(steps, warmup_steps, clip_to):
+    """One program for all norms of a number of steps."""
+    threshold = thresholds.zscore(3.0, warmup_steps=warmup_steps, clip_to=clip_to)
+    tx = clip_by(norms.global_norm(), threshold, record=steps)
 
     @jax.jit
     def scan(given):
@@ -24,7 +28,12 @@ def follow(threshold, given):
 
         return jax.lax.scan(step, tx.init(jnp.ones(1)), given)
 
-    state, (after, states) = scan(jnp.asarray(given))
+    return scan
+
+
+def follow(given, *, warmup_steps=10, clip_to="reciprocal"):
+    """Each norm's limit in the record, what comes out, and mean and deviation before it."""
+    state, (after, states) = scanned(len(given), warmup_steps, clip_to)(jnp.asarray(given))
     limits = clip_stats(state, history=True)["clip_limit"]
     return limits, np.asarray(after), np.float64(states.zscore_mean[:, 0]), np.float64(states.zscore_std[:, 0])
 
@@ -38,7 +47,7 @@ def with_spikes(rng, level=1.0):
 @pytest.mark.parametrize("clip_to", ["reciprocal", "mean", "edge"])
 def test_it_is_the_level_that_a_spike_must_pass(rng, clip_to):
     given = with_spikes(rng)
-    limits, after, mean, std = follow(thresholds.zscore(3.0, warmup_steps=10, clip_to=clip_to), given)
+    limits, after, mean, std = follow(given, clip_to=clip_to)
     assert np.all(limits[:10] == np.inf)
     level = mean + 3 * (std if clip_to == "edge" else std + 1e-6)
     ordinary = np.delete(np.arange(10, 120), np.array(SPIKES) - 10)
@@ -55,7 +64,7 @@ def test_it_is_the_level_that_a_spike_must_pass(rng, clip_to):
 def test_a_norm_that_is_no_spike_is_returned_bit_for_bit(rng, clip_to, level):
     """Also where the level rounds below it: all norms are the same, or so large that the level overflows."""
     for given in (with_spikes(rng, level), np.full(40, level, np.float32)):
-        limits, after, mean, std = follow(thresholds.zscore(3.0, warmup_steps=10, clip_to=clip_to), given)
+        limits, after, mean, std = follow(given, clip_to=clip_to)
         # With room for rounding: those that are not clearly spikes.
         kept = given <= (mean + 3 * std) * (1 - 1e-5)
         kept[:10] = True
@@ -78,7 +87,7 @@ def test_a_norm_within_an_ulp_of_the_level(rng, clip_to):
 
 
 def test_equal_norms_are_at_their_limit():
-    limits, after, _, _ = follow(thresholds.zscore(3.0, warmup_steps=4), np.full(12, 0.1, np.float32))
+    limits, after, _, _ = follow(np.full(12, 0.1, np.float32), warmup_steps=4)
     np.testing.assert_allclose(limits[4:], 0.1 + 3e-6, rtol=1e-6)
     assert_same_bits(after, np.full(12, 0.1, np.float32))
 

@@ -1,6 +1,6 @@
 """Task `characters`: a recurrent network reads the Python language reference.
 
-The network of `optaxclip.demo.model`, smaller: its recurrent matrix starts as the identity, and nothing bounds its
+The network of `optaxclip.demo.recurrent`, smaller: its recurrent matrix starts as the identity, and nothing bounds its
 state.
 """
 

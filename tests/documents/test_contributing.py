@@ -1,38 +1,10 @@
-"""The code in README.md and in CONTRIBUTING.md runs, and prints and does what is said beside it."""
-
-import re
-from pathlib import Path
+"""The code in CONTRIBUTING.md runs and does what is said beside it."""
 
 import numpy as np
 import pytest
 
 import optaxclip as oc
-
-ROOT = Path(__file__).parents[2]
-
-
-def blocks(name):
-    text = (ROOT / name).read_text(encoding="utf-8")
-    return re.findall(r"^```python\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
-
-
-def run(block, namespace):
-    exec(compile(block, "a block of code in the documentation", "exec"), namespace)
-    return namespace
-
-
-README = blocks("README.md")
-
-
-def test_the_readme_has_code():
-    assert README
-
-
-@pytest.mark.parametrize("number", range(len(README)))
-def test_a_block_of_the_readme_runs_and_prints_what_it_says(number, capsys):
-    run(README[number], {"__name__": "readme"})
-    said = re.findall(r"^print\(.*\)  # ([^;\n]+)", README[number], flags=re.MULTILINE)
-    assert capsys.readouterr().out.splitlines() == said
+from tests.support.pages import blocks, run
 
 
 @pytest.fixture(scope="module")
