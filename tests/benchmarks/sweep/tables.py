@@ -22,7 +22,8 @@ def footing(seeds: int) -> str:
 Each cell: learning-rate sensitivity (best loss). Smaller is better.
 sensitivity: the mean over the learning rates of min(loss, loss before the first step) - smallest loss; the mean of
              the seeds ({seeds}). Wortsman et al. 2023, arXiv:2309.14322.
--            the best loss is more than {COMPARABLE:.0%} above the smallest of its column: what hardly learns is hardly sensitive.
+-            the best loss is more than {COMPARABLE:.0%} above the smallest of its column: what hardly learns is hardly
+             sensitive.
 best loss:   on held-out data, at the best learning rate; the median of the seeds.
 =            cannot be told from {METHODS[REFERENCE].shown}: the {CONFIDENCE:.0%} interval of the difference, paired by
              seed, contains 0, or the difference is below {ROUNDING:g}. Chance alone removes about one = in twenty.
