@@ -27,8 +27,6 @@ sensitivity: the mean over the learning rates of min(loss, loss before the first
 best loss:   on held-out data, at the best learning rate; the median of the seeds.
 =            cannot be told from {METHODS[REFERENCE].shown}: the {CONFIDENCE:.0%} interval of the difference, paired by
              seed, contains 0, or the difference is below {ROUNDING:g}. Chance alone removes about one = in twenty.
-spikes:      steps of a run whose gradient norm, before the clip, `diagnostics.summary` calls a spike; at the best
-             learning rate, the mean of the seeds.
 survived:    of the runs (learning rates and seeds) that learn without bad batches, the share that ends at most
              {WORSE:g} times worse with them."""
 
@@ -56,7 +54,6 @@ def write_csv(path: Path, report: Report) -> None:
 
 def _header(report: Report) -> list[str]:
     header = ["method", *(task.name for task in report.tasks)]
-    header += [f"spikes, {task.name}" for task in report.tasks if task.spikes is None]
     return header + [f"survived, {task.name}" for task in report.tasks if task.spikes is not None]
 
 
@@ -64,7 +61,6 @@ def _cells(report: Report, method: Method) -> list[str]:
     scored = {task.name: report.scores[task.name][method.name] for task in report.tasks}
     best = {name: min(score.best_loss for score in report.scores[name].values()) for name in scored}
     cells = [method.shown, *(_cell(score, best[name]) for name, score in scored.items())]
-    cells += [f"{scored[task.name].spikes:.1f}" for task in report.tasks if task.spikes is None]
     return cells + [_survived(scored[task.name]) for task in report.tasks if task.spikes is not None]
 
 
