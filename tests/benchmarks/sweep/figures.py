@@ -38,6 +38,8 @@ def write_sensitivities(path: Path, report: Report) -> None:
                 axes.axvspan(*ends, color=FAINT, alpha=0.6, linewidth=0, label=METHODS[REFERENCE].shown)
             for line, method in enumerate(report.methods):
                 score = scores[method.name]
+                if not score.comparable:
+                    continue
                 ends = [score.sensitivity_least, score.sensitivity_most]
                 axes.plot(ends, [line, line], color="0.5", linewidth=1.2, label="seeds")
                 face = "white" if score.sensitivity_differs is False else INK

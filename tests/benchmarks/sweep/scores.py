@@ -9,7 +9,7 @@ from scipy import stats
 from tests.benchmarks.sweep.programs import Outcome
 
 TOLERANCE = 0.05  # a loss is good if it is at most so much above the best of all methods in its task
-COMPARABLE = 0.1  # a sensitivity is shown for a best loss that is at most so much above the best of all methods
+COMPARABLE = 0.1  # sensitivities are compared where the best loss is at most so much above the best of all methods
 REFERENCE = "clip_by_global_norm"  # the method that all others are compared with
 CONFIDENCE = 0.95  # of the interval around a difference from the reference
 ROUNDING = 0.001  # in units of the loss: smaller differences from the reference are none
@@ -29,6 +29,7 @@ class Score(NamedTuple):
       sensitivity_least: the smallest over the seeds.
       sensitivity_most: the largest.
       sensitivity_differs: whether it can be told from that of the reference; None as above.
+      comparable: whether the best loss is near that of the best method. What hardly learns is hardly sensitive.
       spikes: how many steps of a run are spikes of the gradient's norm, at the best rate, the mean over the seeds; NaN
         if there is no best rate.
       low: the smallest learning rate with a good loss, of the range around the best rate; NaN if there is none.
@@ -48,6 +49,7 @@ class Score(NamedTuple):
     sensitivity_least: float
     sensitivity_most: float
     sensitivity_differs: bool | None
+    comparable: bool
     spikes: float
     low: float
     high: float
@@ -65,10 +67,10 @@ def scores(found: Mapping[str, Outcome], rates: Sequence[float], guess: float | 
       rates: the learning rates, ascending.
       guess: the loss of a model that has learnt nothing, in a task with spikes.
     """
-    limit = (1 + TOLERANCE) * min(median(outcome.held_out).min() for outcome in found.values())
+    least = min(median(outcome.held_out).min() for outcome in found.values())
     reference = found.get(REFERENCE)
     return {
-        name: _score(outcome, None if name == REFERENCE else reference, np.asarray(rates), limit, guess)
+        name: _score(outcome, None if name == REFERENCE else reference, np.asarray(rates), least, guess)
         for name, outcome in found.items()
     }
 
@@ -111,12 +113,12 @@ def _best(outcome: Outcome) -> int:
     return int(np.argmin(median(outcome.held_out)))
 
 
-def _score(outcome: Outcome, reference: Outcome | None, rates: np.ndarray, limit: float, guess: float | None) -> Score:
+def _score(outcome: Outcome, reference: Outcome | None, rates: np.ndarray, least: float, guess: float | None) -> Score:
     medians = median(outcome.held_out)
     best = _best(outcome)
     trained = np.isfinite(medians[best])
     seeds = np.where(np.isfinite(outcome.held_out[best]), outcome.held_out[best], np.inf)
-    low, high, open_ended = good_range(medians, rates, limit)
+    low, high, open_ended = good_range(medians, rates, (1 + TOLERANCE) * least)
     sensitivity = sensitivities(outcome)
     loss_differs = sensitivity_differs = None
     if reference is not None:
@@ -132,6 +134,7 @@ def _score(outcome: Outcome, reference: Outcome | None, rates: np.ndarray, limit
         sensitivity_least=float(sensitivity.min()),
         sensitivity_most=float(sensitivity.max()),
         sensitivity_differs=sensitivity_differs,
+        comparable=bool(trained and medians[best] <= (1 + COMPARABLE) * least),
         spikes=float(outcome.spikes[best].mean()) if trained else np.nan,
         low=low,
         high=high,

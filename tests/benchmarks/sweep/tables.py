@@ -1,7 +1,6 @@
 """The table: as plain text, as Markdown, and as CSV, which has a line per task and method, unrounded."""
 
 import csv
-import math
 from pathlib import Path
 
 from optaxclip.demo.table import loss
@@ -59,15 +58,12 @@ def _header(report: Report) -> list[str]:
 
 def _cells(report: Report, method: Method) -> list[str]:
     scored = {task.name: report.scores[task.name][method.name] for task in report.tasks}
-    best = {name: min(score.best_loss for score in report.scores[name].values()) for name in scored}
-    cells = [method.shown, *(_cell(score, best[name]) for name, score in scored.items())]
+    cells = [method.shown, *map(_cell, scored.values())]
     return cells + [_survived(scored[task.name]) for task in report.tasks if task.spikes is not None]
 
 
-def _cell(score: Score, best: float) -> str:
-    """The sensitivity of a method that hardly learns is small, and would look good."""
-    is_comparable = math.isfinite(best) and score.best_loss <= (1 + COMPARABLE) * best
-    sensitivity = f"{_sign(score.sensitivity_differs)}{score.sensitivity:.3f}" if is_comparable else "-"
+def _cell(score: Score) -> str:
+    sensitivity = f"{_sign(score.sensitivity_differs)}{score.sensitivity:.3f}" if score.comparable else "-"
     return f"{sensitivity} ({_sign(score.loss_differs)}{loss(score.best_loss)})"
 
 
