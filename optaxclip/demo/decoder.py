@@ -52,10 +52,15 @@ class Params(NamedTuple):
     head: jax.Array
 
 
-def init(key: jax.Array, num_characters: int) -> Params:
+def init(key: jax.Array, num_characters: int, width: int = WIDTH) -> Params:
     """Gaussian weights as in GPT-2, except for the embedding, which has unit variance.
 
     A small embedding in front of an RMS norm would have large gradients: the norm divides by its size.
+
+    Args:
+      key: a PRNG key.
+      num_characters: the size of the alphabet.
+      width: the size of the residual stream, a multiple of twice the number of heads.
     """
     keys = iter(jax.random.split(key, 6))
 
@@ -64,17 +69,17 @@ def init(key: jax.Array, num_characters: int) -> Params:
 
     residual = _INITIAL_SCALE / (2 * LAYERS) ** 0.5
     return Params(
-        embedding=matrix(num_characters, WIDTH, 1.0, stack=()),
+        embedding=matrix(num_characters, width, 1.0, stack=()),
         layers=Layers(
-            attention_norm=jnp.ones((LAYERS, WIDTH)),
-            query_key_value=matrix(WIDTH, 3 * WIDTH),
-            attention_out=matrix(WIDTH, WIDTH, residual),
-            mlp_norm=jnp.ones((LAYERS, WIDTH)),
-            mlp_in=matrix(WIDTH, 4 * WIDTH),
-            mlp_out=matrix(4 * WIDTH, WIDTH, residual),
+            attention_norm=jnp.ones((LAYERS, width)),
+            query_key_value=matrix(width, 3 * width),
+            attention_out=matrix(width, width, residual),
+            mlp_norm=jnp.ones((LAYERS, width)),
+            mlp_in=matrix(width, 4 * width),
+            mlp_out=matrix(4 * width, width, residual),
         ),
-        final_norm=jnp.ones(WIDTH),
-        head=matrix(WIDTH, num_characters, stack=()),
+        final_norm=jnp.ones(width),
+        head=matrix(width, num_characters, stack=()),
     )
 
 
@@ -97,7 +102,7 @@ def _normalized(stream: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 def _attention(stream: jax.Array, layer: Layers) -> jax.Array:
-    heads = (stream @ layer.query_key_value).reshape(*stream.shape[:-1], 3, HEADS, WIDTH // HEADS)
+    heads = (stream @ layer.query_key_value).reshape(*stream.shape[:-1], 3, HEADS, stream.shape[-1] // HEADS)
     query, key, value = jnp.moveaxis(heads, -3, 0)
     mixed = jax.nn.dot_product_attention(_rotated(query), _rotated(key), value, is_causal=True)
     return mixed.reshape(stream.shape) @ layer.attention_out

@@ -23,8 +23,8 @@ import optaxclip
 from tests.benchmarks.sweep import characters, digits, figures, job, methods, programs, report, scores, tables
 from tests.benchmarks.sweep.command import FILES
 from tests.benchmarks.sweep.methods import METHODS, PLACES
-from tests.benchmarks.sweep.programs import Losses
-from tests.benchmarks.sweep.registry import RATES, TASKS
+from tests.benchmarks.sweep.programs import Outcome
+from tests.benchmarks.sweep.registry import TASKS
 from tests.benchmarks.sweep.tasks import Measured, Spikes, Task
 from tests.support.commands import SWEEP
 from tests.support.recording import record_calls
@@ -32,6 +32,7 @@ from tests.table import NOT_TRANSFORMATIONS
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = {"regression-none.json", "regression-clip_by_global_norm.json"}
+RATES = TASKS["regression"].rates
 SHORT = ("--tasks", "regression", "--clippers", "none,clip_by_global_norm", "--steps", 4, "--seeds", 2)
 
 # Transformations of the library that are in no row, each with the reason.
@@ -81,23 +82,26 @@ def test_a_sweep_prints_a_table_and_writes_what_it_announces(finished):
     ]
     for line in table:
         (printed,) = (each for each in finished.out.splitlines() if each.startswith(line["clipper"]))
-        assert f"{float(line['best_loss']):.3f}" in printed.split()
+        assert f"{float(line['best_loss']):.3f})" in printed
+        assert f"{float(line['sensitivity']):.3f} (" in printed
     markdown = (finished.folder / "table.md").read_text(encoding="utf-8").splitlines()
     assert [line.split("|")[1].strip() for line in markdown[2:]] == ["no clipping", "`clip_by_global_norm(1.0)`"]
 
 
 def test_every_rate_and_seed_is_in_the_file_of_a_program(finished):
     found = json.loads((finished.folder / "programs" / "regression-none.json").read_text(encoding="utf-8"))
-    assert (found["rates"], found["seeds"], found["steps"]) == (RATES, 2, 4)
+    assert (found["rates"], found["seeds"], found["steps"]) == (list(RATES), 2, 4)
     assert found["unspiked"] is None
     losses = np.array(found["held_out"])
     assert losses.shape == (len(RATES), 2)
     assert len(np.unique(losses)) == losses.size  # each run is one of its own
     assert np.ptp(losses[0] / losses[1]) < 0.1  # the smallest rates hardly train
+    np.testing.assert_allclose(found["initial"], np.broadcast_to(losses[0], losses.shape), rtol=0.01)
+    assert found["spikes"] == np.zeros((len(RATES), 2)).tolist()  # in four steps there are none
 
 
 def test_figures_are_pngs_of_a_readable_size(finished):
-    for name in ("ranges.png", "losses.png"):
+    for name in ("sensitivities.png", "ranges.png", "losses.png"):
         start = (finished.folder / name).read_bytes()[:24]
         assert start.startswith(b"\x89PNG\r\n\x1a\n")
         assert np.all(np.frombuffer(start[16:], ">u4") > 200)
@@ -105,7 +109,7 @@ def test_figures_are_pngs_of_a_readable_size(finished):
 
 def test_a_second_sweep_trains_nothing_and_prints_the_same(capsys, monkeypatch, finished):
     before = contents(finished.folder)
-    for name in ("losses", "prepare"):
+    for name in ("train", "prepare"):
         monkeypatch.setattr(job, name, lambda *_args, **_kwargs: pytest.fail("all of it was finished"))
     code, out, err = SWEEP.run(capsys, *SHORT, "--out", finished.folder)
     assert (code, err) == (0, "")
@@ -116,7 +120,7 @@ def test_a_second_sweep_trains_nothing_and_prints_the_same(capsys, monkeypatch, 
 @pytest.mark.parametrize("changed", [("--steps", 5), ("--seeds", 1)])
 def test_other_settings_are_refused_and_nothing_is_changed(capsys, monkeypatch, finished, changed):
     before = files(finished.folder)
-    monkeypatch.setattr(job, "losses", lambda *_args: pytest.fail("the settings are others, and still it trains"))
+    monkeypatch.setattr(job, "train", lambda *_args: pytest.fail("the settings are others, and still it trains"))
     name = changed[0].removeprefix("--")
     complaint = f"regression-none.json' has other settings ({name} "
     SWEEP.assert_refused(capsys, complaint, *SHORT, *changed, "--out", finished.folder)
@@ -131,15 +135,14 @@ def trained(monkeypatch):
     """The names of the methods that were trained, in order; the losses depend on the method's name."""
     names = []
 
-    def losses(prepared, method, rates):
+    def train(prepared, method):
         names.append(method.name)
         rng = np.random.default_rng(list(method.name.encode()))
-        shape = (len(rates), len(prepared.seen.bad))
-        return Losses(
-            rng.uniform(1, 2, shape), np.where(rng.random(shape) < 0.2, np.nan, rng.uniform(1, 2, shape)), None
-        )
+        shape = (len(prepared.task.rates), len(prepared.seen.bad))
+        held_out = np.where(rng.random(shape) < 0.2, np.nan, rng.uniform(1, 2, shape))
+        return program(held_out, train=rng.uniform(1, 2, shape))
 
-    monkeypatch.setattr(job, "losses", losses)
+    monkeypatch.setattr(job, "train", train)
     return names
 
 
@@ -149,19 +152,19 @@ def test_cut_off_and_resumed_gives_what_an_uncut_sweep_gives(capsys, monkeypatch
     assert (code, trained) == (0, ["none", "clip", "zclip", "adagc"])
     trained.clear()
 
-    losses = job.losses
+    train = job.train
     with monkeypatch.context() as patch:
 
-        def interrupted(prepared, method, rates):
+        def interrupted(prepared, method):
             if method.name == "clip":
                 ctrl_c()
-            return losses(prepared, method, rates)
+            return train(prepared, method)
 
-        patch.setattr(job, "losses", interrupted)
+        patch.setattr(job, "train", interrupted)
         code, out, err = SWEEP.run(capsys, *asked, "--out", tmp_path / "cut")
     assert (code, trained) == (130, ["none", "clip"])  # the program under way is finished, and kept
     assert err.splitlines()[-1] == "interrupted; 2 of 4 programs finished; the same command goes on from there"
-    assert "decades" not in out
+    assert "sensitivity" not in out
     assert set(files(tmp_path / "cut")) == {"programs/regression-none.json", "programs/regression-clip.json"}
 
     code, resumed, _ = SWEEP.run(capsys, *asked, "--out", tmp_path / "cut")
@@ -189,7 +192,7 @@ def test_interrupted_at_once_leaves_no_folder(capsys, monkeypatch, tmp_path):
     def interrupted(*_args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(job, "losses", interrupted)
+    monkeypatch.setattr(job, "train", interrupted)
     code, _, err = SWEEP.run(capsys, *SHORT, "--out", tmp_path / "new" / "out")
     assert (code, list(tmp_path.iterdir())) == (130, [])
     assert "0 of 2 programs finished" in err
@@ -246,7 +249,7 @@ def test_another_precision_is_refused(capsys, trained, tmp_path):
 
 @pytest.fixture
 def no_training(monkeypatch):
-    monkeypatch.setattr(job, "losses", lambda *_args: pytest.fail("the input is bad, and still it trains"))
+    monkeypatch.setattr(job, "train", lambda *_args: pytest.fail("the input is bad, and still it trains"))
 
 
 @pytest.mark.usefixtures("no_training")
@@ -322,9 +325,14 @@ def test_list_names_every_task_and_method(capsys):
 RATE = np.array([0.01, 0.1, 1.0, 10.0])
 
 
-def program(held_out, train=None, unspiked=None):
-    arrays = (held_out if train is None else train, held_out, unspiked)
-    return Losses(*(None if each is None else np.array(each, float) for each in arrays))
+def program(held_out, train=None, initial=9.0, spikes=0.0, unspiked=None):
+    """What came of a program, by hand; an array of another shape is broadcast."""
+    held_out = np.array(held_out, float)
+    others = (held_out if train is None else train, initial, spikes, unspiked)
+    train, initial, spikes, unspiked = (
+        None if each is None else np.broadcast_to(np.array(each, float), held_out.shape) for each in others
+    )
+    return Outcome(train, held_out, initial, spikes, unspiked)
 
 
 def test_a_range_ends_where_the_line_between_two_rates_crosses_the_limit():
@@ -367,6 +375,47 @@ def test_a_seed_that_is_lost_is_the_worst_of_the_median():
     np.testing.assert_array_equal(
         scores.median(np.array([[1.0, 2.0, 3.0], [1.0, np.nan, 3.0], [1.0, np.nan, np.inf]])), [2.0, 3.0, np.inf]
     )
+
+
+def test_the_sensitivity_of_a_run_is_its_mean_distance_from_the_best_rate():
+    """By hand, with Wortsman et al.'s definition: a loss above the one before the first step counts as that."""
+    found = program([[4.0, 1.0], [2.0, 1.0], [100.0, np.nan], [np.nan, np.inf]], initial=[5.0, 3.0])
+    np.testing.assert_allclose(scores.sensitivities(found), [(2 + 0 + 3 + 3) / 4, (0 + 0 + 2 + 2) / 4])
+    assert scores.sensitivities(program([[np.nan] * 2] * 4)).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("difference", "expected"),
+    [
+        ([0.3, 0.2, 0.4, 0.3, 0.2], True),
+        ([-0.3, -0.2, -0.4, -0.3, -0.2], True),
+        ([0.3, -0.2, 0.4, -0.3, 0.2], False),
+        ([0.3, 0.2, -0.01, 0.0, 0.3], False),  # the interval is that of Student's t, wider than a normal one
+        ([2e-4] * 5, False),  # rounding
+        ([0.0] * 5, False),
+        ([3.0], False),  # one seed tells nothing
+    ],
+)
+def test_methods_differ_if_the_interval_of_their_paired_difference_excludes_0(difference, expected):
+    base = np.linspace(1, 50, len(difference))  # what the seeds differ by cancels
+    assert scores.differs(base + difference, base) is expected
+
+
+def test_each_method_is_compared_with_the_reference_at_its_own_best_rate():
+    reference = program([[9, 9, 9], [3, 4, 5], [1, 2, 3], [9, 9, 9]])
+    shifted = program([[9, 9, 9], [1, 2, 3], [9, 9, 9], [9, 9, 9]])  # as good, at another rate, and more sensitive
+    found = scores.scores({"clip_by_global_norm": reference, "shifted": shifted}, RATE, None)
+    assert (found["shifted"].loss_differs, found["shifted"].sensitivity_differs) == (False, True)
+    itself = found["clip_by_global_norm"]
+    assert (itself.loss_differs, itself.sensitivity_differs) == (None, None)
+
+
+def test_spikes_are_counted_at_the_best_rate_and_before_the_clip():
+    found = program([[9, 9], [2, 3]], spikes=[[50, 50], [1, 4]])
+    assert scores.scores({"only": found}, RATE[:2], None)["only"].spikes == 2.5
+    prepared = programs.prepare(SPIKY._replace(rates=(0.1,)), seeds=2, steps=40)
+    counted = programs.train(prepared, METHODS["clip_by_global_norm"]).spikes
+    assert counted.tolist() == [[8.0, 8.0]]  # one step in five is bad, and a hundred times as steep
 
 
 def test_scores_of_two_methods_share_one_limit():
@@ -445,7 +494,8 @@ def test_every_method_can_be_traced_in_every_task(task):
     one_seed = jax.tree.map(lambda leaf: leaf[0], prepared.seen)
     for method in METHODS.values():
         run = programs._run(task, method)
-        out = jax.eval_shape(run, jnp.asarray(True), jnp.asarray(0.1), one_seed)
+        out, norms = jax.eval_shape(run, jnp.asarray(True), jnp.asarray(0.1), one_seed)
+        assert norms.shape == (2,)
         shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), (out, one_seed.params))
         assert shapes[0] == shapes[1], method.name
 
@@ -473,11 +523,11 @@ SPIKY = EVERY._replace(spikes=Spikes(every=5, factor=100.0, spoil=lambda batch: 
 
 def test_equal_seeds_see_equal_batches_whatever_the_method_and_the_rate():
     # Neither bound is reached in so few steps: what differs is the state, and what goes into the program.
-    prepared = programs.prepare(EVERY, seeds=3, steps=7)
-    rates = [0.001, 0.01, 0.1]
+    rates = (0.001, 0.01, 0.1)
+    prepared = programs.prepare(EVERY._replace(rates=rates), seeds=3, steps=7)
     sums = {}
     for name in ("none", "clip_by_history", "clip"):
-        held_out = programs.losses(prepared, METHODS[name], rates).held_out
+        held_out = programs.train(prepared, METHODS[name]).held_out
         sums[name] = -held_out / np.array(rates)[:, None]
     for found in sums.values():
         np.testing.assert_allclose(found, np.broadcast_to(sums["none"][:1], (3, 3)), rtol=1e-5)
@@ -489,13 +539,18 @@ def test_equal_seeds_see_equal_batches_whatever_the_method_and_the_rate():
 
 
 def test_one_after_the_other_gives_what_together_gives():
-    together = METHODS["clip"]
-    prepared = programs.prepare(SPIKY, seeds=2, steps=6)
-    expected, found = (
-        programs.losses(prepared, method, [0.01, 0.1, 1.0]) for method in (together, together._replace(together=False))
+    task, method = SPIKY._replace(rates=(0.01, 0.1, 1.0)), METHODS["clip"]
+    expected, *found = (
+        programs.train(programs.prepare(each, seeds=2, steps=6), how)
+        for each, how in (
+            (task, method),
+            (task, method._replace(together=False)),
+            (task._replace(together=False), method),
+        )
     )
     assert expected.held_out.shape == (3, 2)
-    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-6), found, expected)
+    for other in found:
+        jax.tree.map(lambda one, same: np.testing.assert_allclose(one, same, rtol=1e-6), other, expected)
 
 
 def test_a_seed_sees_the_same_again_and_beside_more_seeds():
@@ -504,18 +559,19 @@ def test_a_seed_sees_the_same_again_and_beside_more_seeds():
 
 
 def test_one_step_in_so_many_is_bad_and_only_where_there_are_spikes():
-    prepared = programs.prepare(SPIKY, seeds=2, steps=12)
+    prepared = programs.prepare(SPIKY._replace(rates=(0.1,)), seeds=2, steps=12)
     bad = np.asarray(prepared.seen.bad)
     np.testing.assert_array_equal(bad[:, :10].reshape(2, 2, 5).sum(axis=-1), 1)
-    found = programs.losses(prepared, METHODS["none"], [0.1])
+    found = programs.train(prepared, METHODS["none"])
     seen = prepared.seen.data[jnp.arange(2)[:, None, None], prepared.seen.places].mean(axis=-1)
     np.testing.assert_allclose(found.unspiked[0], -0.1 * seen.sum(axis=1), rtol=1e-5)
     np.testing.assert_allclose(found.held_out[0], -0.1 * (seen * np.where(bad, -100.0, 1.0)).sum(axis=1), rtol=1e-5)
 
 
 def test_what_is_not_finite_is_nan():
-    prepared = programs.prepare(EVERY, seeds=1, steps=9)
-    found = programs.losses(prepared, METHODS["none"], [3e38, 0.1])  # nine times a half of it overflows
+    # Nine times a half of the first rate overflows.
+    prepared = programs.prepare(EVERY._replace(rates=(3e38, 0.1)), seeds=1, steps=9)
+    found = programs.train(prepared, METHODS["none"])
     assert (np.isnan(found.held_out[0, 0]), np.isfinite(found.held_out[1, 0])) == (True, True)
 
 
@@ -560,50 +616,65 @@ def test_the_digits_of_a_seed_are_split_and_a_tenth_of_the_labels_is_wrong():
 
 def shown(found):
     """A report on hand-made losses: by task, by method."""
-    tasks = [TASKS[name] for name in found]
+    tasks = [TASKS[name]._replace(rates=tuple(RATE)) for name in found]
     compared = [METHODS[name] for name in next(iter(found.values()))]
-    return report.report(tasks, compared, RATE, found)
+    return report.report(tasks, compared, found)
 
 
 @pytest.fixture
 def mixed():
-    lost = [[np.nan] * 3] * 4
+    reference = program([[9, 9, 9], [1, 1, 1.4], [1, 1, 1], [1, 1, 1]], spikes=[[9, 9, 9], [3, 0, 0], [9] * 3, [9] * 3])
     tables_ = {
-        "none": program(lost, lost),
-        "clip": program([[9, 9, 9], [1, 1, 1.4], [1, 1, 1], [1, 1, 1]], train=[[0.5] * 3] * 4),
-        "zclip": program([[9, 9, 9], [1.2, 1.2, 1.2], [1e5] * 3, [np.nan] * 3]),
+        "none": program([[np.nan] * 3] * 4),
+        "clip_by_global_norm": reference,
+        "optax.clip_by_global_norm": reference,
+        "zclip": program([[9, 9, 9], [1.05, 1.05, 1.05], [1e5] * 3, [np.nan] * 3]),
+        "adagc": program([[9, 9, 9], [1.2, 1.2, 1.2], [1.2, 1.2, 1.2], [1.2, 1.2, 1.2]]),
     }
     spikes = {name: losses._replace(unspiked=np.ones((4, 3))) for name, losses in tables_.items()}
     return shown({"regression": tables_, "spikes": spikes})
 
 
-def test_the_table_says_plainly_what_is_lost_and_what_is_open(mixed):
-    lines = [re.split(r"\s{2,}", line.strip()) for line in tables.text(mixed).splitlines()]
-    assert lines[0] == ["regression", "spikes"]
-    assert lines[1] == ["method", *["decades", "loss", "gap"] * 2, "survived"]
-    assert lines[3] == ["no clipping", "-", "lost", "-", "-", "lost", "-", "0%"]
-    assert lines[4] == ["clip(1.0)", ">=2.01", "1.000", "+0.500", ">=2.01", "1.000", "+0.500", "75%"]
-    assert lines[5] == ["zclip(2.5)", "-", "1.200", "+0.000", "-", "1.200", "+0.000", "25%"]
-    widths = {len(line) for line in tables.text(mixed).splitlines()[1:]}
-    assert len(widths) == 1
+TABLE = [
+    ["method", "regression", "spikes", "survived, spikes"],
+    ["no clipping", "- (lost)", "- (lost)", "0%"],
+    ["clip_by_global_norm(1.0)", "2.033 (1.000)", "2.033 (1.000)", "75%"],
+    ["optax.clip_by_global_norm(1.0)", "=2.033 (=1.000)", "=2.033 (=1.000)", "75%"],
+    ["zclip(2.5)", "5.963 (=1.050)", "5.963 (=1.050)", "25%"],
+    ["adagc(1.05)", "- (=1.200)", "- (=1.200)", "75%"],  # a sensitivity is shown beside a comparable loss alone
+]
+
+
+def test_the_table_says_what_is_lost_and_what_does_not_differ(mixed):
+    header, _, *lines = (re.split(r"\s{2,}", line.strip()) for line in tables.text(mixed).splitlines())
+    assert [header, *lines] == TABLE
 
 
 def test_the_markdown_table_has_the_same_numbers(mixed):
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in tables.markdown(mixed).splitlines()]
-    assert lines[0] == ["method", "regression", "spikes", "gap, regression", "survived, spikes"]
-    assert lines[2] == ["no clipping", "- (lost)", "- (lost)", "-", "0%"]
-    assert lines[3] == ["`clip(1.0)`", ">=2.01 (1.000)", ">=2.01 (1.000)", "+0.500", "75%"]
+    printed = tables.markdown(mixed)
+    header, _, *lines = ([cell.strip(" `") for cell in line.strip("|").split("|")] for line in printed.splitlines())
+    assert [header, *lines] == TABLE
+    assert "| no clipping |" in printed
+    assert "| `zclip(2.5)` |" in printed
+
+
+def test_without_the_reference_nothing_is_said_to_equal_it():
+    without = shown({"regression": {"zclip": program([[1.0]] * 4)}})
+    assert "=" not in tables.text(without)
 
 
 def test_the_csv_has_them_unrounded(mixed, tmp_path):
     tables.write_csv(tmp_path / "table.csv", mixed)
     lines = read(tmp_path / "table.csv")
     assert [(line["task"], line["row"]) for line in lines] == list(
-        itertools.product(["regression", "spikes"], ["none", "clip", "zclip"])
+        itertools.product(["regression", "spikes"], mixed.scores["regression"])
     )
     assert (lines[0]["best_loss"], lines[0]["survived"], lines[1]["open_ended"]) == ("inf", "", "1")
-    assert float(lines[4]["decades"]) == mixed.scores["spikes"]["clip"].decades
-    assert float(lines[4]["survived"]) == 0.75
+    assert float(lines[6]["decades"]) == mixed.scores["spikes"]["clip_by_global_norm"].decades
+    assert float(lines[6]["survived"]) == 0.75
+    assert [line["spikes"] for line in lines[:3]] == ["nan", "1.0", "1.0"]
+    assert [line["comparable"] for line in lines[:5]] == ["0", "1", "1", "1", "0"]
+    assert [line["sensitivity_differs"] for line in lines[:5]] == ["1", "", "0", "1", "0"]
 
 
 @pytest.fixture
@@ -619,25 +690,32 @@ def drawn(monkeypatch, tmp_path):
     monkeypatch.setattr(Figure, "savefig", saving)
 
     def draw(found):
+        figures.write_sensitivities(tmp_path / "sensitivities.png", found)
         figures.write_ranges(tmp_path / "ranges.png", found)
         figures.write_losses(tmp_path / "losses.png", found)
-        return saved["ranges.png"], saved["losses.png"]
+        return saved["sensitivities.png"], saved["ranges.png"], saved["losses.png"]
 
     return draw
 
 
-def test_the_figures_show_ranges_and_losses(drawn, mixed):
-    ranges, losses = drawn(mixed)
+def test_the_figures_show_sensitivities_ranges_and_losses(drawn, mixed):
+    sensitivities, ranges, losses = drawn(mixed)
     first = ranges.axes[0]
-    assert [label.get_text() for label in first.get_yticklabels()] == ["no clipping", "clip(1.0)", "zclip(2.5)"]
-    (good,) = (line for line in first.lines if line.get_label() == "good")
-    score = mixed.scores["regression"]["clip"]
+    assert [label.get_text() for label in first.get_yticklabels()] == [method.shown for method in mixed.methods]
+    good, *_ = (line for line in first.lines if line.get_label() == "good")
+    score = mixed.scores["regression"]["clip_by_global_norm"]
     assert (list(good.get_xdata()), list(good.get_ydata())) == ([score.low, score.high], [1, 1])
     crosses = [line for line in first.lines if line.get_label() == "not finite"]
-    assert [len(line.get_xdata()) for line in crosses] == [4, 0, 1]
-    seeds = [list(line.get_xdata()) for line in losses.axes[0].lines if line.get_label() == "seeds"]
-    assert seeds == [[1.0, 1.4], [1.2, 1.2]]
+    assert [len(line.get_xdata()) for line in crosses] == [4, 0, 0, 1, 0]
     assert "beyond the axis" in {text.get_text() for text in losses.legends[0].get_texts()}
+
+    def seeds(figure):
+        return [list(line.get_xdata()) for line in figure.axes[0].lines if line.get_label() == "seeds"]
+
+    assert seeds(losses) == [[1.0, 1.4], [1.0, 1.4], [1.05, 1.05], [1.2, 1.2]]
+    assert np.ravel(seeds(sensitivities)) == pytest.approx([2.0, 2.1, 2.0, 2.1, 5.9625, 5.9625])
+    hollow = [line for line in sensitivities.axes[0].lines if line.get_label() == "mean, not told from it"]
+    assert [list(line.get_ydata()) for line in hollow] == [[2]]
 
 
 @pytest.mark.parametrize("value", [np.nan, 0.0, 1e-30, 3e38], ids=str)

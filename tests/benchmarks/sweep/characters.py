@@ -43,6 +43,11 @@ def _sequences(starts: jax.Array, text: jax.Array) -> jax.Array:
     return text[starts[:, None] + jnp.arange(SEQUENCE + 1)[None]]
 
 
+def spread(text: jax.Array, count: int) -> jax.Array:
+    """So many sequences, from the first to the last of the text."""
+    return _sequences(jnp.linspace(0, len(text) - SEQUENCE - 1, count).astype(jnp.int32), text)
+
+
 def _objective(params: Any, batch: jax.Array) -> jax.Array:
     """The mean cross-entropy of each character but the first, given those before it."""
 
@@ -57,11 +62,8 @@ def _objective(params: Any, batch: jax.Array) -> jax.Array:
 
 
 def _measure(params: Any, data: Any) -> Measured:
-    def loss(text: jax.Array) -> jax.Array:
-        starts = jnp.linspace(0, len(text) - SEQUENCE - 1, MEASURED).astype(jnp.int32)
-        return _objective(params, _sequences(starts, text))
-
-    return Measured(loss(data["train"]), loss(data["held_out"]))
+    parts = (spread(data[part], MEASURED) for part in ("train", "held_out"))
+    return Measured(*(_objective(params, part) for part in parts))
 
 
 CHARACTERS = Task(

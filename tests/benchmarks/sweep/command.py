@@ -14,11 +14,11 @@ from tests.benchmarks.sweep import figures, results, tables
 from tests.benchmarks.sweep.job import Job, require_memory
 from tests.benchmarks.sweep.methods import METHODS, PLACES
 from tests.benchmarks.sweep.options import COMMAND, Options, parser
-from tests.benchmarks.sweep.registry import RATES, TASKS
+from tests.benchmarks.sweep.registry import TASKS
 from tests.benchmarks.sweep.report import Report, report
 
 PROGRAMS = "programs"  # the folder in the folder, with a file per program
-FILES = ("table.csv", "table.md", "ranges.png", "losses.png")
+FILES = ("table.csv", "table.md", "sensitivities.png", "ranges.png", "losses.png")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,7 +61,7 @@ def _sweep(asked: Options) -> int:
         )
         return INTERRUPTED
     with held_back() as raise_if_interrupted:
-        _show(asked, report(asked.tasks, asked.methods, RATES, job.found), write_files)
+        _show(asked, report(asked.tasks, asked.methods, job.found), write_files)
         raise_if_interrupted()
     return 0
 
@@ -71,13 +71,14 @@ def _show(asked: Options, found: Report, write: Callable[[Write], None]) -> None
     try:
         write(lambda unfinished: _write_files(unfinished, found))
     finally:
-        print(f"\n{tables.text(found)}\n\n{tables.footing(asked.seeds, RATES)}", flush=True)
+        print(f"\n{tables.text(found)}\n\n{tables.footing(asked.seeds)}", flush=True)
     print(f"Table and figures: {', '.join(FILES)} in {str(asked.out)!r}", flush=True)
 
 
 def _write_files(where: Path, found: Report) -> None:
     tables.write_csv(where / "table.csv", found)
     (where / "table.md").write_text(tables.markdown(found) + "\n", encoding="utf-8")
+    figures.write_sensitivities(where / "sensitivities.png", found)
     figures.write_ranges(where / "ranges.png", found)
     figures.write_losses(where / "losses.png", found)
 
@@ -93,12 +94,13 @@ def _listing() -> str:
 def _heading(asked: Options, job: Job) -> str:
     width = max(len(task.name) for task in asked.tasks)
     tasks = [
-        f"{task.name + ':':{width + 1}} {task.about}; {asked.steps or task.steps} steps of {task.optimizer}"
+        f"{task.name + ':':{width + 1}} {task.about}; {asked.steps or task.steps} steps of {task.optimizer}, "
+        f"{len(task.rates)} learning rates from {task.rates[0]:g} to {task.rates[-1]:g}"
         for task in asked.tasks
     ]
     seeds = "1 seed" if asked.seeds == 1 else f"{asked.seeds} seeds"
     runs = (
-        f"{len(RATES)} learning rates from {RATES[0]:g} to {RATES[-1]:g}, {seeds}, on {jax.default_backend()}; "
+        f"{seeds} at each learning rate, on {jax.default_backend()}; "
         f"{job.finished} of {job.programs} programs finished before"
     )
     return "\n".join([*tasks, runs])

@@ -1,4 +1,4 @@
-"""The two figures, both with a line per method and a panel per task: ranges of learning rates, and losses."""
+"""The figures, with a line per method and a panel per task: sensitivities, ranges of learning rates, losses."""
 
 import math
 from collections.abc import Callable, Generator
@@ -10,8 +10,9 @@ import numpy as np
 
 from optaxclip.diagnostics.marks import FAINT, INK, MARK
 from optaxclip.diagnostics.panels import STYLE
+from tests.benchmarks.sweep.methods import METHODS
 from tests.benchmarks.sweep.report import Report
-from tests.benchmarks.sweep.scores import TOLERANCE, median
+from tests.benchmarks.sweep.scores import REFERENCE, TOLERANCE, median
 from tests.benchmarks.sweep.tasks import Task
 
 COLUMNS = 3  # of panels, at most
@@ -19,6 +20,31 @@ WIDTH = 7.2  # inches: shown 800 pixels wide, the smallest type is 11 pixels hig
 LINE = 0.17  # of a method
 ABOVE_AND_BELOW = 0.75  # title, ticks and label of a panel
 WORST = 2.5  # losses of more times the best leave the panel
+
+
+def write_sensitivities(path: Path, report: Report) -> None:
+    """The learning-rate sensitivity of each method, with the spread of the seeds.
+
+    Args:
+      path: the file, a PNG.
+      report: what is shown.
+    """
+    with _panels(path, report, lambda task: f"sensitivity\n{task.loss}") as used:
+        for axes, task in zip(used, report.tasks, strict=True):
+            scores = report.scores[task.name]
+            if REFERENCE in scores:
+                reference = scores[REFERENCE]
+                ends = reference.sensitivity_least, reference.sensitivity_most
+                axes.axvspan(*ends, color=FAINT, alpha=0.6, linewidth=0, label=METHODS[REFERENCE].shown)
+            for line, method in enumerate(report.methods):
+                score = scores[method.name]
+                if not score.comparable:
+                    continue
+                ends = [score.sensitivity_least, score.sensitivity_most]
+                axes.plot(ends, [line, line], color="0.5", linewidth=1.2, label="seeds")
+                face = "white" if score.sensitivity_differs is False else INK
+                label = "mean, not told from it" if score.sensitivity_differs is False else "mean"
+                axes.plot(score.sensitivity, line, "o", color=face, markeredgecolor=INK, markersize=3.5, label=label)
 
 
 def write_ranges(path: Path, report: Report) -> None:
@@ -33,7 +59,7 @@ def write_ranges(path: Path, report: Report) -> None:
             axes.set_xscale("log")
             for line, method in enumerate(report.methods):
                 medians = median(report.found[task.name][method.name].held_out)
-                _draw_rates(axes, line, np.asarray(report.rates), medians)
+                _draw_rates(axes, line, np.asarray(task.rates), medians)
                 score = report.scores[task.name][method.name]
                 if not np.isnan(score.low):
                     ends = [score.low, score.high]
@@ -62,7 +88,7 @@ def write_losses(path: Path, report: Report) -> None:
                 if score.best_loss > WORST * best:
                     axes.plot(WORST * best, line, ">", color=MARK, markersize=4, label="beyond the axis")
                     continue
-                at = list(report.rates).index(score.best_rate)
+                at = task.rates.index(score.best_rate)
                 _draw_losses(axes, line, report.found[task.name][method.name].held_out[at], WORST * best)
 
 

@@ -9,12 +9,11 @@ from optaxclip.demo.interrupts import held_back
 from tests.benchmarks.sweep import results
 from tests.benchmarks.sweep.methods import Method
 from tests.benchmarks.sweep.options import Options
-from tests.benchmarks.sweep.programs import Losses, Prepared, losses, prepare
+from tests.benchmarks.sweep.programs import Outcome, Prepared, prepare, train
 from tests.benchmarks.sweep.progress import Progress
-from tests.benchmarks.sweep.registry import RATES
 from tests.benchmarks.sweep.tasks import Task
 
-Found = Mapping[str, Mapping[str, Losses]]
+Found = Mapping[str, Mapping[str, Outcome]]
 SEED = 128 * 2**20  # bytes; measured: 87 MiB for `characters`, most of it when the models are measured
 EXAMPLE = 24  # bytes of its place in the data: an int64, and an int32 that is stacked over the seeds
 
@@ -47,7 +46,8 @@ class Job:
     def __init__(self, options: Options, folder: Path) -> None:
         self._pairs = [(task, method) for task in options.tasks for method in options.methods]
         self._settings = {
-            task.name: results.settings(RATES, options.seeds, options.steps or task.steps) for task in options.tasks
+            task.name: results.settings(task.rates, options.seeds, options.steps or task.steps)
+            for task in options.tasks
         }
         self._found = {
             pair: found
@@ -93,8 +93,8 @@ class Job:
                 self._progress.finish_program(shown)
                 raise_if_interrupted()
 
-    def _run(self, task: Task, method: Method, write: Callable[[Write], None]) -> Losses:
-        found = losses(self._prepared[task.name], method, RATES)
+    def _run(self, task: Task, method: Method, write: Callable[[Write], None]) -> Outcome:
+        found = train(self._prepared[task.name], method)
         results.save(write, task, method, self._settings[task.name], found)
         return found
 

@@ -116,7 +116,10 @@ _ALL = [
     _before("tanh_clip", "tanh_clip(1.0)", lambda: contrib.tanh_clip(1.0)),
     _before("arcsinh_clip", "arcsinh_clip(1.0)", lambda: contrib.arcsinh_clip(1.0)),
     # Singular values.
-    _between("clip_by_spectral_norm", "clip_by_spectral_norm(1.0)", lambda: optaxclip.clip_by_spectral_norm(1.0)),
+    # Together, their eigenvalues are one large batch, and with two cores jaxlib 0.10.2 deadlocks in it.
+    _between(
+        "clip_by_spectral_norm", "clip_by_spectral_norm(1.0)", lambda: optaxclip.clip_by_spectral_norm(1.0)
+    )._replace(together=False),
     _before("clip_singular_values", "clip_singular_values(1.0)", lambda: optaxclip.clip_singular_values(1.0))._replace(
         together=False
     ),

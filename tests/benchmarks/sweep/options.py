@@ -35,8 +35,8 @@ def parser() -> Parser:
     """The parser of `python -m tests.benchmarks.sweep`, which fills in `Options`."""
     made = Parser(
         prog=COMMAND,
-        description="Which clipper? Trains four small models with every method, over four decades of learning rates. "
-        "What is finished is kept in the folder, and the same command goes on from there.",
+        description="Which clipper? Trains small models with every method, over decades of learning rates. What is "
+        "finished is kept in the folder, and the same command goes on from there.",
         allow_abbrev=False,
     )
     made.add_argument("--tasks", type=named("task", TASKS), default=",".join(TASKS), metavar="A,B", help="which (all)")

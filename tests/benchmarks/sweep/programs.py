@@ -1,6 +1,6 @@
 """One program: all learning rates and seeds of one method in one task, compiled together."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -8,21 +8,27 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from optaxclip.diagnostics import summary
 from tests.benchmarks.sweep.methods import Method
 from tests.benchmarks.sweep.tasks import Measured, Task
 
 
-class Losses(NamedTuple):
+class Outcome(NamedTuple):
     """What came of a program: a row per learning rate, a column per seed, and NaN where a loss is not finite.
 
     Attributes:
-      train: after the last step, on what was trained on.
-      held_out: after the last step, on what was not.
-      unspiked: the same as `held_out`, of runs that differ only in that they have no spikes; None where none have any.
+      train: loss after the last step, on what was trained on.
+      held_out: loss after the last step, on what was not.
+      initial: held-out loss before the first step; its rows are all the same.
+      spikes: how many norms of the gradient, before the clip, `diagnostics.summary` calls spikes.
+      unspiked: the same as `held_out`, of runs that differ only in that they have no bad batches; None where none have
+        any.
     """
 
     train: np.ndarray
     held_out: np.ndarray
+    initial: np.ndarray
+    spikes: np.ndarray
     unspiked: np.ndarray | None
 
 
@@ -49,11 +55,13 @@ class Prepared(NamedTuple):
       task: the task.
       seen: what its seeds see.
       measure: `task.measure` for all runs, compiled once.
+      initial: the held-out loss of each seed before the first step.
     """
 
     task: Task
     seen: Seen
     measure: Callable[[Any, Any], Measured]
+    initial: np.ndarray
 
 
 def prepare(task: Task, *, seeds: int, steps: int) -> Prepared:
@@ -69,29 +77,38 @@ def prepare(task: Task, *, seeds: int, steps: int) -> Prepared:
     """
     loaded = task.load()
     each_seed = [_seen(task, loaded, seed, steps) for seed in range(seeds)]
-    over_rates = jax.vmap(jax.vmap(task.measure), in_axes=(0, None))
-    return Prepared(
-        task,
-        jax.tree.map(lambda *leaves: jnp.stack(leaves), *each_seed),
-        jax.jit(jax.vmap(over_rates, in_axes=(0, None))),
-    )
+    seen: Seen = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each_seed)
+    over_seeds = jax.vmap(task.measure)
+    over_rates = jax.vmap(over_seeds, in_axes=(0, None))
+    initial = _finite(jax.jit(over_seeds)(seen.params, seen.data).held_out)
+    return Prepared(task, seen, jax.jit(jax.vmap(over_rates, in_axes=(0, None))), initial)
 
 
-def losses(prepared: Prepared, method: Method, rates: Sequence[float]) -> Losses:
+def train(prepared: Prepared, method: Method) -> Outcome:
     """Trains once per learning rate and seed, and measures what came of it.
 
     Args:
       prepared: the task.
       method: how it is clipped.
-      rates: learning rates.
     """
-    run = _run(prepared.task, method)
+    task = prepared.task
+    run = _run(task, method)
     for place in (2, 1, 0):  # over seeds, rates, and with spikes and without
-        run = _over(run, place, method.together)
-    spiked = [False] if prepared.task.spikes is None else [True, False]
-    params = jax.jit(run)(jnp.asarray(spiked), jnp.asarray(rates, jnp.float32), prepared.seen)
-    train, held_out = map(_finite, prepared.measure(params, prepared.seen.data))
-    return Losses(train[0], held_out[0], held_out[1] if len(spiked) > 1 else None)
+        run = _over(run, place, task.together and method.together)
+    spiked = [False] if task.spikes is None else [True, False]
+    params, norms = jax.jit(run)(jnp.asarray(spiked), jnp.asarray(task.rates, jnp.float32), prepared.seen)
+    trained, held_out = map(_finite, prepared.measure(params, prepared.seen.data))
+    return Outcome(
+        train=trained[0],
+        held_out=held_out[0],
+        initial=np.broadcast_to(prepared.initial, held_out[0].shape),
+        spikes=np.apply_along_axis(_count_spikes, -1, np.asarray(norms[0])),
+        unspiked=held_out[1] if len(spiked) > 1 else None,
+    )
+
+
+def _count_spikes(norms: np.ndarray) -> float:
+    return float(len(summary(norms).spikes))
 
 
 def _over(run: Callable[..., Any], place: int, together: bool) -> Callable[..., Any]:
@@ -128,16 +145,17 @@ def _run(task: Task, method: Method) -> Callable[[jax.Array, jax.Array, Seen], A
     def run(spiked: jax.Array, rate: jax.Array, seen: Seen) -> Any:
         optimizer = method.optimizer(task.scaling(), rate)
 
-        def step(carry: Any, now: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
+        def step(carry: Any, now: tuple[jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
             params, state = carry
             places, bad = now
             grads = _gradient(task, params, task.batch(places, seen.data), spiked & bad)
+            norm = optax.tree.norm(grads)
             updates, state = optimizer.update(grads, state, params)
-            return (optax.apply_updates(params, updates), state), None
+            return (optax.apply_updates(params, updates), state), norm
 
         start = (seen.params, optimizer.init(seen.params))
-        (params, _), _ = jax.lax.scan(step, start, (seen.places, seen.bad))
-        return params
+        (params, _), norms = jax.lax.scan(step, start, (seen.places, seen.bad))
+        return params, norms
 
     return run
 

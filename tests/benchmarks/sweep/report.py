@@ -15,20 +15,18 @@ class Report(NamedTuple):
     Attributes:
       tasks: in order.
       methods: in order.
-      rates: the learning rates, ascending.
       found: by task and method, the losses.
       scores: by task and method.
     """
 
     tasks: Sequence[Task]
     methods: Sequence[Method]
-    rates: Sequence[float]
     found: Found
     scores: Mapping[str, Mapping[str, Score]]
 
 
-def report(tasks: Sequence[Task], methods: Sequence[Method], rates: Sequence[float], found: Found) -> Report:
+def report(tasks: Sequence[Task], methods: Sequence[Method], found: Found) -> Report:
     """Scores what was found."""
     guesses = {task.name: None if task.spikes is None else task.spikes.guess for task in tasks}
-    scored = {task.name: scores(found[task.name], rates, guesses[task.name]) for task in tasks}
-    return Report(tasks, methods, rates, found, scored)
+    scored = {task.name: scores(found[task.name], task.rates, guesses[task.name]) for task in tasks}
+    return Report(tasks, methods, found, scored)

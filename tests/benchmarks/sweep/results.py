@@ -14,7 +14,7 @@ import optaxclip
 from optaxclip.demo.ending import InputError
 from optaxclip.demo.folder import Write
 from tests.benchmarks.sweep.methods import Method
-from tests.benchmarks.sweep.programs import Losses
+from tests.benchmarks.sweep.programs import Outcome
 from tests.benchmarks.sweep.tasks import Task
 
 
@@ -53,7 +53,7 @@ def file_name(task: Task, method: Method) -> str:
     return f"{task.name}-{method.name}.json"
 
 
-def save(write: Callable[[Write], None], task: Task, method: Method, used: Settings, found: Losses) -> None:
+def save(write: Callable[[Write], None], task: Task, method: Method, used: Settings, found: Outcome) -> None:
     """Writes a program's file.
 
     Args:
@@ -68,7 +68,7 @@ def save(write: Callable[[Write], None], task: Task, method: Method, used: Setti
     write(lambda unfinished: _write(unfinished / file_name(task, method), text))
 
 
-def load(folder: Path, task: Task, method: Method, used: Settings) -> Losses | None:
+def load(folder: Path, task: Task, method: Method, used: Settings) -> Outcome | None:
     """What an earlier program found; None if there was none.
 
     Args:
@@ -84,7 +84,7 @@ def load(folder: Path, task: Task, method: Method, used: Settings) -> Losses | N
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         before = Settings(*(content[field] for field in Settings._fields))
-        found = Losses(*(_array(content[field]) for field in Losses._fields))
+        found = Outcome(*(_array(content[field]) for field in Outcome._fields))
         shown = content["method"]
         if any(array is not None and array.shape != (len(before.rates), before.seeds) for array in found):
             raise ValueError
@@ -107,7 +107,7 @@ def _difference(before: Settings, used: Settings) -> str:
     return ", ".join(f"{name} {was}, now {now}" for name, was, now in pairs if was != now)
 
 
-def _lists(found: Losses) -> dict[str, Any]:
+def _lists(found: Outcome) -> dict[str, Any]:
     """As lists; null where a number is not finite, which JSON has no word for."""
 
     def finite(row: np.ndarray) -> list[float | None]:
@@ -115,7 +115,7 @@ def _lists(found: Losses) -> dict[str, Any]:
 
     return {
         name: None if array is None else [finite(row) for row in array]
-        for name, array in zip(Losses._fields, found, strict=True)
+        for name, array in zip(Outcome._fields, found, strict=True)
     }
 
 

@@ -1,53 +1,42 @@
 """The table: as plain text, as Markdown, and as CSV, which has a line per task and method, unrounded."""
 
 import csv
-import math
-from collections.abc import Sequence
 from pathlib import Path
 
 from optaxclip.demo.table import loss
-from optaxclip.diagnostics.tables import aligned
-from tests.benchmarks.sweep.methods import Method
+from optaxclip.diagnostics.tables import table
+from tests.benchmarks.sweep.methods import METHODS, Method
 from tests.benchmarks.sweep.report import Report
-from tests.benchmarks.sweep.scores import TOLERANCE, WORSE, Score
-from tests.benchmarks.sweep.tasks import Task
+from tests.benchmarks.sweep.scores import COMPARABLE, CONFIDENCE, REFERENCE, ROUNDING, WORSE, Score
 
 
 def text(report: Report) -> str:
-    """For people at a terminal: the names on the left, and for each task its numbers below its name."""
-    above, header = [""], ["method"]
-    for task in report.tasks:
-        columns = ["decades", "loss", "gap", *(["survived"] if task.spikes else [])]
-        above += [task.name, *[""] * (len(columns) - 1)]
-        header += columns
-    lines = [above, header, *(_text_cells(report, method) for method in report.methods)]
-    widths = [max(len(line[column]) for line in lines[1:]) for column in range(len(header))]
-    first, second, *others = lines
-    rule = ["-" * width for width in widths]
-    return "\n".join(
-        [_above(first, widths), aligned(second, widths), "  ".join(rule), *(aligned(line, widths) for line in others)]
-    )
+    """For people at a terminal: aligned columns."""
+    return table(_header(report), [_cells(report, method) for method in report.methods])
 
 
-def footing(seeds: int, rates: Sequence[float]) -> str:
+def footing(seeds: int) -> str:
     """What the numbers in the table are."""
     return f"""\
-loss:     on held-out data, at the best learning rate; the median of the seeds ({seeds}).
-decades:  the width of the range of learning rates around the best one in which the loss is at most {TOLERANCE:.0%}
-          above the smallest of its column, interpolated between neighbouring rates; - where there is none, and >= where
-          it reaches an end of the rates tried, {rates[0]:g} or {rates[-1]:g}.
-gap:      the held-out loss less the training loss, at the best learning rate; the median of the seeds.
-survived: of the runs (learning rates and seeds) that learn without spikes, the share that ends at most {WORSE:g} times
-          worse with them."""
+Each cell: learning-rate sensitivity (best loss). Smaller is better.
+sensitivity: the mean over the learning rates of min(loss, loss before the first step) - smallest loss; the mean of
+             the seeds ({seeds}). Wortsman et al. 2023, arXiv:2309.14322.
+-            the best loss is more than {COMPARABLE:.0%} above the smallest of its column: what hardly learns is hardly
+             sensitive.
+best loss:   on held-out data, at the best learning rate; the median of the seeds.
+=            cannot be told from {METHODS[REFERENCE].shown}: the {CONFIDENCE:.0%} interval of the difference, paired by
+             seed, contains 0, or the difference is below {ROUNDING:g}. Chance alone removes about one = in twenty.
+survived:    of the runs (learning rates and seeds) that learn without bad batches, the share that ends at most
+             {WORSE:g} times worse with them."""
 
 
 def markdown(report: Report) -> str:
-    """For the README: a column per task, with the width of the range in decades and, in parentheses, the best loss."""
-    header = ["method", *(task.name for task in report.tasks)]
-    header += [f"gap, {task.name}" for task in report.tasks if task.spikes is None]
-    header += [f"survived, {task.name}" for task in report.tasks if task.spikes is not None]
+    """The same for a page."""
+    header = _header(report)
     lines = [header, ["---", *["---:"] * (len(header) - 1)]]
-    lines += [_markdown_cells(report, method) for method in report.methods]
+    for method in report.methods:
+        shown, *numbers = _cells(report, method)
+        lines.append([f"`{shown}`" if method.place != "nowhere" else shown, *numbers])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -62,32 +51,24 @@ def write_csv(path: Path, report: Report) -> None:
                 writer.writerow((task.name, method.name, method.shown, method.place, *values))
 
 
-def _text_cells(report: Report, method: Method) -> list[str]:
-    cells = [method.shown]
-    for task in report.tasks:
-        score = report.scores[task.name][method.name]
-        cells += [_decades(score), loss(score.best_loss), _gap(score), *([_survived(score)] if task.spikes else [])]
-    return cells
+def _header(report: Report) -> list[str]:
+    header = ["method", *(task.name for task in report.tasks)]
+    return header + [f"survived, {task.name}" for task in report.tasks if task.spikes is not None]
 
 
-def _markdown_cells(report: Report, method: Method) -> list[str]:
-    def of(task: Task) -> Score:
-        return report.scores[task.name][method.name]
-
-    name = f"`{method.shown}`" if method.shown != "no clipping" else method.shown
-    cells = [name, *(f"{_decades(of(task))} ({loss(of(task).best_loss)})" for task in report.tasks)]
-    cells += [_gap(of(task)) for task in report.tasks if task.spikes is None]
-    return cells + [_survived(of(task)) for task in report.tasks if task.spikes is not None]
+def _cells(report: Report, method: Method) -> list[str]:
+    scored = {task.name: report.scores[task.name][method.name] for task in report.tasks}
+    cells = [method.shown, *map(_cell, scored.values())]
+    return cells + [_survived(scored[task.name]) for task in report.tasks if task.spikes is not None]
 
 
-def _decades(score: Score) -> str:
-    if math.isnan(score.low):
-        return "-"
-    return f"{'>=' if score.open_ended else ''}{score.decades:.2f}"
+def _cell(score: Score) -> str:
+    sensitivity = f"{_sign(score.sensitivity_differs)}{score.sensitivity:.3f}" if score.comparable else "-"
+    return f"{sensitivity} ({_sign(score.loss_differs)}{loss(score.best_loss)})"
 
 
-def _gap(score: Score) -> str:
-    return f"{score.gap:+.3f}" if abs(score.gap) < 1000 else "-"  # false for NaN
+def _sign(is_different: bool | None) -> str:
+    return "=" if is_different is False else ""
 
 
 def _survived(score: Score) -> str:
@@ -98,12 +79,3 @@ def _csv_cell(value: float | bool | None) -> str:
     if value is None:
         return ""  # there is none, as against NaN
     return str(int(value) if isinstance(value, bool) else float(value))
-
-
-def _above(cells: Sequence[str], widths: Sequence[int]) -> str:
-    """The names of the tasks, each where its first column begins."""
-    line = ""
-    for column, cell in enumerate(cells):
-        if cell:
-            line = line.ljust(sum(widths[:column]) + 2 * column) + cell
-    return line

@@ -42,6 +42,11 @@ class Spikes(NamedTuple):
     guess: float
 
 
+def half_decades(first: int, last: int) -> tuple[float, ...]:
+    """Learning rates from one power of ten to another, two per decade."""
+    return tuple(10.0 ** (half / 2) for half in range(2 * first, 2 * last + 1))
+
+
 class Task(NamedTuple):
     """One kind of training, the same for every method.
 
@@ -60,7 +65,10 @@ class Task(NamedTuple):
       batch: from the places of its examples, and the data, a batch.
       objective: of the parameters on a batch: what is trained.
       measure: of the parameters on the data: what is scored.
+      rates: the learning rates, ascending.
       spikes: the bad batches; None where there are none.
+      together: whether the runs of a program take each step together. One after the other they are faster where a step
+        is large enough to keep a core busy.
     """
 
     name: str
@@ -77,4 +85,6 @@ class Task(NamedTuple):
     batch: Callable[[jax.Array, Any], Any]
     objective: Callable[[Any, Any], jax.Array]
     measure: Callable[[Any, Any], Measured]
+    rates: tuple[float, ...] = half_decades(-4, 0)
     spikes: Spikes | None = None
+    together: bool = True
