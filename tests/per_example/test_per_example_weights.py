@@ -311,7 +311,7 @@ def test_a_function_with_weights_of_its_own(rng):
 
     with pytest.raises(ValueError, match=r"the function has an argument of that name"):
         per_example.clipped_value_and_grad(own, FORMS["one pass"])(params, batch, weights=np.ones(B))
-    step, same = (per_example.clipped_value_and_grad(each, FORMS["one pass"]) for each in (by_position, loss))
+    step, same = (step_of(FORMS["one pass"], each) for each in (by_position, loss))
     weights = WEIGHTS["importance"]
     assert_close(step(params, batch, weights=weights), same(params, batch, weights=weights), 0)
 
