@@ -22,7 +22,6 @@ from optaxclip.demo.table import Line, table
 from optaxclip.demo.timing import ROUNDS
 
 FILES = (picture.NAME, "loss.png", "norm.png", "table.csv", "steps.csv")
-HERE = Path(".")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,9 +53,9 @@ def _train(asked: Options) -> int:
     """The whole job. What is wrong with the input comes to light before anything is printed."""
     text = corpus.language_reference() if asked.text is None else corpus.from_file(asked.text)
     require_matplotlib()
-    write = folder(asked.out or HERE, _files(asked))
+    write = folder(asked.out or Path.cwd(), _files(asked))
     count = len(asked.rows) * len(asked.optimizers)
-    each = bytes_per_step(count, figures=True)
+    each = bytes_per_step(count, figures=asked.out is not None)
     memory.require("--steps", asked.steps, each, ", or for fewer --clippers")
     job = Job(asked, text, Progress(count, asked.steps))
     print(_heading(asked, text), flush=True)
@@ -83,7 +82,7 @@ def _show(asked: Options, lines: Sequence[Line], text: Corpus, write: Callable[[
     if asked.out is None:
         print(f"Picture: {picture.NAME}", flush=True)
     else:
-        print(f"Figures and numbers: {', '.join(FILES)} in {str(asked.out)!r}", flush=True)
+        print(f"Figures and numbers in {str(asked.out)!r}: {', '.join(FILES)}", flush=True)
 
 
 def _is_interrupted(job: Job) -> bool:
@@ -113,18 +112,20 @@ def _listing() -> str:
 
 def _heading(asked: Options, text: Corpus) -> str:
     characters = len(text.train) + len(text.held_out)
-    optimizers = " and ".join(f"{each.shown} ({each.learning_rate:g})" for each in asked.optimizers.values())
+    optimizers = " and ".join(
+        f"{each.shown} (learning rate {each.learning_rate:g})" for each in asked.optimizers.values()
+    )
     return (
         f"Text:  {text.name}, {characters:,} characters\n"
-        f"Model: {asked.model.shown}\n"
-        f"Runs:  {asked.steps} steps of {optimizers}, seed {asked.seed}, on {jax.default_backend()}"
+        f"Model: {asked.model.shown}, seed {asked.seed}, on {jax.default_backend()}\n"
+        f"Runs:  {asked.steps} steps of {optimizers}"
     )
 
 
 def _footing(asked: Options, text: Corpus) -> str:
     return (
         f"Bits per character of the last tenth of the text; guessing takes {_bits_of_a_guess(text):.3f}.\n"
-        "Clipped: the share of the steps that were clipped or skipped.\n"
+        "Clipped: the share of the finite steps that were clipped or skipped.\n"
         f"Time: of a step of {next(iter(asked.optimizers.values())).shown}, relative to one without clipping, "
         f"median of {ROUNDS} pairs."
     )

@@ -16,7 +16,7 @@ import numpy as np
 from optaxclip.demo.runs import Run
 
 TABLE = ("row", "clipper", "bits_per_character", "nonfinite_steps", "clipped_share", "relative_step_time")
-STEPS = ("row", "step", "loss", "norm", "limit", "scale", "clipped")
+STEPS = ("row", "step", "loss", "norm", "limit", "scale", "clipped", "skipped")
 
 
 def write_table(path: Path, runs: Sequence[Run]) -> None:
@@ -36,8 +36,8 @@ def _table_values(run: Run) -> Sequence[Any]:
 
 def _steps_values(run: Run) -> Iterable[Sequence[Any]]:
     history = run.result.history
-    clipped = None if history.clipped is None else history.clipped.astype(np.int32)
-    columns = (history.loss, history.norm, history.limit, history.scale, clipped)
+    flags = (None if each is None else each.astype(np.int32) for each in (history.clipped, history.skipped))
+    columns = (history.loss, history.norm, history.limit, history.scale, *flags)
     count = len(history.loss)
     filled = ([None] * count if column is None else column for column in columns)
     return zip([run.name] * count, range(1, count + 1), *filled, strict=True)

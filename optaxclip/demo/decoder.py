@@ -53,7 +53,7 @@ class Params(NamedTuple):
 
 
 def init(key: jax.Array, num_characters: int, width: int = WIDTH) -> Params:
-    """Gaussian weights as in GPT-2, except for the embedding, which has unit variance.
+    """Gaussian weights as in GPT-2, an embedding of unit variance, and norms that scale by 1.
 
     A small embedding in front of an RMS norm would have large gradients: the norm divides by its size.
 
@@ -87,12 +87,12 @@ def batch_loss(params: Params, batch: jax.Array) -> jax.Array:
     """The mean cross-entropy, in nats, of each character but the first, given those before it."""
     inputs, targets = batch[:, :-1], batch[:, 1:]
 
-    def layer(stream: jax.Array, layer: Layers) -> tuple[jax.Array, None]:
+    def apply(stream: jax.Array, layer: Layers) -> tuple[jax.Array, None]:
         stream += _attention(_normalized(stream, layer.attention_norm), layer)
         hidden = jax.nn.gelu(_normalized(stream, layer.mlp_norm) @ layer.mlp_in)
         return stream + hidden @ layer.mlp_out, None
 
-    stream, _ = jax.lax.scan(layer, params.embedding[inputs], params.layers)
+    stream, _ = jax.lax.scan(apply, params.embedding[inputs], params.layers)
     logits = _normalized(stream, params.final_norm) @ params.head
     return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
 

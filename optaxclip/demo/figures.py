@@ -6,11 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from optaxclip.demo.panels import panels
+from optaxclip.demo.panels import draw_norms, panels, steps_of
 from optaxclip.demo.runs import Run
-from optaxclip.diagnostics.marks import DASHED, FAINT, draw_below, draw_limit, hatch_nonfinite, norm_range, tick_off
-
-BEYOND = 30.0  # times the 95th percentile: larger norms leave the panel
+from optaxclip.diagnostics.marks import FAINT, draw_below, hatch_nonfinite
 
 
 def write_losses(path: Path, runs: Sequence[Run], guess: float) -> None:
@@ -28,7 +26,7 @@ def write_losses(path: Path, runs: Sequence[Run], guess: float) -> None:
         for axes, each in zip(used, bits, strict=True):
             _draw_faintly(axes, bits, top)
             axes.axhline(guess, color="0.4", linewidth=0.8, linestyle=":", label="guessing")
-            steps = _steps(each)
+            steps = steps_of(each)
             draw_below(axes, steps, each, top, "loss")
             hatch_nonfinite(axes, steps, each)
             axes.set_ylim(min(lowest, guess) - 0.05 * top, top)
@@ -43,21 +41,7 @@ def write_norms(path: Path, runs: Sequence[Run]) -> None:
     """
     with panels(path, runs, "measured norm", sharey=False) as used:
         for axes, run in zip(used, runs, strict=True):
-            history = run.result.history
-            steps, limits = _steps(history.norm), [] if history.limit is None else [history.limit]
-            bottom, top = norm_range(history.norm, limits, BEYOND)
-            axes.set_yscale("log")
-            axes.set_ylim(bottom, top)
-            draw_below(axes, steps, history.norm, top, "norm")
-            for limit in limits:
-                draw_limit(axes, steps, limit, "limit", DASHED)
-            hatch_nonfinite(axes, steps, history.norm)
-            if history.clipped is not None:
-                tick_off(axes, steps, history.clipped, "clipped steps")
-
-
-def _steps(values: np.ndarray) -> np.ndarray:
-    return np.arange(1, len(values) + 1)
+            draw_norms(axes, run.result.history)
 
 
 def _draw_faintly(axes: Any, curves: Sequence[np.ndarray], top: float) -> None:

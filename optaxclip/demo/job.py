@@ -67,11 +67,11 @@ class Job:
             raise_if_interrupted()
 
         shown = f"{optimizer.shown}, {row.shown}"
-        self._progress.start(shown)
+        self._progress.start(f"{optimizer.shown} {row.name}")
         program = self._prepare(row, optimizer)
-        if optimizer == self._optimizers[0]:
+        if optimizer.name == self._optimizers[0].name:
             self._timed[row.name] = program
-        result = train(program, self._corpus, steps=self._options.steps, report=report)
+        result = train(program, steps=self._options.steps, report=report)
         self._progress.finish_run(shown)
         raise_if_interrupted()
         return result

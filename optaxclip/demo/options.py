@@ -73,7 +73,7 @@ def parser() -> Parser:
     )
     made.add_argument("--steps", type=integer(1), help=f"training steps of each run ({_by_model('steps')})")
     made.add_argument("--optimizer", help="train with this one alone (decoder: sgd and adamw, rnn: adam)")
-    made.add_argument("--learning-rate", type=_learning_rate, help="its peak learning rate; needs one optimizer")
+    made.add_argument("--learning-rate", type=_learning_rate, help="its (peak) learning rate; needs one optimizer")
     made.add_argument(
         "--clippers",
         type=named("clipper", ROWS),
@@ -88,7 +88,10 @@ def parser() -> Parser:
         help="of the initial parameters and the batches of every run (%(default)s)",
     )
     made.add_argument(
-        "--out", type=path, metavar="DIR", help="write all figures and numbers to this folder (one picture to this one)"
+        "--out",
+        type=path,
+        metavar="DIR",
+        help="write all figures and numbers to this folder (one picture to the working folder)",
     )
     made.add_argument("--list", action="store_true", help="list the rows and stop")
     return made
@@ -113,7 +116,7 @@ def parsed(argv: Sequence[str] | None) -> Options:
         optimizers = {given.optimizer: optimizers[given.optimizer]}
     if given.learning_rate is not None:
         if len(optimizers) > 1:
-            reader.error(f"argument --learning-rate: choose one with --optimizer, {' or '.join(optimizers)}")
+            reader.error(f"argument --learning-rate: needs one optimizer: add --optimizer {' or '.join(optimizers)}")
         optimizers = {name: each._replace(learning_rate=given.learning_rate) for name, each in optimizers.items()}
     return Options(
         model=model,

@@ -1,4 +1,4 @@
-"""What the two figures share: a file with a grid of small panels, one per run."""
+"""What the figures share: a file with a grid of small panels, one per run, and the norms in a panel."""
 
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -6,11 +6,26 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from optaxclip.demo.ending import InputError
 from optaxclip.demo.runs import Run
+from optaxclip.demo.training import History
+from optaxclip.diagnostics.marks import DASHED, draw_below, draw_limit, hatch_nonfinite, norm_range, tick_off
 from optaxclip.diagnostics.panels import add_legend, grid
 
-LEGEND = ("loss", "norm", "limit", "clipped steps", "the other runs", "guessing", "beyond the axis", "not finite")
+BEYOND = 30.0  # times the 95th percentile: larger norms leave the panel
+LEGEND = (
+    "loss",
+    "norm",
+    "limit",
+    "clipped steps",
+    "skipped steps",
+    "the other runs",
+    "guessing",
+    "beyond the axis",
+    "not finite",
+)
 
 
 class FiguresError(InputError):
@@ -22,7 +37,7 @@ def require_matplotlib() -> None:
     try:
         import_module("matplotlib")
     except ImportError as error:
-        raise FiguresError("the figures of --out need matplotlib: pip install 'optaxclip[demo]'") from error
+        raise FiguresError("the picture needs matplotlib: pip install 'optaxclip[demo]'") from error
 
 
 @contextmanager
@@ -39,3 +54,24 @@ def panels(path: Path, runs: Sequence[Run], label: str, *, sharey: bool) -> Gene
         yield used
         add_legend(figure, used, order=LEGEND)
         figure.savefig(path, format="png")
+
+
+def draw_norms(axes: Any, history: History) -> None:
+    """Norms on a logarithmic axis, their limit, and the steps that were clipped, or where steps can be, skipped."""
+    steps, limits = steps_of(history.norm), [] if history.limit is None else [history.limit]
+    bottom, top = norm_range(history.norm, limits, BEYOND)
+    axes.set_yscale("log")
+    axes.set_ylim(bottom, top)
+    draw_below(axes, steps, history.norm, top, "norm")
+    if history.limit is not None:
+        draw_limit(axes, steps, history.limit, "limit", DASHED)
+    hatch_nonfinite(axes, steps, history.norm)
+    if history.skipped is not None:
+        tick_off(axes, steps, history.skipped, "skipped steps")
+    elif history.clipped is not None:
+        tick_off(axes, steps, history.clipped, "clipped steps")
+
+
+def steps_of(values: np.ndarray) -> np.ndarray:
+    """The number of each step, from 1."""
+    return np.arange(1, len(values) + 1)

@@ -7,16 +7,15 @@ from typing import Any
 import numpy as np
 
 from optaxclip.demo.models import Optimizer
-from optaxclip.demo.rows import UNCLIPPED
+from optaxclip.demo.panels import draw_norms, steps_of
+from optaxclip.demo.rows import SKIP, UNCLIPPED
 from optaxclip.demo.table import Line, table
-from optaxclip.demo.training import History
-from optaxclip.diagnostics.marks import BAND, DASHED, draw_below, draw_limit, hatch_nonfinite, norm_range
-from optaxclip.diagnostics.marks import tick_off as tick
+from optaxclip.diagnostics.marks import BAND, draw_below, hatch_nonfinite
 from optaxclip.diagnostics.panels import count_steps, styled
 
 NAME = "optaxclip.png"
 PANEL = (3.9, 2.2)  # inches
-BEYOND = 30.0  # times the 95th percentile: larger norms leave the panel
+SHOWN = "clip_by_global_norm"  # the row with a clip that is drawn in full
 
 
 def write_picture(path: Path, optimizers: Mapping[str, Optimizer], lines: Sequence[Line], guess: float) -> None:
@@ -38,7 +37,8 @@ def write_picture(path: Path, optimizers: Mapping[str, Optimizer], lines: Sequen
             _draw_losses(axes, lines, name, guess)
         for axes, line in zip(panels[-1], measured, strict=False):
             axes.set_title(f"{optimizers[first].shown}, {line.shown}")
-            _draw_norms(axes, line.results[first].history, "skipped" if line.name == "skip_spikes" else "clipped")
+            axes.set_ylabel("norm of the gradient")
+            draw_norms(axes, line.results[first].history)
         for axes in panels.flat:
             if not axes.has_data():
                 axes.remove()
@@ -51,47 +51,36 @@ def write_picture(path: Path, optimizers: Mapping[str, Optimizer], lines: Sequen
 
 
 def _measured(lines: Sequence[Line], optimizer: str) -> list[Line]:
-    """The rows whose norms are shown: the last that recorded a limit, which moves if any does, and the skips."""
-    limited = [line for line in lines if line.results[optimizer].history.limit is not None]
-    return [*limited[-1:], *(line for line in lines if line.name == "skip_spikes")]
+    """The rows whose norms are shown: of those with a limit the one that trained best, and the skip.
+
+    A limit that moves says more than one that stays, so the best is one of those that move, if there are any.
+    """
+    limits = [(line, limit) for line in lines if (limit := line.results[optimizer].history.limit) is not None]
+    moving = [line for line, limit in limits if (limit != limit[0]).any()]
+    limited = moving or [line for line, _ in limits]
+    best = sorted(limited, key=lambda line: np.nan_to_num(line.results[optimizer].bits, nan=np.inf))
+    return [*best[:1], *(line for line in lines if line.name == SKIP)]
 
 
 def _draw_losses(axes: Any, lines: Sequence[Line], optimizer: str, guess: float) -> None:
-    """The run without a clip, in front of those with one."""
+    """The run without a clip and one with, in front of the others."""
     top = 1.25 * guess or 1.0  # no bits if the text has one character only
-    clipped = [line for line in lines if line.name != UNCLIPPED.name]
-    for number, line in enumerate(clipped):
-        loss = line.results[optimizer].history.loss
-        style = {"color": BAND, "linewidth": 0.8} if number == 0 else {"color": BAND, "linewidth": 0.5, "alpha": 0.4}
-        axes.plot(
-            _steps(loss),
-            np.where(loss <= top, loss, np.nan),
-            label="with a clip or skip" if number == 0 else None,
-            **style,
-        )
-    for line in lines:
-        if line.name == UNCLIPPED.name:
-            loss = line.results[optimizer].history.loss
-            draw_below(axes, _steps(loss), loss, top, UNCLIPPED.shown)
-            hatch_nonfinite(axes, _steps(loss), loss)
+    losses = {line.name: line.results[optimizer].history.loss for line in lines}
+    without = losses.pop(UNCLIPPED.name, None)
+    shown = SHOWN if SHOWN in losses else next(iter(losses), None)
+    for name, loss in losses.items():
+        if name == shown:
+            style = {"linewidth": 1.0, "label": next(line.shown for line in lines if line.name == name)}
+        else:
+            style = {"linewidth": 0.5, "alpha": 0.4, "label": None if "other rows" in _labels(axes) else "other rows"}
+        axes.plot(steps_of(loss), np.where(loss <= top, loss, np.nan), color=BAND, **style)
+    if without is not None:
+        draw_below(axes, steps_of(without), without, top, UNCLIPPED.shown)
+        hatch_nonfinite(axes, steps_of(without), without)
     axes.axhline(guess, color="0.4", linewidth=0.8, linestyle=":", label="guessing")
     axes.set_ylim(0.0, top)
     axes.set_ylabel("loss (bits per character)")
 
 
-def _draw_norms(axes: Any, history: History, changed: str) -> None:
-    steps, limits = _steps(history.norm), [] if history.limit is None else [history.limit]
-    bottom, top = norm_range(history.norm, limits, BEYOND)
-    axes.set_yscale("log")
-    axes.set_ylim(bottom, top)
-    axes.set_ylabel("norm of the gradient")
-    draw_below(axes, steps, history.norm, top, "norm")
-    for limit in limits:
-        draw_limit(axes, steps, limit, "limit", DASHED)
-    hatch_nonfinite(axes, steps, history.norm)
-    if history.clipped is not None:
-        tick(axes, steps, history.clipped, f"{changed} steps")
-
-
-def _steps(values: np.ndarray) -> np.ndarray:
-    return np.arange(1, len(values) + 1)
+def _labels(axes: Any) -> list[str]:
+    return [curve.get_label() for curve in axes.lines]

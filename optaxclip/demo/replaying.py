@@ -67,7 +67,7 @@ def _parser() -> Parser:
         metavar="A,B,C",
         help="which clippers, in order (%(default)s)",
     )
-    made.add_argument("--row", help="whose norms, where the file has a column 'row' (the only one)")
+    made.add_argument("--row", help="whose norms, such as sgd/none, where the file has a column 'row' (the only one)")
     return made
 
 
@@ -75,7 +75,7 @@ def _replayed(asked: Options, norms: list[float]) -> Replay:
     clippers = {}
     for row in asked.clippers:
         if row.clipper is None:
-            raise InputError(f"argument --clippers: {row.name!r} does not clip; name a clipper")
+            raise InputError(f"argument --clippers: {row.name!r} cannot be replayed; name a clipper")
         clippers[row.shown] = row.clipper()
     try:
         return replay(norms, **clippers)

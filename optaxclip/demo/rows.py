@@ -10,6 +10,7 @@ import optaxclip
 from optaxclip import contrib, thresholds
 from optaxclip.demo.watching import watch
 
+SKIP = "skip_spikes"
 WINDOW = 32  # norms that a step is compared with before it may be skipped
 
 Clipper: TypeAlias = Callable[..., optax.GradientTransformation]
@@ -38,7 +39,7 @@ def _named(clipper: Clipper, arguments: tuple[Any, ...]) -> tuple[str, str]:
 
 
 def layer(path: str) -> str:
-    """Which layer a parameter belongs to: the path of its matrix."""
+    """The group of a parameter, for `aggc`: a bias belongs to its matrix. A stack of matrices is one group."""
     return path.removesuffix("_bias")
 
 
@@ -77,9 +78,10 @@ def _skip_spikes(deviations: float, bound: float) -> Row:
 
     def around(optimizer: optax.GradientTransformation, steps: int) -> optax.GradientTransformation:
         del steps  # it keeps no record: the training logs the norms
-        return optaxclip.skip_spikes(optax.chain(optaxclip.clip_by_global_norm(bound), optimizer), threshold)
+        clip = watch(optaxclip.clip_by_global_norm(bound))
+        return optaxclip.skip_spikes(optax.chain(clip, optimizer), threshold)
 
-    return Row("skip_spikes", f"skip_spikes(.., mean_std({deviations}))", around, None)
+    return Row(SKIP, f"skip_spikes(.., mean_std({deviations}))", around, None)
 
 
 UNCLIPPED = Row("none", "no clipping", lambda optimizer, _: optimizer, None)

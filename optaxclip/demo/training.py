@@ -14,7 +14,7 @@ import optaxclip
 from optaxclip.demo.batches import random_batch, sequences
 from optaxclip.demo.corpus import Corpus
 from optaxclip.demo.models import Model
-from optaxclip.demo.watching import last_step_changed
+from optaxclip.demo.watching import last_step_skipped, last_update_clipped
 
 REPORT_EVERY = 20  # steps; a report waits for the device, a step does not
 
@@ -26,16 +26,18 @@ class Log(NamedTuple):
       loss: in nats per character.
       norm: global norm of the gradient; None where the clipper's own record has one.
       finite: whether loss and gradient were finite.
-      clipped: whether the step was clipped or skipped; None without a clip.
+      clipped: whether the clip changed anything; None without a clip.
+      skipped: whether the step was skipped; None if none can be.
     """
 
     loss: jax.Array
     norm: jax.Array | None
     finite: jax.Array
     clipped: jax.Array | None
+    skipped: jax.Array | None
 
 
-class Run(NamedTuple):
+class TrainState(NamedTuple):
     """All that a step changes. It stays on the device, and each step overwrites the last one's.
 
     Attributes:
@@ -60,8 +62,8 @@ class Program(NamedTuple):
       held_out_loss: the loss of parameters on the held-out text, in nats per character.
     """
 
-    start: Callable[[], Run]
-    step: Callable[[Run], tuple[Run, jax.Array]]
+    start: Callable[[], TrainState]
+    step: Callable[[TrainState], tuple[TrainState, jax.Array]]
     held_out_loss: Callable[[Any], jax.Array]
 
 
@@ -73,7 +75,8 @@ class History(NamedTuple):
       norm: what the clipper measured; for one that keeps no record, the gradient's global norm.
       limit: what it permitted; None if it keeps no record.
       scale: what it multiplied by; None if it keeps no record.
-      clipped: whether loss and gradient were finite and the step was clipped or skipped; None without a clip.
+      clipped: whether loss and gradient were finite and the clip changed anything; None without a clip.
+      skipped: whether the step was skipped; None if none can be.
     """
 
     loss: np.ndarray
@@ -81,6 +84,7 @@ class History(NamedTuple):
     limit: np.ndarray | None
     scale: np.ndarray | None
     clipped: np.ndarray | None
+    skipped: np.ndarray | None
 
 
 class Result(NamedTuple):
@@ -89,7 +93,7 @@ class Result(NamedTuple):
     Attributes:
       bits: per character of the held-out text, after the last step. Not finite if the model was lost.
       nonfinite_steps: steps whose loss or gradient was not finite.
-      clipped_share: the share of the other steps that was clipped or skipped; None without a clip or such a step.
+      clipped_share: the share of the other steps that was clipped or skipped; None if there is no clip or no such step.
       history: the run step by step.
     """
 
@@ -119,12 +123,11 @@ def prepare(model: Model, optimizer: optax.GradientTransformation, corpus: Corpu
     )
 
 
-def train(program: Program, corpus: Corpus, *, steps: int, report: Callable[[int, float], None]) -> Result:
+def train(program: Program, *, steps: int, report: Callable[[int, float], None]) -> Result:
     """Runs a program and measures the model on the held-out text.
 
     Args:
       program: what `prepare` made for this text and number of steps.
-      corpus: the text.
       steps: how many steps.
       report: called now and then with the number of steps done and the last loss, in bits per character.
     """
@@ -141,35 +144,40 @@ def train(program: Program, corpus: Corpus, *, steps: int, report: Callable[[int
 def _result(bits: float, log: Any, record: dict[str, Any]) -> Result:
     finite = log.finite
     clipped = None if log.clipped is None else log.clipped & finite
+    if log.skipped is not None:
+        clipped &= ~log.skipped  # of a step that was skipped, the clip inside saw nothing
+    changed = clipped if log.skipped is None else clipped | (log.skipped & finite)
     return Result(
         bits=bits,
         nonfinite_steps=int((~finite).sum()),
-        clipped_share=None if clipped is None or not finite.any() else float(clipped.sum() / finite.sum()),
+        clipped_share=None if changed is None or not finite.any() else float(changed.sum() / finite.sum()),
         history=History(
             loss=log.loss.astype(np.float64) / math.log(2),
             norm=record.get("clip_norm", log.norm),
             limit=record.get("clip_limit"),
             scale=record.get("clip_scale"),
             clipped=clipped,
+            skipped=log.skipped,
         ),
     )
 
 
-def _start(optimizer: optax.GradientTransformation, params: Any, steps: int) -> Run:
+def _start(optimizer: optax.GradientTransformation, params: Any, steps: int) -> TrainState:
     opt_state = optimizer.init(params)
     log = Log(
         loss=jnp.zeros(steps),
         norm=None if _is_recorded(opt_state) else jnp.zeros(steps),
         finite=jnp.zeros(steps, jnp.bool_),
-        clipped=None if last_step_changed(opt_state) is None else jnp.zeros(steps, jnp.bool_),
+        clipped=None if last_update_clipped(opt_state) is None else jnp.zeros(steps, jnp.bool_),
+        skipped=None if last_step_skipped(opt_state) is None else jnp.zeros(steps, jnp.bool_),
     )
-    return Run(params, opt_state, jnp.zeros((), jnp.int32), log)
+    return TrainState(params, opt_state, jnp.zeros((), jnp.int32), log)
 
 
 def _make_step(
     model: Model, optimizer: optax.GradientTransformation
-) -> Callable[[Run, jax.Array, jax.Array], tuple[Run, jax.Array]]:
-    def step(run: Run, text: jax.Array, key: jax.Array) -> tuple[Run, jax.Array]:
+) -> Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, jax.Array]]:
+    def step(run: TrainState, text: jax.Array, key: jax.Array) -> tuple[TrainState, jax.Array]:
         batch = random_batch(jax.random.fold_in(key, run.step), text, model.batch)
         loss, grads = jax.value_and_grad(model.batch_loss)(run.params, batch)
         updates, opt_state = optimizer.update(grads, run.opt_state, run.params)
@@ -178,10 +186,11 @@ def _make_step(
             loss=loss,
             norm=None if _is_recorded(opt_state) else optaxclip.global_norm(grads),
             finite=jnp.stack([jnp.isfinite(x).all() for x in (loss, *jax.tree.leaves(grads))]).all(),
-            clipped=last_step_changed(opt_state),
+            clipped=last_update_clipped(opt_state),
+            skipped=last_step_skipped(opt_state),
         )
         log = jax.tree.map(lambda column, now: column.at[run.step].set(now), run.log, seen)
-        return Run(params, opt_state, run.step + 1, log), loss
+        return TrainState(params, opt_state, run.step + 1, log), loss
 
     return jax.jit(step, donate_argnums=0)
 

@@ -41,9 +41,12 @@ def watch(clip: optax.GradientTransformation) -> optax.GradientTransformationExt
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def last_step_changed(opt_state: Any) -> jax.Array | None:
-    """Whether the last step was clipped, or skipped; None if the optimizer does neither."""
-    skipped_in_row = optax.tree.get(opt_state, "skipped_in_row")
-    if skipped_in_row is not None:
-        return skipped_in_row > 0
+def last_update_clipped(opt_state: Any) -> jax.Array | None:
+    """What the `watch` in an optimizer's state saw last; None if there is none in it."""
     return optax.tree.get(opt_state, "last_update_clipped")
+
+
+def last_step_skipped(opt_state: Any) -> jax.Array | None:
+    """Whether a skip in an optimizer's state rejected the last step; None if there is none in it."""
+    skipped_in_row = optax.tree.get(opt_state, "skipped_in_row")
+    return None if skipped_in_row is None else skipped_in_row > 0

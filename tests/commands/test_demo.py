@@ -24,7 +24,7 @@ from optaxclip.demo import batches, corpus, csv_files, figures, folder, job, mod
 from optaxclip.demo.runs import runs
 from optaxclip.demo.table import Line, table
 from optaxclip.demo.training import History, Program, Result
-from optaxclip.demo.watching import last_step_changed, watch
+from optaxclip.demo.watching import last_step_skipped, last_update_clipped, watch
 from tests.support.commands import DEMO
 
 ROOT = Path(__file__).parents[2]
@@ -44,10 +44,11 @@ def read(path):
         return list(csv.DictReader(file))
 
 
-def history(loss, norm=None, limit=None, scale=None, clipped=None):
+def history(loss, norm=None, limit=None, scale=None, clipped=None, skipped=None):
     columns = (loss, loss if norm is None else norm, limit, scale)
     arrays = (None if column is None else np.asarray(column, np.float32) for column in columns)
-    return History(*arrays, None if clipped is None else np.asarray(clipped, bool))
+    flags = (None if flag is None else np.asarray(flag, bool) for flag in (clipped, skipped))
+    return History(*arrays, *flags)
 
 
 def result(bits=2.5, nonfinite_steps=0, clipped_share=None, steps=None):
@@ -199,7 +200,7 @@ def no_training(monkeypatch):
         ("--model transformer", "--model: invalid choice: 'transformer'"),
         ("--optimizer adam", "--optimizer: --model decoder is trained with sgd or adamw, got 'adam'"),
         ("--model rnn --optimizer sgd", "--optimizer: --model rnn is trained with adam, got 'sgd'"),
-        ("--learning-rate 0.1", "--learning-rate: choose one with --optimizer, sgd or adamw"),
+        ("--learning-rate 0.1", "--learning-rate: needs one optimizer: add --optimizer sgd or adamw"),
         ("--steps 0", "--steps: must be at least 1 and less than 2**31, got 0"),
         ("--steps -3", "--steps: must be at least 1 and less than 2**31, got -3"),
         ("--steps 1.5", "--steps: must be a whole number, got '1.5'"),
@@ -420,7 +421,7 @@ def test_a_skip_is_seen_and_leaves_the_optimizer_alone():
     for step in range(70):
         grads = jnp.full(2, jnp.nan if step == 1 else 1e10 if step == 69 else 0.1 + 0.01 * (step % 3))
         updates, state = update(grads, state, params)
-        seen.append(bool(last_step_changed(state)))
+        seen.append(bool(last_step_skipped(state)))
     assert [step for step, skipped in enumerate(seen) if skipped] == [1, 69]
     assert updates.tolist() == [0.0, 0.0]
 
@@ -438,7 +439,7 @@ def test_every_row_is_an_optimizer_whose_clip_is_seen_and_recorded(row):
     grads = jax.tree.map(lambda param: jnp.full_like(param, 1e10), params)
     updates, state = update(grads, state, params)
     assert all(jnp.all(jnp.isfinite(leaf) & (leaf < 0)) for leaf in jax.tree.leaves(updates))
-    clipped = last_step_changed(state)
+    clipped = last_update_clipped(state)
     assert clipped is None if row.name == "none" else bool(clipped)
     if row.name in UNRECORDED:
         with pytest.raises(ValueError, match="there is no record in this state"):
@@ -455,7 +456,7 @@ def test_watch_sees_what_changed_and_changes_nothing():
         before = jnp.asarray(updates)
         after, state = tx.update(before, tx.init(before))
         np.testing.assert_array_equal(after, clip.update(before, clip.init(before))[0])
-        assert bool(last_step_changed(state)) is expected
+        assert bool(last_update_clipped(state)) is expected
 
 
 AXES = jax.tree_util.GetAttrKey("norm_axes")
@@ -483,7 +484,7 @@ def test_lost_steps_are_counted_logged_and_reported_up_to_the_last():
     reports = {}
     text = corpus.from_text("a small text", "abcd" * 200)
     program = training.prepare(RNN, optax.sgd(1e30), text, steps=25, seed=0)
-    lost = training.train(program, text, steps=25, report=reports.__setitem__)
+    lost = training.train(program, steps=25, report=reports.__setitem__)
     assert not np.isfinite(lost.bits)
     assert 20 <= lost.nonfinite_steps <= 24  # the first step is finite
     assert lost.clipped_share is None
@@ -582,9 +583,9 @@ def test_csv_says_nan_and_inf_and_leaves_empty_what_there_is_none_of(tmp_path):
         'adam/bad,"Adam, bad(1.0)",nan,1,,'
     ]
     first, second = ((tmp_path / "steps.csv").read_text(encoding="utf-8")).splitlines()[1:]
-    assert second == "adam/bad,2,nan,inf,0.5,,1"
-    _, step, loss, norm, limit, scale, clipped = first.split(",")
-    assert (step, limit, scale, clipped) == ("1", "inf", "", "0")
+    assert second == "adam/bad,2,nan,inf,0.5,,1,"
+    _, step, loss, norm, limit, scale, clipped, skipped = first.split(",")
+    assert (step, limit, scale, clipped, skipped) == ("1", "inf", "", "0", "")
     assert (np.float32(loss), norm) == (np.float32(0.1), "16777213")  # no digit is lost
 
 
@@ -638,7 +639,11 @@ def test_the_picture_has_losses_per_optimizer_and_what_was_clipped_and_skipped_w
                 history([5.0, 4.5, 4.25], [0.5, 2.0, 1.0], [1.0] * 3, [1.0] * 3, ours),
                 history([5.0, 4.0, 3.0]),
             ),
-            row("skip_spikes", history([5.0, 4.75, 4.5], [9.0, 2.0, 1.0], clipped=skipped), history([5.0, 4.0, 2.5])),
+            row(
+                "skip_spikes",
+                history([5.0, 4.75, 4.5], [9.0, 2.0, 1.0], clipped=ours, skipped=skipped),
+                history([5.0, 4.0, 2.5]),
+            ),
         ]
     )
     assert list(panels) == ["SGD, learning rate 1", "AdamW, learning rate 0.003", "SGD, fixed", "SGD, skip_spikes"]
@@ -646,7 +651,7 @@ def test_the_picture_has_losses_per_optimizer_and_what_was_clipped_and_skipped_w
     np.testing.assert_array_equal(curves(sgd)["no clipping"], [5.0, 7.5, np.nan])  # at the axis' end, with its size
     assert sorted(notes(sgd)) == ["not finite from step 3 on", r"up to $1.0\times10^{9}$"]
     assert curves(adamw)["no clipping"] == [5.0, 4.0, 3.5]
-    assert curves(sgd)["with a clip or skip"] == [5.0, 4.5, 4.25]
+    assert curves(sgd)["fixed"] == [5.0, 4.5, 4.25]
     assert (curves(fixed)["norm"], curves(fixed)["limit"]) == ([0.5, 2.0, 1.0], [1.0] * 3)
     assert (curves(skips)["norm"], "limit" in curves(skips)) == ([9.0, 2.0, 1.0], False)
     ticks = [collection.get_label() for axes in (fixed, skips) for collection in axes.collections]

@@ -85,7 +85,7 @@ def test_an_error_is_not_lost_behind_a_stderr_that_cannot_be_written(monkeypatch
 
 
 def test_files_are_written_although_the_reader_of_the_table_has_gone(monkeypatch, tmp_path):
-    found = training.Result(2.5, 0, None, training.History(*[np.ones(2)] * 2, None, None, None))
+    found = training.Result(2.5, 0, None, training.History(*[np.ones(2)] * 2, None, None, None, None))
     monkeypatch.setattr(job, "train", lambda *_args, **_kwargs: found)
     monkeypatch.setattr(job, "relative_step_times", lambda programs, *_args, **_kwargs: dict.fromkeys(programs, 1.0))
     closed = Stream(BrokenPipeError(errno.EPIPE, "Broken pipe"))

@@ -53,7 +53,7 @@ def test_the_clippers_that_it_takes_by_default(capsys, file):
 def test_steps_csv_is_replayed_row_by_row(capsys, tmp_path):
     def trained(name, norms):
         columns = np.float32(norms)
-        return Run(name, name, Result(2.5, 0, None, History(columns, columns, None, None, None)), None)
+        return Run(name, name, Result(2.5, 0, None, History(columns, columns, None, None, None, None)), None)
 
     csv_files.write_steps(tmp_path / "steps.csv", [trained("sgd/none", [0.5, 1.5]), trained("sgd/zclip", [3.0, 4.0])])
     for name, share in (("sgd/none", "50.0%"), ("sgd/zclip", "100.0%")):
@@ -78,7 +78,7 @@ def test_every_row_with_a_clipper_is_replayed_or_refused_in_one_line(capsys, fil
     ("arguments", "complaint"),
     [
         ("--clippers zclp", "no clipper is called 'zclp' (did you mean zclip?); python -m optaxclip --list names"),
-        ("--clippers none", "argument --clippers: 'none' does not clip"),
+        ("--clippers none", "argument --clippers: 'none' cannot be replayed"),
         ("--clippers clip_by_value", "clip_by_value(-0.1, 0.1) must be a clipper that clip_by makes"),
         (
             "--clippers adagc",
