@@ -455,7 +455,7 @@ def outcome(case: Case, value: Any, is_used: bool) -> str:
         if is_used:
             use(case, made)
     except UserWarning as warning:  # as of a dtype that jax cuts
-        is_meant = re.search("truncated to dtype|percentile is in", str(warning))
+        is_meant = re.search("truncated to dtype|percentile goes from", str(warning))
         return "accepted" if is_meant else f"UserWarning: {warning}"
     except ValueError as error:
         named = re.search(rf"\b({case.parameter}|bound)\b", str(error))

@@ -448,7 +448,7 @@ def test_an_inner_state_of_another_shape_after_the_update_is_an_error():
     grows = optax.GradientTransformation(
         lambda _: (), lambda updates, state, _=None: (updates, (*state, jnp.zeros(())))
     )
-    with pytest.raises(ValueError, match="had 0 arrays before the update, and has 1 after it"):
+    with pytest.raises(ValueError, match="had 0 arrays before the update and 1 after it"):
         oc.skip_nonfinite(grows).update(jnp.ones(2), oc.skip_nonfinite(grows).init(jnp.ones(2)))
 
 
