@@ -67,21 +67,21 @@ def clip_cotangents(x: Tree, tx: optax.GradientTransformation, *, tap: jax.Array
     Notes:
       - Guarantees: the forward pass does not change. Without `tap`, only `tx` is added to the backward pass. Structure,
         shapes and dtypes of the cotangents are kept, and the guarantees of `tx` hold for them.
-      - Memory: the backward pass stores only a traced bound, and `x` if `tx` uses it.
+      - Memory: only a traced bound is stored for the backward pass, and `x` if `tx` uses it.
       - Derivatives: higher derivatives are those of the clipped gradient, also with respect to a bound. Forward mode
         (`jax.jvp`, `jax.jacfwd`) raises an error, as for every `jax.custom_vjp`. Forward over reverse, as in
         `jax.hessian`, works.
       - Bounds: a bound may be traced, differentiated and mapped by `vmap`. A *scheduled* bound needs a step count,
         which is state. Build `tx` where the step is known instead: `clip_by_global_norm(schedule(step))`.
       - Batches: one norm covers all of `x`, batch axes included. To clip each example alone, call it under `vmap`. If
-        `vmap` does not map `x`, the clip sees the sum of the cotangents over the examples. If it maps a bound but not
-        `x`, the result is undefined.
-      - Means: a mean over examples divides the cotangent of each example, and so its norm, by their number.
+        `vmap` does not map `x`, the clip sees the sum of the cotangents over the examples. If `vmap` maps a bound but
+        not `x`, the result is undefined.
+      - Means: a mean over examples divides the cotangent of each example, and so its norm, by the number of examples.
       - Taps: if several calls or examples share a tap, their norms add up. Give each its own row. If the loss does not
         depend on `x`, there is no backward pass, and the tap gets 0.
       - Meshes: inside `shard_map`, the norm covers the `axes=` of `tx`; `"auto"` means all axes that split `x`. The
-        norms of a tap always use `"auto"`. In `pmap` and with `check_vma=False`, they cover this device's piece only,
-        with a warning.
+        norms of a tap always use `"auto"`. In `pmap` and with `check_vma=False`, the norms of a tap cover this device's
+        piece only, with a warning.
       - Edge cases: None stays None. Integer, boolean and key leaves have no cotangent: they are returned unchanged, and
         `tx` sees None in their place, also in its parameters. `tx` decides what happens to a non-finite cotangent: a
         clip by norm returns it unchanged, and the tap shows its norm.

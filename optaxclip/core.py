@@ -55,8 +55,8 @@ State: TypeAlias = Any  # a pytree of arrays
 class Norm(NamedTuple):
     """How large each group of coordinates is, and which group each leaf belongs to.
 
-    `clip_by` flattens the updates once into `leaves`, the list of all leaves that hold floats. Both hooks get this
-    list:
+    `clip_by` flattens the updates once into `leaves`, the list of all leaves that hold floats. `measure` and `assign`
+    both get this list:
 
     - `leaf.value` is an array; inside `shard_map`, this device's piece of it. `leaf.path` is its path
       ("decoder/kernel").
@@ -75,7 +75,7 @@ class Norm(NamedTuple):
       assign: `(leaves, factors) -> list`, with one factor per leaf, or None to leave the leaf unchanged. `factors` has
         the structure of the norms, with a `Factor` in place of each norm. Return these factors unchanged. If a norm is
         an array, the numbers in its factor are arrays too, and they must broadcast to the leaf.
-      name: the text that `repr` returns, as signatures show it.
+      name: the text that `repr` returns and that signatures show.
 
     `clip_by` multiplies by the factor in float32 or wider. It returns a group unchanged if its norm is inside the band,
     0, or non-finite.
@@ -117,9 +117,8 @@ class Threshold(NamedTuple):
         `jax.ShapeDtypeStruct`: the values are not known yet.
       limit: `(norms, state, param_norms, **extra_args) -> ((lower, upper), state)`. Each end of the band has the
         structure of `norms`, or is one number for all groups. None and NaN mean no bound. `param_norms()` measures the
-        parameters with the same Norm; without parameters it raises optax's error. `extra_args` are the keyword
-        arguments of `update`; every Threshold must accept them. If the Threshold counts steps, the count is part of its
-        state.
+        parameters with the same Norm; without `params` it raises optax's error. `extra_args` are the keyword arguments
+        of `update`; every Threshold must accept them. If the Threshold counts steps, the count is part of its state.
       signed: the same Threshold for numbers of any sign, such as a loss, with the same states. None if the Threshold is
         right for positive numbers only. `skip_spikes` uses it for the loss.
 
@@ -175,20 +174,21 @@ def clip_by(
       threshold: how large the norms may be, from `optaxclip.thresholds`.
       axes: which mesh axes split the leaves, inside `shard_map` and `pmap`. `"auto"`, the default, reads them from the
         types; it needs `check_vma=True`. Or pass a PartitionSpec, or a prefix pytree of them. If all leaves are split
-        over the same axes, a name or a tuple of names will do. None measures each device alone. Pass None if each
-        device has its own model (seeds, populations): the types do not tell such a model from a piece of one, so
-        `"auto"` measures one norm over all devices, without a warning. `clip_stats` shows the axes of a recorded norm.
-      record: for how many of the last steps the state keeps norms and limits, for `clip_stats`; True is 1. A record of
-        any length also counts clipped and non-finite steps, and names the first non-finite leaf.
+        over the same axes, a name or a tuple of names is enough. None measures each device alone. Pass None if each
+        device has its own model (seeds, populations). The types do not distinguish such a model from a piece of one, so
+        `"auto"` would measure one norm over all devices, without a warning. `clip_stats` shows the axes of a recorded
+        norm.
+      record: how many of the last steps to record (norms and limits), for `clip_stats`; True is 1. A record of any
+        length also counts clipped and non-finite steps, and names the first non-finite leaf.
 
     Returns:
       An optax transformation. Its state is that of the threshold (`optax.EmptyState` if it has none). With `record=` it
       is a `RecordedState`, which holds that state and a `ClipStats`.
 
     Raises:
-      ValueError: if an argument is of another kind. At update: if parameters are needed and missing; if they are needed
-        and differ from the updates in structure; if a gradient inside `shard_map` has not been reduced yet; if the
-        dtype of a leaf can't be clipped (float8_e8m0fnu, which has neither 0 nor a sign, and float6).
+      ValueError: if an argument is of the wrong kind. At update: if parameters are needed and missing; if they are
+        needed and differ from the updates in structure; if a gradient inside `shard_map` has not been reduced yet; if
+        the dtype of a leaf can't be clipped (float8_e8m0fnu, which has neither 0 nor a sign, and float6).
 
     Example:
       >>> import jax.numpy as jnp

@@ -16,7 +16,7 @@ from optaxclip.core import Bound, Clip, MadeOf, Norm, Norms, Threshold, Updates
 
 
 def global_norm(tree: Tree, *, ord: float = 2, include: norms.Included = None, axes: mesh.Axes = "auto") -> jax.Array:
-    r"""Measures the global norm of a pytree, right over the whole float range and on every mesh.
+    r"""Measures the global norm of a pytree, correct over the whole float range and on every mesh.
 
     .. math:: \|x\|_p = \Bigl(\sum_{\mathrm{leaves}} \sum_i |x_i|^p\Bigr)^{1/p}
 
@@ -76,7 +76,8 @@ def clip_tree(
       max_norm: the bound c, at least 0: a number, an array, or a prefix pytree of these if the norm has several groups.
         Or a stateless clip built on `clip_by`, such as `clip_by_leaf_norm(1.0)`; then leave out `norm` and `axes`.
       norm: what to measure, from `optaxclip.norms`.
-      known_norm: the norm, if you already have it, in the structure of what `norm` measures. It is not measured again.
+      known_norm: the norm, if you already have it; it is not measured again. It must have the structure of what `norm`
+        measures.
       params: the parameters, for bounds relative to them.
       axes: which mesh axes split the leaves; see `clip_by`.
 
@@ -84,8 +85,8 @@ def clip_tree(
       The clipped pytree, and the norm before the clip: a scalar, or a pytree with one norm per group.
 
     Raises:
-      ValueError: if an argument is of another kind; if the clip has state, which a function can't keep; if `known_norm`
-        is not a real scalar, or differs between the devices of a `shard_map`.
+      ValueError: if an argument is of the wrong kind; if the clip has state, which a function can't keep; if
+        `known_norm` is not a real scalar, or differs between the devices of a `shard_map`.
 
     Example:
       >>> import jax.numpy as jnp

@@ -58,8 +58,8 @@ def global_norm(ord: float = 2, *, include: Included = None) -> Norm:
       A Norm: one scalar.
 
     Raises:
-      ValueError: if `ord` is below 1 or NaN, `include` is of another kind, or it includes no leaf. If `include` is a
-        function, at init and update.
+      ValueError: if `ord` is below 1 or NaN, `include` is of the wrong kind, or it includes no leaf. If `include` is a
+        function, the error comes at init and update.
 
     Example:
       >>> import jax.numpy as jnp
@@ -122,8 +122,9 @@ def known(name: str) -> Norm:
       A Norm: one scalar, float32 or float64.
 
     Raises:
-      ValueError: if `name` can't be a further argument of `update`. At update: if the argument is missing, is not a
-        real scalar, or differs between the devices of a `shard_map`; if the threshold needs the norm of the parameters.
+      ValueError: if `update` can't take a further argument of this name. At update: if the argument is missing, is not
+        a real scalar, or differs between the devices of a `shard_map`; if the threshold needs the norm of the
+        parameters.
 
     Example:
       >>> import jax.numpy as jnp
@@ -172,13 +173,13 @@ def group_norm(labels: Labels, ord: float = 2) -> Norm:
       ord: p of the p-norm, at least 1, or inf.
 
     Returns:
-      A Norm: a dict from label to scalar. A prefix pytree of bounds is such a dict, too. If `labels` is a pytree, a
-      label without a leaf (for example under `optax.masked`) has a norm of 0. If it is a function, such a label has no
-      norm.
+      A Norm: a dict from label to scalar. A prefix pytree of bounds is then a dict from label to bound. If `labels` is
+      a pytree, a label without a leaf (for example under `optax.masked`) has a norm of 0. If it is a function, such a
+      label has no norm.
 
     Raises:
-      ValueError: if `labels` is of another kind, `ord` is below 1 or NaN, or no leaf has a label. If `labels` is a
-        function, at init and update.
+      ValueError: if `labels` is of the wrong kind, `ord` is below 1 or NaN, or no leaf has a label. If `labels` is a
+        function, the error comes at init and update.
 
     Example:
       >>> import jax.numpy as jnp
@@ -225,8 +226,8 @@ def leaf_norm(ord: float = 2, *, stacked: Stacked = None) -> Norm:
 
     Args:
       ord: p of the p-norm, at least 1, or inf.
-      stacked: how many leading axes of a leaf index independent layers (from `nn.scan` or `vmap`). Each layer is its
-        own group. A number, a prefix pytree of numbers, or a function from a leaf's path to a number. None is 0.
+      stacked: how many of a leaf's leading axes run over independent layers (from `nn.scan` or `vmap`). Each layer is
+        its own group. A number, a prefix pytree of numbers, or a function from a leaf's path to a number. None is 0.
 
     Returns:
       A Norm: a scalar per leaf, or an array of shape `leaf.shape[:stacked]`.
@@ -252,7 +253,7 @@ def leaf_norm(ord: float = 2, *, stacked: Stacked = None) -> Norm:
 
 
 def leaf_peaks() -> Norm:
-    """The largest modulus of each leaf; scales only the coordinates beyond the bound, all by one factor.
+    """The largest modulus of each leaf; a clip scales only the coordinates beyond the bound, all by one factor.
 
     Returns:
       A Norm: a scalar per leaf.
@@ -293,7 +294,7 @@ def leaf_rms(*, stacked: Stacked = None) -> Norm:
       A Norm: a scalar per leaf, or an array of shape `leaf.shape[:stacked]`.
 
     Raises:
-      ValueError: as `leaf_norm`, for `stacked`.
+      ValueError: if `stacked` is negative; at init and update, if `stacked` exceeds a leaf's rank.
 
     Example:
       >>> import jax.numpy as jnp
@@ -348,14 +349,14 @@ def spectral_norm(*, units: str = "io", stacked: Stacked = None) -> Norm:
     """The largest singular value of each matrix; for vectors and scalars, the 2-norm.
 
     On CPUs it is computed from the eigenvalues of the smaller Gram matrix, and is exact up to rounding. On accelerators
-    it is computed from powers of that matrix, which need only matrix products, and may be 1e-5 too large. Inside
-    `shard_map`, every device must hold whole matrices. Under `jit`, jax gathers them.
+    it is computed from powers of that matrix, because these need only matrix products. There, it may be 1e-5 too large.
+    Inside `shard_map`, every device must hold whole matrices. Under `jit`, jax gathers a matrix that is split.
 
     Args:
       units: how a leaf of rank over 2 becomes a matrix. `"io"`: the last axis against all others (kernels [in, out] or
         HWIO, as in Flax). `"oi"`: the first axis against all others (kernels [out, in, ...], as in PyTorch and
         Equinox).
-      stacked: how many leading axes of a leaf index independent matrices; see `leaf_norm`.
+      stacked: how many of a leaf's leading axes run over independent matrices; see `leaf_norm`.
 
     Returns:
       A Norm: a scalar per leaf, or an array of shape `leaf.shape[:stacked]`.
@@ -395,14 +396,14 @@ def unit_norm(units: str = "io", *, axis: Axis = None, stacked: Stacked = None) 
 
     Args:
       units: `"io"` for kernels of shape [in, out] or HWIO (Flax, Haiku; optax and DeepMind's nfnets): a leaf of
-        squeezed rank 0 or 1 is one unit; rank 2 and 3 reduce axis 0, rank 4 axes 0 to 2, rank 5 axes 0 to 3. `"oi"` for
-        [out, in, ...] (PyTorch, Equinox; timm): a leaf of rank 0 or 1 is one unit; others reduce all axes except axis
-        0. `"leaf"`: each leaf is one unit.
+        squeezed rank 0 or 1 is one unit; for rank 2 and 3, axis 0 is reduced; for rank 4, axes 0 to 2; for rank 5, axes
+        0 to 3. `"oi"` for [out, in, ...] (PyTorch, Equinox; timm): a leaf of rank 0 or 1 is one unit; for other ranks,
+        all axes except axis 0 are reduced. `"leaf"`: each leaf is one unit.
       axis: the axis or axes to reduce in every leaf, instead of `units`. Axis 0 is the first after the `stacked` axes.
-      stacked: how many leading axes of a leaf index independent layers. They are never reduced; see `leaf_norm`.
+      stacked: how many of a leaf's leading axes run over independent layers. They are never reduced; see `leaf_norm`.
 
     Returns:
-      A Norm: an array per leaf, of the leaf's rank, in which the reduced axes have length 1.
+      A Norm: an array per leaf, with the rank of the leaf. The reduced axes have length 1.
 
     Raises:
       ValueError: if `units` is unknown, `axis` is not an axis, or `stacked` is negative; at init and update, if the
@@ -438,7 +439,7 @@ def relative_change(relative: Number, absolute: Number) -> Norm:
 
     Args:
       relative: the permitted change as a share of the parameter's modulus, at least 0: a number or a scalar array.
-      absolute: added to that, at least 0, in the units of the parameters: a number or a scalar array.
+      absolute: added to the permitted change, at least 0, in the units of the parameters: a number or a scalar array.
 
     Returns:
       A Norm: a scalar per leaf. It is 1 if the worst coordinate changes by exactly what is permitted.

@@ -59,13 +59,13 @@ def adagc(
       - Guarantees: as for `clip_by`. The direction of each leaf is kept.
       - Edge cases: if the norm of any leaf is non-finite, no leaf is clipped and no average changes. A leaf of norm 0
         stays 0 and does not enter its average.
-      - Level shifts: gamma rises by at most 0.1 % per step, so it follows a lasting tenfold rise after 2,200 steps.
+      - Level shifts: gamma rises by at most 0.1 % per step, so it takes 2,200 steps to follow a lasting tenfold rise.
         With a ratio of 1.5 it takes 180.
       - Warm-up: if it has fewer than two steps, gamma starts at the first norm, however large.
       - Placement: before the optimizer.
       - Differs from the paper: gamma starts from the smallest raw norm. In the paper it starts from the smallest norm
-        after all leaves are clipped together: one leaf of norm 1e8 then brings every gamma down to 1e-8, from where it
-        rises by 0.1 % per step. Pass `warmup_take_in="clipped"` for the paper's rule.
+        after all leaves are clipped together. There, one leaf of norm 1e8 brings every gamma down to 1e-8. From 1e-8,
+        gamma rises by only 0.1 % per step. Pass `warmup_take_in="clipped"` for the paper's rule.
       - Zero gradients: they do not enter gamma here. In the published code they hold it near 1e-10 for 18,500 steps.
         The floors of gamma and norm at 1e-8 are those of that code.
 

@@ -36,11 +36,11 @@ def zclip(
       decay: decay of mean and variance, in [0, 1); 0.97 in the paper.
       warmup_steps: how many norms are averaged before the first can be a spike; at least 1; 25 in the paper.
       warmup_max_norm: bound on the norm in the warm-up, positive. Set it to about the size of your norms. In the
-        statistics, a warm-up norm counts for at most this bound or ten times the mean so far, whichever is larger. So
-        one huge norm does not spoil them, unless the bound itself is far above your norms, such as 1 among norms of
-        0.01. None, as in the paper, is no bound, and raw norms are averaged.
+        statistics, a warm-up norm counts as at most the larger of this bound and ten times the mean so far. So one huge
+        norm does not spoil the statistics, unless the bound is far above your norms: for example a bound of 1 for norms
+        of 0.01. None, as in the paper, is no bound, and raw norms are averaged.
       max_norm: a bound for every step, the warm-up included: a number, an array, a schedule, or a prefix pytree of
-        these. None is no bound. It is 1 in the published package.
+        these. None is no bound; the published package uses 1.
       patience: after this many spikes in a row, raw norms enter the statistics. With None they never do, as in the
         paper.
       clip_to: what a spike is clipped to: `"reciprocal"` (the formula above), `"mean"` or `"edge"`; see
@@ -133,9 +133,9 @@ def clip_by_history(
       window: how many of the last norms count, without the current one; at least 1; 128 in levanter.
       warmup_steps: how many norms the window needs before it bounds the next; from 1 to `window`; 64 in levanter.
       warmup_max_norm: bound on the norm in the warm-up, positive. Set it to about the size of your norms. In the
-        statistics, a warm-up norm counts for at most this bound or ten times the mean so far, whichever is larger. So
-        one huge norm does not spoil them, unless the bound itself is far above your norms, such as 1 among norms of
-        0.01. None, as in levanter, is no bound, and raw norms enter the window.
+        statistics, a warm-up norm counts as at most the larger of this bound and ten times the mean so far. So one huge
+        norm does not spoil the statistics, unless the bound is far above your norms: for example a bound of 1 for norms
+        of 0.01. None, as in levanter, is no bound, and raw norms enter the window.
       take_in: which norms enter the window. `"clipped"`: after clipping, so one spike does not make room for the next.
         `"raw"`: as measured, as in levanter.
       patience: after this many clipped norms in a row, raw norms enter the window. With None they never do.
@@ -145,7 +145,7 @@ def clip_by_history(
       record: how many of the last steps to record for `clip_stats`; see `clip_by`.
 
     Returns:
-      An optax transformation. Its state is 4 bytes per norm of the window, and 8 more, per group.
+      An optax transformation. Per group, its state is 4 bytes per norm of the window, and 8 more.
 
     Raises:
       ValueError: if an argument is out of range, or `warmup_steps` is larger than `window`.

@@ -49,8 +49,8 @@ def clip_by_global_norm(
         function returns the clipped update.
       - Differs from PyTorch: PyTorch divides by `n + 1e-6`, so its result is just below the bound.
       - Placement: before the optimizer. For one bound on the whole gradient, clip outside `optax.partition`. Two clips
-        inside it bound two norms, whose total can reach the root of the sum of their squares. For a bound per group,
-        use `clip_by` with `norms.group_norm`.
+        inside it bound two separate norms. The norm of all leaves can then reach the root of the sum of the squares of
+        these bounds. For a bound per group, use `clip_by` with `norms.group_norm`.
 
     References:
       Pascanu, Mikolov, Bengio, On the difficulty of training recurrent neural networks, ICML 2013, arXiv:1211.5063.
@@ -86,8 +86,8 @@ def clip_by_leaf_norm(
       max_norm: the bound c on each norm, at least 0, in the units of the gradient: a number, an array, an optax
         schedule, or a prefix pytree of these for different bounds on different leaves.
       ord: p of the p-norm, at least 1, or inf. None is 2, as in `numpy.linalg.norm`.
-      stacked: how many leading axes of a leaf index independent layers. Each layer is its own group. A number, a prefix
-        pytree of numbers, or a function from the leaf's path to a number.
+      stacked: how many of a leaf's leading axes run over independent layers. Each layer is its own group. A number, a
+        prefix pytree of numbers, or a function from the leaf's path to a number.
       axes: which mesh axes split the leaves; see `clip_by`.
       record: how many of the last steps to record for `clip_stats`; see `clip_by`.
 
@@ -135,7 +135,7 @@ def clip_by_block_rms(
     Args:
       threshold: the bound d, at least 0, in the units of one coordinate: a number, an array, an optax schedule, or a
         prefix pytree of these. Adafactor uses 1.
-      stacked: how many leading axes of a leaf index independent layers. Each layer is its own block; see
+      stacked: how many of a leaf's leading axes run over independent layers. Each layer is its own block; see
         `clip_by_leaf_norm`.
       axes: which mesh axes split the leaves; see `clip_by`.
       record: how many of the last steps to record for `clip_stats`; see `clip_by`.

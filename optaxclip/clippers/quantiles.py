@@ -59,7 +59,7 @@ def autoclip(
       - Guarantees: as for `clip_by`. The direction of each group is kept. The percentile of the histogram is accurate
         to 0.9 %, over the whole float range.
       - Edge cases: as for `clip_by`. Zero and non-finite norms do not enter the history.
-      - Level shifts: the whole history forgets nothing. After 500 steps, the bound needs some 4,600 more to follow a
+      - Level shifts: the whole history forgets nothing. After 500 steps, the bound needs about 4,600 more to follow a
         tenfold rise. With a window of 100, it needs 90.
       - Placement: before the optimizer. The updates have about the norm of the p-th percentile, so with SGD raise the
         learning rate.

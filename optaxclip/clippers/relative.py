@@ -26,13 +26,13 @@ def adaptive_grad_clip(
     Args:
       clipping: the permitted ratio of the norms, at least 0: a number, an array, an optax schedule, or a prefix pytree
         of these. The paper uses 0.01 for batches of 4096, and more for smaller batches.
-      eps: parameters with a smaller norm count as `eps`, so that zero-initialised units can move; at least 0, of the
-        same kinds; 1e-3 in the paper.
+      eps: parameters with a smaller norm count as `eps`, so that zero-initialised units can move. At least 0, of the
+        same kinds as `clipping`; 1e-3 in the paper.
       axis: the axis or axes to reduce in every leaf, instead of those of `units`. Exclude leaves without that axis with
         `optax.masked`.
       units: what a unit is. `"io"`: kernels are [in, out] or HWIO (Flax, Haiku, and optax's own AGC). `"oi"`: kernels
         are [out, in, ...] (Equinox, PyTorch, and timm's AGC). `"leaf"`: each leaf is one unit. See `norms.unit_norm`.
-      stacked: how many leading axes of a leaf index independent layers. They are never reduced; see
+      stacked: how many of a leaf's leading axes run over independent layers. They are never reduced; see
         `clip_by_leaf_norm`.
       axes: which mesh axes split the leaves; see `clip_by`. Inside `shard_map`, pass a PartitionSpec or a pytree of
         them: `"auto"` does not know which dimension of a leaf is split.

@@ -33,7 +33,7 @@ def clip_by_spectral_norm(
       units: how a leaf of rank over 2 becomes a matrix. `"io"`: the last axis against all others (kernels [in, out] or
         HWIO, as in Flax). `"oi"`: the first axis against all others (kernels [out, in, ...], as in PyTorch and
         Equinox).
-      stacked: how many leading axes of a leaf index independent matrices; see `clip_by_leaf_norm`.
+      stacked: how many of a leaf's leading axes run over independent matrices; see `clip_by_leaf_norm`.
       axes: which mesh axes split the leaves; see `clip_by`. Inside `shard_map`, every device needs whole matrices.
         Leaves that are split over their `stacked` axes need PartitionSpecs.
       record: how many of the last steps to record for `clip_stats`; see `clip_by`.
@@ -60,11 +60,11 @@ def clip_by_spectral_norm(
         was computed with the matrix units of TPUs and GPUs emulated on a CPU, not measured on a device.
       - Edge cases: vectors and scalars (biases, gains) are clipped by their 2-norm, which is their only singular value.
       - Placement: before the optimizer. Or after the optimizer and before the learning rate: there it bounds how much a
-        step changes the output of a layer. The norm of `clip_by_leaf_norm` is larger by a factor of up to the root of
-        the rank.
+        step changes the output of a layer. The norm that `clip_by_leaf_norm` measures is larger, by a factor of up to
+        the root of the rank.
       - Differs from the paper: the paper divides the weights by their norm, whatever its size. It estimates the norm by
-        one step of power iteration, which never exceeds the true norm. Here updates are scaled, and only those beyond
-        the bound.
+        one step of power iteration. The estimate never exceeds the true norm. Here updates are scaled, and only those
+        beyond the bound.
 
     References:
       Miyato, Kataoka, Koyama, Yoshida, Spectral normalization for generative adversarial networks, ICLR 2018,
@@ -96,7 +96,7 @@ def clip_singular_values(
       units: how a leaf of rank over 2 becomes a matrix. `"io"`: the last axis against all others (kernels [in, out] or
         HWIO, as in Flax). `"oi"`: the first axis against all others (kernels [out, in, ...], as in PyTorch and
         Equinox).
-      stacked: how many leading axes of a leaf index independent matrices; see `clip_by_leaf_norm`.
+      stacked: how many of a leaf's leading axes run over independent matrices; see `clip_by_leaf_norm`.
       axes: which mesh axes split the leaves; see `clip_by`. Inside `shard_map`, every device needs whole matrices.
         Leaves that are split over their `stacked` axes need PartitionSpecs.
 
@@ -127,8 +127,8 @@ def clip_singular_values(
 
     Notes:
       - Guarantees: in float32 the error is at most `1e-3 * c` plus 20 eps of the largest singular value, in the
-        spectral norm. This holds for caps down to a thousandth of that value. For smaller caps the result stays finite,
-        and its norm is at most the cap plus that error.
+        spectral norm. This holds for caps down to a thousandth of the largest singular value. For smaller caps the
+        result stays finite, and its norm is at most the cap plus that error.
       - Within the cap: without `smooth=`, a matrix is returned unchanged if its singular values are below the cap by
         more than their error.
       - Derivatives: first derivatives are finite everywhere, also at equal or zero singular values. Second derivatives

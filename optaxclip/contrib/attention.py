@@ -33,8 +33,8 @@ class Projection:
         fits kernels of shape (model, heads, entries) and their biases. Use -1 for kernels of shape (model, heads *
         entries), and 0 for those of PyTorch.
       tail: the number of entries at the end of each head that get another factor. In a query, they are the rotary part
-        of multi-head latent attention. All heads share its key, so these entries get the whole factor. In a key, they
-        are the values, which do not change.
+        of multi-head latent attention. All heads share the rotary key, so these entries get the whole factor. In a key,
+        they are the values, which do not change.
 
     Example:
       The up-projections of latent attention, with 64 rotary entries and 128 values per head:
@@ -88,9 +88,9 @@ def qk_clip(
       step, and changes nothing.
 
     Raises:
-      ValueError: if an argument is of another kind. At update: without `params` or logits; if the logits do not fit the
-        leaves, or differ between devices that share a leaf; if `projections` names no leaf, or only queries or only
-        keys while `alpha` splits the factor between both; if heads of queries and keys differ in size.
+      ValueError: if an argument is of the wrong kind. At update: without `params` or logits; if the logits do not fit
+        the leaves, or differ between devices that share a leaf; if `projections` names no leaf; if it names only
+        queries or only keys, while `alpha` splits the factor between both; if heads of queries and keys differ in size.
 
     Example:
       >>> import jax.numpy as jnp

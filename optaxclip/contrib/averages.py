@@ -37,7 +37,7 @@ def aggc(
         together with `max_down`.
       min_ratio: low, the lower end as a multiple of the average, from 0 to 1 and at most `ratio`. None is 0.
       decay: beta, decay of the average of the norms after clipping, in [0, 1).
-      min_norm: a norm below this is raised to it, whatever the average; at least 0 and finite.
+      min_norm: a norm below this is raised to it, whatever the average is; at least 0 and finite.
       max_down: the smallest factor by which a norm is scaled, in [0, 1]; 0.9 in the published code. Norms can then
         exceed the bound. None allows any factor.
       max_up: the largest factor by which a norm is scaled, at least 1; 1.1 in the published code. None allows any

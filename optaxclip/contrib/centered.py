@@ -34,7 +34,7 @@ class CenteredClipState(NamedTuple):
 def centered_clip(
     max_norm: Bound, *, state_dtype: jax.typing.DTypeLike | None = None, axes: mesh.Axes = "auto"
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Moves the update towards the gradient, each step by a global norm of at most `max_norm`.
+    r"""Moves the update towards the gradient, by a global norm of at most `max_norm` per step.
 
     .. math:: v \leftarrow v + (g - v) \min(1, c / \|g - v\|)
 

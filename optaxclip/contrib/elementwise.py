@@ -68,7 +68,7 @@ def tanh_clip(max_delta: Bound) -> optax.GradientTransformationExtraArgs:
 
 
 def arcsinh_clip(scale: Bound) -> optax.GradientTransformationExtraArgs:
-    r"""Compresses coordinates beyond `scale` about logarithmically, so that large ones shrink but keep their order.
+    r"""Compresses coordinates beyond `scale` roughly logarithmically: large ones shrink but keep their order.
 
     .. math:: u_i \leftarrow c \operatorname{arsinh}(u_i / c)
 

@@ -34,7 +34,7 @@ def percentile_clip(
       record: how many of the last steps to record for `clip_stats`; see `clip_by`.
 
     Returns:
-      An optax transformation. Its state is 4 bytes per norm of the window, and 4 more, per group.
+      An optax transformation. Per group, its state is 4 bytes per norm of the window, and 4 more.
 
     Raises:
       ValueError: if `percentile` or `window` is out of range.
@@ -81,7 +81,7 @@ def clip_by_tracked_quantile(
 
     .. math:: c \leftarrow c \cdot \exp(-\eta (1[n \le c] - q))
 
-    The first bound is `initial`, whatever the norms.
+    The first bound is `initial`, whatever the norms are.
 
     Args:
       quantile: q in [0, 1], the share of norms that are not clipped; 0.5 in the paper.
@@ -122,7 +122,7 @@ def clip_by_tracked_quantile(
         reaches the quantile within 24 to 55 steps, then wanders around it with a standard deviation of 0.12 to 0.25.
       - Placement: before the optimizer.
       - Differs from the paper: there is no noise, so it is not private. It sees one norm per step; the paper sees the
-        share of a round's clients.
+        share over the clients of a round.
 
     References:
       Andrew, Thakkar, McMahan, Ramaswamy, Differentially private learning with adaptive clipping, NeurIPS 2021,

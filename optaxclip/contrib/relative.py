@@ -19,7 +19,7 @@ def clippy(
       relative: the permitted share of the parameter's modulus, at least 0: a number or a scalar array. 0.1 in
         TensorFlow Recommenders.
       absolute: added to the limit, at least 0, in the units of the parameters: a number or a scalar array. 1e-7 in
-        TensorFlow Recommenders. Only with this can a parameter leave 0.
+        TensorFlow Recommenders. With `absolute=0`, a parameter can't leave 0.
       axes: which mesh axes split the leaves; see `clip_by`.
       record: how many of the last steps to record for `clip_stats`; see `clip_by`.
 

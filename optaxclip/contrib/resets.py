@@ -69,7 +69,7 @@ def reset_state_every(
         the sum of gradients. SPAM is `chain(contrib.spam_clip(period=500), contrib.reset_state_every(adam(1e-3),
         500))`.
       - Differs from other code: the class in the published code has a warm-up of 50 steps by default. The port in
-        pytorch_optimizer also runs it one step ahead.
+        pytorch_optimizer also runs the warm-up one step ahead.
 
     References:
       Huang et al., SPAM: spike-aware Adam with momentum reset for stable LLM training, ICLR 2025, arXiv:2501.06842.

@@ -178,7 +178,8 @@ def scale_by_stable_adam(
         not change its averages.
       - Placement: in place of `scale_by_adam`. StableAdamW is `chain(contrib.scale_by_stable_adam(),
         add_decayed_weights(0.01), scale_by_learning_rate(1e-3))`.
-      - Differs from the paper: weight decay is a separate transformation here. The paper also divides it by r.
+      - Differs from the paper: weight decay is a separate transformation here. The paper also divides the weight decay
+        by r.
 
     References:
       Wortsman et al., Stable and low-precision training for large-scale vision-language models, NeurIPS 2023,

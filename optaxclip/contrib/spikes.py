@@ -74,7 +74,7 @@ def spam_clip(
       [0.8718]
 
     Notes:
-      - Guarantees: the sign of each coordinate is kept (of a complex one, the phase). Coordinates that do not spike are
+      - Guarantees: the sign of each coordinate is kept (the phase, if it is complex). Coordinates that do not spike are
         returned unchanged, except subnormals in bfloat16, which some versions of XLA flush. The state holds the root of
         the average, so it is accurate over the whole float range.
       - Edge cases: a coordinate that was always 0 is not clipped (v = 0, as in unused rows of an embedding). An
@@ -134,7 +134,7 @@ def spam_clip(
 def adaptive_spike_clip(
     decay: Number = 0.999, *, axes: Axes = "auto", record: int = False
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Scales down the coordinates of each leaf that exceed the moving average of its largest ones.
+    r"""Scales down the coordinates of each leaf that exceed the moving average of the leaf's largest modulus.
 
     .. math:: u_i \leftarrow u_i \hat M / \max_j |u_j| \text{ where } |u_i| > \hat M, \qquad
         M \leftarrow \beta M + (1 - \beta) \max_j |u_j|, \quad \hat M = M / (1 - \beta^t)

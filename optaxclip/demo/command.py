@@ -126,7 +126,7 @@ def _footing(asked: Options, text: Corpus) -> str:
     return (
         f"Bits per character of the last tenth of the text; guessing takes {_bits_of_a_guess(text):.3f}.\n"
         "Clipped: the share of the finite steps that were clipped or skipped.\n"
-        f"Time: of a step of {next(iter(asked.optimizers.values())).shown}, relative to one without clipping, "
+        f"Time: a step of {next(iter(asked.optimizers.values())).shown}, relative to a step without clipping, "
         f"median of {ROUNDS} pairs."
     )
 

@@ -62,36 +62,39 @@ def parser() -> Parser:
     """The parser of `python -m optaxclip`. `parsed` fills in what depends on the model."""
     made = Parser(
         prog=COMMAND,
-        description="Trains a small transformer that diverges under SGD, once without clipping and once per clipper, "
-        "and the same with AdamW. Prints a table and draws a picture.",
-        epilog=f"'{COMMAND} replay FILE' says what clippers would have done on the norms in a CSV file.",
+        description="Trains a small transformer, once without clipping and once per clipper. Does this with SGD, which "
+        "diverges without clipping, and again with AdamW. Prints a table and draws a picture.",
+        epilog=f"'{COMMAND} replay FILE' shows what clippers would have done with the norms in a CSV file.",
         allow_abbrev=False,
     )
-    made.add_argument("--model", choices=MODELS, default="decoder", help="what is trained (%(default)s)")
+    made.add_argument("--model", choices=MODELS, default="decoder", help="the model to train (default: %(default)s)")
     made.add_argument(
-        "--text", type=path, metavar="FILE", help="train on this text, in UTF-8 (the Python language reference)"
+        "--text",
+        type=path,
+        metavar="FILE",
+        help="train on this text, in UTF-8 (default: the Python language reference)",
     )
-    made.add_argument("--steps", type=integer(1), help=f"training steps of each run ({_by_model('steps')})")
-    made.add_argument("--optimizer", help="train with this one alone (decoder: sgd and adamw, rnn: adam)")
-    made.add_argument("--learning-rate", type=_learning_rate, help="its (peak) learning rate; needs one optimizer")
+    made.add_argument("--steps", type=integer(1), help=f"training steps of each run (default for {_by_model('steps')})")
+    made.add_argument("--optimizer", help="train only with this one (default for decoder: sgd and adamw, rnn: adam)")
+    made.add_argument("--learning-rate", type=_learning_rate, help="its (peak) learning rate; only with one optimizer")
     made.add_argument(
         "--clippers",
         type=named("clipper", ROWS),
         dest="rows",
         metavar="A,B,C",
-        help="which rows, in order (decoder: six, rnn: all)",
+        help="rows of the table, in this order (default for decoder: six, rnn: all)",
     )
     made.add_argument(
         "--seed",
         type=integer(0),
         default=0,
-        help="of the initial parameters and the batches of every run (%(default)s)",
+        help="seed of the initial parameters and of the batches, for every run (default: %(default)s)",
     )
     made.add_argument(
         "--out",
         type=path,
         metavar="DIR",
-        help="write all figures and numbers to this folder (one picture to the working folder)",
+        help="write all figures and numbers to this folder (default: one picture, to the working folder)",
     )
     made.add_argument("--list", action="store_true", help="list the rows and stop")
     return made

@@ -55,7 +55,7 @@ def run(words: Sequence[str]) -> int:
 def _parser() -> Parser:
     made = Parser(
         prog=COMMAND,
-        description="Says what clippers would have done on the norms of a run, as it was. Each row of "
+        description="Shows what clippers would have done with the recorded norms of a run. Each row of "
         f"'{options.COMMAND} --list' that measures one norm can be replayed.",
         allow_abbrev=False,
     )
@@ -65,9 +65,11 @@ def _parser() -> Parser:
         type=named("clipper", ROWS, f"{options.COMMAND} --list"),
         default=CLIPPERS,
         metavar="A,B,C",
-        help="which clippers, in order (%(default)s)",
+        help="clippers to replay, in this order (default: %(default)s)",
     )
-    made.add_argument("--row", help="whose norms, such as sgd/none, where the file has a column 'row' (the only one)")
+    made.add_argument(
+        "--row", help="the row to replay, such as sgd/none, if the file has a column 'row' (default: the only one)"
+    )
     return made
 
 

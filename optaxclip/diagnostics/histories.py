@@ -119,14 +119,14 @@ def from_state(opt_state: Tree, *, place: str = "", group: str = "", history: st
       opt_state: the state of any chain, wrapper or nesting of these.
       place: which record, if there are several: the start of its keys in `clip_stats`, "0" for "0/clip_norm".
       group: the path of one group, for example of a leaf, if the record has several.
-      history: "last" (the default) for the last steps; "first_nonfinite" for the steps up to the first one that was not
-        finite, and a few after it, however long ago that was.
+      history: "last" (the default) for the last steps; "first_nonfinite" for the steps up to the first non-finite one,
+        and a few after it, however long ago it was.
 
     Returns:
       A vector of up to k floats.
 
     Raises:
-      ValueError: if there is no record, or if `place` or `group` names none of several.
+      ValueError: if there is no record, or if there are several and `place` or `group` does not name one of them.
 
     Example:
       >>> import jax.numpy as jnp

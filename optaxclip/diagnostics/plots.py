@@ -49,7 +49,7 @@ class Limit(NamedTuple):
 
 
 def plot(norms: Tree, *clippers: Clipper, place: str = "", history: str = LAST, **named_clippers: Clipper) -> "Figure":
-    """Draws norms over the steps, with what the clipper that recorded them did, or what others would have done.
+    """Draws norms over the steps, with what their own clipper did, or what other clippers would have done.
 
     Spikes, as `summary` defines them, are marked. Steps that are not finite are hatched. Clipped steps, of the record
     or of the only clipper, have a tick at the lower edge. Norms of more than 1,000 times the 95th percentile are drawn
@@ -61,7 +61,7 @@ def plot(norms: Tree, *clippers: Clipper, place: str = "", history: str = LAST, 
 
     Args:
       norms: a history of norms, a vector or list, one per step; or an optimizer's state with the record of a clipper.
-      *clippers: clippers whose limits are drawn, as in `replay`; at most five, with the named ones.
+      *clippers: clippers whose limits are drawn, as in `replay`; at most five, the named ones included.
       place: which record of the state, as in `from_state`.
       history: which of its steps, as in `from_state`.
       **named_clippers: clippers with a name for the legend.

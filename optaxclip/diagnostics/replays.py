@@ -89,7 +89,7 @@ def replay(norms: Tree, *clippers: Clipper, place: str = "", history: str = LAST
 
     Raises:
       ValueError: if `norms` is neither a history nor a state with a record, if there is no clipper, or if a clipper was
-        not made by `clip_by`, needs parameters, or measures other groups than the norms are of.
+        not made by `clip_by`, needs parameters, or measures other groups than those of the norms.
 
     Example:
       >>> import optaxclip
@@ -113,9 +113,9 @@ def replay(norms: Tree, *clippers: Clipper, place: str = "", history: str = LAST
     Notes:
       - Groups: a vector has one group, so each clipper must measure one norm. A record with several groups, one per
         leaf or label, fits clippers that measure the same groups.
-      - Edge cases: norms that are 0, infinite or NaN pass, as they do in a run. If the threshold follows the norms, the
-        limit of such a step bounds nothing. `replay` can't tell whether the clipper would have measured the same norms:
-        a clipper by 1-norms accepts 2-norms.
+      - Edge cases: norms that are 0, infinite or NaN pass unchanged, as they do in a run. If the threshold follows the
+        norms, the limit of such a step has no effect. `replay` can't tell whether the clipper would have measured the
+        same norms: a clipper by 1-norms accepts 2-norms.
       - Cost: one `jax.lax.scan` per clipper over all steps, which is compiled in every call.
 
     See also:

@@ -32,8 +32,8 @@ class Summary:
       nonfinite: how many norms are infinite or NaN.
       zeros: how many norms are 0.
       percentiles: maps 1, 10, 50, 90, 99 and 100 to these percentiles of the norms.
-      tail_index: Hill's estimate of alpha, if the share of norms above x falls as x to the power -alpha. Below 2 the
-        variance is infinite, below 1 the mean. It is inf if the largest norms are all equal.
+      tail_index: Hill's estimate of alpha, where the share of norms above x falls as x to the power -alpha. If alpha is
+        below 2, the variance is infinite; below 1, so is the mean. It is inf if the largest norms are all equal.
       tail_interval: the 95 % interval of `tail_index`, alpha (1 -+ 1.96 / sqrt(k)), with k the `tail_count`.
       tail_count: k, the number of largest norms that the estimate uses: 2 sqrt(n) of n ordinary norms, rounded down.
       spikes: the steps of spikes, counted from 1.
@@ -91,7 +91,7 @@ def summary(norms: Tree) -> Summary:
       A `Summary`.
 
     Raises:
-      ValueError: if `norms` is no vector of real numbers, or if one is negative.
+      ValueError: if `norms` is not a vector of real numbers, or if a norm is negative.
 
     Example:
       >>> import numpy as np

@@ -40,15 +40,15 @@ def migrate(tx: optax.GradientTransformation, params: Tree, old_state: Tree) -> 
     Args:
       tx: the new transformation.
       params: the current parameters.
-      old_state: the state of the old transformation: the state itself, one of NumPy arrays, one from a pickle, or the
-        nested dicts and lists of a checkpoint that was restored without a template (orbax, Flax's msgpack).
+      old_state: the state of the old transformation. It may hold NumPy arrays, come from a pickle, or be the nested
+        dicts and lists of a checkpoint that was restored without a template (orbax, Flax's msgpack).
 
     Returns:
       `(state, report)`. The state is a state of `tx`, in new arrays. The report has the paths of what was kept, of what
       is new and of what was dropped; `print(report)` lists them.
 
     Raises:
-      ValueError: if `tx` is no transformation, or if `old_state` has no arrays but something else, such as a path.
+      ValueError: if `tx` is not a transformation, or if `old_state` holds no arrays but something else, such as a path.
 
     Example:
       >>> import jax.numpy as jnp
@@ -70,20 +70,22 @@ def migrate(tx: optax.GradientTransformation, params: Tree, old_state: Tree) -> 
 
     Notes:
       - Matching: parts of the same type are matched in their order, in any nesting of chains, partitions, masks and
-        wrappers. If several fit, the same keys decide, then what can stay unchanged. A checkpoint without types knows
-        parts by their fields only, so it can't tell Adam from AdaBelief.
-      - Dropped: there is a `UserWarning` if something per parameter, such as Adam's moments, is dropped for a parameter
-        that still exists, or if nothing is kept of a state that has more than clips.
+        wrappers. If several fit, a part with the same keys comes first, then a part that can stay unchanged. A
+        checkpoint without types knows parts by their fields only, so it can't tell Adam from AdaBelief.
+      - Dropped: there is a `UserWarning` in two cases: something per parameter, such as Adam's moments, is dropped for
+        a parameter that still exists; or the state has more than clips, and nothing of it is kept.
       - Replicas: if the state has a leading axis for devices, pass one replica: `jax.tree.map(lambda x: x[0], state)`.
-      - Parameters: what is per parameter is matched by path and shape. A new parameter has no moments, but Adam's count
-        is old. With the default decays its first updates are then up to 6.6 times those of a new run.
-      - Statistics: they are kept whatever they measured. If you change the norm, or the unit of a threshold, while the
-        type stays the same, take the threshold's state from `tx.init(params)`. Statistics start again if a threshold
-        moves to the other side of the optimizer, if the number of groups changes, or if `scale` changes. A clip in
-        front of one of the same type takes over its statistics, because the place in the chain decides.
+      - Parameters: arrays per parameter, such as moments, are matched by path and shape. A new parameter starts without
+        moments, but with Adam's old count. With the default decays, its first updates are then up to 6.6 times those of
+        a new run.
+      - Statistics: they are kept even if they measured something else. If you change the norm, or the unit of a
+        threshold, while the type stays the same, take the threshold's state from `tx.init(params)`. Statistics start
+        again if a threshold moves to the other side of the optimizer, if the number of groups changes, or if `scale`
+        changes. If you put a clip in front of one of the same type, the new one takes over the statistics, because the
+        place in the chain decides.
       - Windows: a shorter window keeps the newest norms, a longer one keeps all.
       - Injected hyperparameters: the values of the old state are kept, as in any restored checkpoint, because they may
-        have been changed during the run. The report shows where the values of `tx` differ. To use those, set
+        have changed during the run. The report shows where the values of `tx` differ. To use those, set
         `state.hyperparams`. If a hyperparameter has a schedule in only one of the two transformations, it is taken from
         `tx`.
       - Schedules: a new schedule starts at step 0.

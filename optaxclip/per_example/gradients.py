@@ -42,15 +42,15 @@ def clipped_value_and_grad(
       fun: the loss of one example, without a batch axis, as for `jax.vmap`. It returns a scalar, or with `has_aux` a
         pair of a scalar and anything.
       tx: a transformation without state, or a chain of these. It receives the parameters.
-      argnums: the positional arguments of `fun` to differentiate by: a number (0 by default), or several for a tuple of
-        gradients.
+      argnums: the positional arguments of `fun` to differentiate with respect to: a number (0 by default), or several
+        numbers, which give a tuple of gradients.
       batch_argnums: the positional arguments that hold examples, along the first axis of every array; 1 by default.
         Pass `(1, 2)` for a loss of parameters, inputs and labels. PRNG keys and integers are allowed. All other
         arguments, and keyword arguments, are the same for all examples.
       has_aux: whether `fun` returns a pair.
       microbatch_size: how many examples to process at a time, at least 1, to save memory; None (the default) for all.
-        The last microbatch may be smaller. On several devices a microbatch needs examples for each of them, or some are
-        idle.
+        The last microbatch may be smaller. On several devices, a microbatch needs examples for each device; otherwise
+        some devices are idle.
       reduce: "mean" (the default) or "sum". The mean divides by the number of examples, including those that do not
         count. With weights it divides by the sum of the weights, so padding of weight 0 changes nothing.
       return_norms: whether to return the norm of each example's gradient as well.
@@ -62,16 +62,16 @@ def clipped_value_and_grad(
       over the examples. `aux` has a batch axis, with what `fun` returned for each example.
 
       With `return_norms` a third result follows: the 2-norm of each example's gradient before `tx`, in a vector of the
-      length of the batch. Norms are right over the whole float range. They are not finite if the gradient is not. They
-      are no part of `aux`, so `return_norms` does not change the first two results.
+      length of the batch. Norms are correct over the whole float range. They are not finite if the gradient is not.
+      They are not part of `aux`, so `return_norms` does not change the first two results.
 
       The function takes one more keyword argument, ``weights=``: an array with one real number or boolean per example.
       The weight is 0 for padding, or says how much the example is worth. `aux` and norms are not weighted.
 
     Raises:
       ValueError: if an argument is out of range, or `argnums` and `batch_argnums` overlap. When called: if `tx` has a
-        state, if the numbers of examples differ, if weights are no such array, if `fun` has an argument of that name,
-        or, with the reason, if "two_pass" is not possible.
+        state, if the numbers of examples differ, if weights are not such an array, if `fun` has an argument of that
+        name, or if "two_pass" is not possible (the message says why).
 
     Example:
       >>> import jax.numpy as jnp
@@ -105,14 +105,14 @@ def clipped_value_and_grad(
 
       **One pass or two.** The two forms give the same result up to rounding. "one_pass" calculates the gradient of
       every example, and works for every `tx`. "two_pass" calculates the norms, and then the gradient of the sum of the
-      losses, each multiplied by the factor of its example. If the parameters are matrices that an example meets once,
-      two passes take 1.4 to 1.8 times as long as the ordinary gradient (perceptrons on a CPU, jax 0.10 and 0.12), and
-      little memory. Otherwise (convolutions, sequences, scanned layers, `jax.checkpoint`) they are slower than one
-      pass. "auto" takes the faster form that is right.
+      losses, each multiplied by the factor of its example. If the parameters are matrices, and each example is
+      multiplied with each matrix once, two passes take 1.4 to 1.8 times as long as the ordinary gradient (perceptrons
+      on a CPU, jax 0.10 and 0.12), and little memory. Otherwise (convolutions, sequences, scanned layers,
+      `jax.checkpoint`) they are slower than one pass. "auto" takes the faster of the forms that are correct.
 
-      Two passes are right for a clip by the global 2-norm that `clip_by` makes from `norms.global_norm()` and a
+      Two passes are correct for a clip by the global 2-norm that `clip_by` makes from `norms.global_norm()` and a
       threshold without state: `clip_by_global_norm`, `smooth_clip_by_global_norm` and `clip_by_norm_range`. It must be
-      neither in a chain nor wrapped. "two_pass" is refused if
+      neither in a chain nor wrapped. "two_pass" is not possible if
 
       - the value has fewer than 32 bits, or any dtype in the function has less range than float32 (float16, float8);
       - the function has a `jax.custom_vjp` in it, as `clip_cotangents` does, or a `jax.experimental.io_callback`;
@@ -138,15 +138,15 @@ def clipped_value_and_grad(
 
       `jax.vmap(jax.grad(fun), (None, 0))(w, rows)` does not do that. jax adds up the gradients of all devices for a
       replicated `w`, so row i is the sum over the i-th examples of all devices. A clip then bounds groups of examples.
-      This function first makes the parameters each device's own (`jax.lax.pcast(w, axes, to="varying")`, before jax
-      0.8.2 `jax.lax.pvary`), and `tx` takes no norm over these axes. Parameters that already vary over such an axis
-      stay as they are, and their gradients are not reduced over it. `fun` must not exchange anything between examples.
-      If parameters are split along the axis, gather them before the call.
+      This function first gives each device its own copy of the parameters (`jax.lax.pcast(w, axes, to="varying")`,
+      before jax 0.8.2 `jax.lax.pvary`). Then `tx` takes no norm over these axes. Parameters that already vary over such
+      an axis stay as they are, and their gradients are not reduced over it. `fun` must not exchange anything between
+      examples. If parameters are split along the axis, gather them before the call.
 
       **Under jit.** The batch may be sharded over an Auto or an Explicit mesh, the parameters over an Auto mesh only.
-      With parameters sharded over an Explicit mesh, jax refuses the branches of a clip under vmap with a
-      ShardingTypeError. So it does with microbatches of a batch that is sharded over one. jax 0.8 also refuses such a
-      batch in one pass.
+      jax raises a ShardingTypeError in two cases: for the branches of a clip under vmap, if parameters are sharded over
+      an Explicit mesh; and for microbatches, if the batch is sharded over one. jax 0.8 also refuses such a batch in one
+      pass.
 
       **With check_vma=False, and in pmap.** jax does not tell which axes have different examples, so nothing is
       reduced. Reduce the result yourself: `jax.lax.psum`, or `jax.lax.pmean` if all devices have equally many examples.
@@ -157,7 +157,7 @@ def clipped_value_and_grad(
       2e19) and in 16 bits.
 
       **Privacy.** This function makes no claim of privacy. Differential privacy needs noise, an accountant and care,
-      and none of these is here. Use jax-privacy. It takes any clip of this library, to apply before its own:
+      and this library has none of these. Use jax-privacy. It takes any clip of this library, to apply before its own:
 
       .. code-block:: python
 
@@ -174,7 +174,7 @@ def clipped_value_and_grad(
       arXiv:2009.03106 (the weighted loss).
 
     See also:
-      `form_of`; `per_example_global_norm_clip` for gradients that are there already; `as_function`.
+      `form_of`; `per_example_global_norm_clip` for gradients that you already have; `as_function`.
 
       Notebook: `notebooks/outliers_and_privacy.ipynb`, clipping each example.
     """
@@ -240,12 +240,12 @@ def form_of(step: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
       **kwargs: the keyword arguments of the call.
 
     Returns:
-      "one_pass" or "two_pass". The form depends on shapes and dtypes and, inside `shard_map`, on mesh axes: ask in the
-      place where `step` is called. To learn why "auto" takes one pass, build the step with `form="two_pass"`. If two
-      passes are not possible, the error says why. If they are, one pass is faster.
+      "one_pass" or "two_pass". The form depends on shapes and dtypes and, inside `shard_map`, on mesh axes, so call
+      `form_of` in the place where `step` is called. To learn why "auto" takes one pass, build the step with
+      `form="two_pass"`. If two passes are not possible, the error says why. Without an error, one pass is faster.
 
     Raises:
-      ValueError: if `step` is something else, or if the call would raise one.
+      ValueError: if `step` is not from `clipped_value_and_grad`, or if the call would raise a ValueError.
 
     Example:
       >>> import jax

@@ -43,7 +43,7 @@ def track_quantile(
       it next to the optimizer's state.
 
     Raises:
-      ValueError: if an argument is out of range, `norms` is no vector of floats, or `weights` has another length.
+      ValueError: if an argument is out of range, `norms` is not a vector of floats, or `weights` has another length.
 
     Example:
       >>> import jax
@@ -63,15 +63,16 @@ def track_quantile(
       >>> print(f"{bound:.4f}")  # one of three is not clipped: exp(0.2 * (1/2 - 1/3))
       1.0339
 
-      With Gaussian noise on the number of examples that are not clipped, here of standard deviation 2, as in the paper:
+      As in the paper, with Gaussian noise (here of standard deviation 2) on the number of examples that are not
+      clipped:
 
       >>> noise = 2.0 * jax.random.normal(jax.random.key(0))
       >>> noisy = bound * jnp.exp(-0.2 * noise / len(examples))  # 0.2 is the learning rate
 
     Notes:
-      - Privacy: as it is, this is not private, because the bound reveals the share of examples that were not clipped.
-        For differential privacy add noise to that share, as in the second example. Every example of the batch must then
-        count, and the accountant must include this noise; see the paper.
+      - Privacy: without noise this is not private, because the bound reveals the share of examples that were not
+        clipped. For differential privacy add noise to that share, as in the second example. Every example of the batch
+        must then count, and the accountant must include this noise; see the paper.
       - Edge cases: an example whose norm is 0, infinite or NaN does not count, neither as clipped nor as not clipped.
         If no example counts, the bound is returned unchanged. The bound stays in the normal float range.
       - Several devices: inside `shard_map` the share is that of the examples on all devices, and the bound is the same
@@ -79,7 +80,7 @@ def track_quantile(
         `check_vma=False`, and in `pmap`, pass `axes=`. Under `jit` nothing is needed.
       - Microbatches: call this once per step, with the norms of all examples of the step.
       - Differs from the paper: there is no noise. In the paper, gradients of 0 count as not clipped. If more than a
-        share of q of the examples have none, the bound then goes to 0, and nothing is learned any more.
+        share q of the examples have a gradient of 0, the bound of the paper goes to 0, and learning stops.
       - Differs from opacus: its optimizer for this method adds 1e-6 to the norms and keeps the bound between two
         limits. For such limits, use `jnp.clip` on the result.
 

@@ -1,4 +1,4 @@
-"""Clips per-example gradients that are already there, stacked along the first axis, and adds them up."""
+"""Clips per-example gradients that you already have, stacked along the first axis, and adds them up."""
 
 import math
 from collections.abc import Sequence
@@ -39,12 +39,13 @@ def per_example_global_norm_clip(grads: Grads, l2_norm_clip: Number) -> tuple[Gr
       [1.5 2. ] 2
 
     Notes:
-      - Guarantees: norms are right over the whole float range. An example adds at most `l2_norm_clip * (1 + 1e-5)` to
+      - Guarantees: norms are correct over the whole float range. An example adds at most `l2_norm_clip * (1 + 1e-5)` to
         the sum. If its norm exceeds the largest float (four entries of 3e38), what it adds is finite and keeps its
         direction, but may exceed the bound. The sum is taken in float32 or wider, and has the dtype of the gradient.
         Integers become float32.
-      - Edge cases: an example whose norm is not finite does not count, and is not among the clipped. Examples of norm 0
-        are never clipped. A bound of 0 gives zeros, inf changes nothing. Boolean, float0 and key leaves are refused.
+      - Edge cases: an example whose norm is not finite does not count, and is not counted as clipped. Examples of norm
+        0 are never clipped. A bound of 0 gives zeros, inf changes nothing. Boolean, float0 and key leaves raise an
+        error.
       - Placement: between the gradients and the optimizer. In `shard_map` each device clips its own examples. Gradients
         with respect to a replicated argument are not per-example gradients there; see
         `per_example.clipped_value_and_grad`.
@@ -78,14 +79,14 @@ def per_example_layer_norm_clip(grads: Grads, global_l2_norm_clip: Number, unifo
       grads: pytree of arrays whose first axis indexes the examples, one array per layer.
       global_l2_norm_clip: the bound c on all layers together, at least 0: a number or a scalar array.
       uniform: True (the default) for the first formula, equal bounds for all L layers. False for the second, where D_l
-        is the number of entries in the layer, and D in all layers.
+        is the number of entries in the layer, and D the number in all layers.
 
     Returns:
       The sum, without the axis of examples, and a pytree of its structure with the number of examples clipped in each
       layer.
 
     Raises:
-      ValueError: as for `per_example_global_norm_clip`, or if `uniform` is no boolean.
+      ValueError: as for `per_example_global_norm_clip`, or if `uniform` is not a boolean.
 
     Example:
       >>> import jax.numpy as jnp
@@ -97,7 +98,7 @@ def per_example_layer_norm_clip(grads: Grads, global_l2_norm_clip: Number, unifo
 
     Notes:
       - Guarantees, placement and differences from optax: as for `per_example_global_norm_clip`, for each layer alone.
-      - Edge cases: an example whose norm is not finite in one layer counts in no layer, and is not among the clipped.
+      - Edge cases: an example whose norm is not finite in one layer counts in no layer, and is not counted as clipped.
 
     References:
       McMahan et al., Learning differentially private recurrent language models, ICLR 2018, arXiv:1710.06963.

@@ -2,8 +2,8 @@
 
 The second pass takes the gradient of the loss with each example multiplied by its factor. The sum is the same if the
 clip multiplies a gradient by one number that depends only on its norm (`reasons` lists the exceptions). If the
-parameters are matrices that an example meets once, two passes take at most twice as long as the ordinary gradient (see
-`outer`). They always take less memory than one pass.
+parameters are matrices, and each example is multiplied with each matrix once, two passes take at most twice as long as
+the ordinary gradient (see `outer`). They always take less memory than one pass.
 """
 
 import functools

@@ -8,12 +8,12 @@ class Names(tuple[()]):
     """Names of the groups and leaves of a record; a pytree without leaves.
 
     The names take no array. They pass through jit, scan and checkpoints with a template, and are known while a function
-    is traced. Libraries that only know namedtuples, such as Flax's msgpack, see one without fields. What they restore
-    has unknown names, and so has a restore without a template.
+    is traced. Libraries that only know namedtuples, such as Flax's msgpack, see a namedtuple without fields. The names
+    are unknown in what they restore, and in a restore without a template.
 
     Unknown names equal all others, so that a state can learn its names in the next step without changing its structure.
-    The price: jax takes two states of the same structure for equal if one knows its names and the other does not. It
-    reuses the function compiled for the first, and the results have the names of the first.
+    The price: jax treats two states of the same structure as equal, even if one knows its names and the other does not.
+    It reuses the function compiled for the first, and the results have the names of the first.
 
     Attributes:
       groups: the path of each group; None if the names are unknown.

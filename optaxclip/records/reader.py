@@ -41,7 +41,7 @@ def clip_stats(
     `first_nonfinite_step`    first of these steps, counted from 1; 0 if there was none
     `first_nonfinite_leaves`  number of leaves that were not finite in that step
     `first_nonfinite_leaf`    path of the first of these leaves, in tree order; "" if there was none
-    `first_nonfinite_report`  both in words, and where to look; "" if there was none
+    `first_nonfinite_report`  number and path in words, and where to look; "" if there was none
     `threshold_mean`          mean of the norms that the threshold has taken in, or of their logarithms if it compares
                               those; for `thresholds.zscore`, `thresholds.mean_std`, and methods built on them
     `threshold_std`           population standard deviation about that mean
@@ -63,18 +63,19 @@ def clip_stats(
 
     Args:
       opt_state: the state of any chain, partition, wrapper or nesting of these; also a copy on the host, or the dicts
-        of a checkpoint that was restored without a template. With several clippers or several skips, the place of each
-        leads its keys: "0/clip_norm", "decoder/clip_norm".
+        of a checkpoint that was restored without a template. With several clippers or several skips, the keys of each
+        start with its place: "0/clip_norm", "decoder/clip_norm".
       per_group: whether to add norm, limit and scale of every group, as "clip_norm/<path of the group>".
       history: False (the default) for the last step. True returns steps, norm, limit and scale as NumPy arrays over the
-        recorded steps, oldest first. "first_nonfinite" returns the steps up to the first one that was not finite, and a
-        few after it, however long ago that was. If there was none, it returns the last steps.
+        recorded steps, oldest first. "first_nonfinite" returns the steps up to the first non-finite one, and a few
+        after it, however long ago it was. If there was none, it returns the last steps.
       since: a step, at least 0 (the default). `recent_clipped_share` counts only recorded steps after it: pass the
         `clip_steps` of your last log entry.
       numeric: whether to leave out strings, as for TensorBoard.
 
     Returns:
-      A dict of Python numbers and strings, and with `history` of arrays. In a jitted function, a dict of scalar arrays.
+      A dict of Python numbers and strings; with `history`, also of arrays. In a jitted function, a dict of scalar
+      arrays.
 
     Raises:
       ValueError: if an argument is out of range, if the state has no record, if `history` is requested in a jitted

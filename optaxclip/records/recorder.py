@@ -4,8 +4,8 @@ Everything that `clip_by` makes takes `record=k`. Then it keeps norms and bounds
 `clip_stats` reads the records.
 
 On GPUs and TPUs this takes no pass over the updates: the norms are known already, and the first leaf that is not finite
-is found from 2-norms, which share a pass with any other norm. On CPUs that holds for 2-norms of leaves or of all
-leaves. Other norms take one more pass there.
+is found from 2-norms, which share a pass with any other norm. On CPUs, recording takes no pass if the clipper measures
+2-norms of leaves or of all leaves. With any other norm it takes one pass there.
 """
 
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ from optaxclip.records.names import Names
 class ClipStats(NamedTuple):
     """What a clipper measured and did. G is the number of groups: 1 for a global norm, else one per leaf or label.
 
-    Of the units or stacked layers of a leaf, the one furthest beyond its bound is recorded.
+    If a leaf has several units or stacked layers, the one furthest beyond its bound is recorded.
 
     There are two rings of k steps. The second one stops k // 10 steps after the first step that was not finite, and so
     keeps the steps before it.

@@ -29,8 +29,8 @@ non-finite norms do not enter the history and do not count for the warm-up: the 
 unchanged. Inside `optax.MultiSteps` a history advances once per real step. In front of it in a chain, it advances once
 per micro-step.
 
-Most of these do not bound the first norms. If your run can explode at once, pass `warmup_max_norm=` if there is one, or
-`chain` the threshold with a `constant`.
+Most thresholds with a history do not bound the first norms. If your run can explode at once, pass `warmup_max_norm=` if
+there is one, or `chain` the threshold with a `constant`.
 """
 
 from optaxclip.thresholds.averages import average, ema_band, ema_ratio, growth

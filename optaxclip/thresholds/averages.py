@@ -67,8 +67,8 @@ def ema_ratio(
       [1.5]
 
     Notes:
-      - Level shifts: the average grows by at most `(ratio - 1) * (1 - decay)` per step, so it follows a tenfold rise
-        after 2,300 steps at the defaults. If levels shift, raise `ratio` or lower `decay`.
+      - Level shifts: the average grows by at most `(ratio - 1) * (1 - decay)` per step, so at the defaults it takes
+        2,300 steps to follow a tenfold rise. If levels shift, raise `ratio` or lower `decay`.
       - Edge cases: a norm of 0 does not enter its average. If the norm of any group is non-finite, no group is clipped
         and no average changes.
 
@@ -134,7 +134,7 @@ def ema_band(
         with `max_down`.
       min_ratio: the lower end as a multiple of the average, from 0 to 1 and at most `ratio`. None is 0.
       decay: decay of the average, in [0, 1).
-      min_norm: a norm below this is raised to it, whatever the average; at least 0 and finite.
+      min_norm: a norm below this is raised to it, whatever the average is; at least 0 and finite.
       max_down: the smallest factor by which a norm is scaled, in [0, 1]. Norms can then exceed the bound. None allows
         any factor.
       max_up: the largest factor by which a norm is scaled, at least 1. None allows any factor.

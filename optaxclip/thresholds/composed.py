@@ -1,7 +1,7 @@
 """Thresholds made of others: several at once, a multiple of one, one with a floor.
 
-The inner thresholds see the measured norms. If clipped norms enter their statistics, they are clipped by their own
-limits.
+The inner thresholds see the measured norms. If an inner threshold takes clipped norms into its statistics, these norms
+are clipped by its own limit.
 """
 
 import functools
@@ -112,8 +112,8 @@ def times(k: bounds.Bound, threshold: Threshold) -> Threshold:
         `ema_band`, `growth`, `mean_std` and `zscore` are clipped by their own limit, whatever k is. A norm between that
         limit and k times that limit is not clipped. It enters the statistics as the limit, and `patience` counts it as
         a spike.
-      - Spikes: with `zscore`, k multiplies the limit of a spike, and for other norms the level above which a norm is a
-        spike. With k below 1, norms that are not spikes are clipped too.
+      - Spikes: with `zscore`, k multiplies the limit of a spike. For other norms, k multiplies the level above which a
+        norm is a spike. With k below 1, norms that are not spikes are clipped too.
       - Limits on the factor: `max_down` and `max_up` of `ema_band` apply before k.
       - Edge cases: None in a pytree and NaN in an array mean no bound.
       - Losses: as `loss_threshold` of `skip_spikes` it judges positive losses only.

@@ -45,7 +45,8 @@ class ZScoreState(NamedTuple):
 
     Attributes:
       zscore_mean: moving average of the norms, with spikes clipped.
-      zscore_std: their standard deviation: the root of a moving average of squares, which could overflow themselves.
+      zscore_std: their standard deviation, the root of a moving average of squares. The squares themselves could
+        overflow.
       zscore_seen: int32, the number of norms that entered the statistics.
       zscore_spikes: int32, spikes in a row.
     """
@@ -78,7 +79,7 @@ def zscore(
     clip_to: str = "reciprocal",
     scale: str = "linear",
 ) -> Threshold:
-    r"""Bounds spikes (norms many standard deviations above a moving average) near that average, as ZClip does.
+    r"""Brings spikes (norms many standard deviations above a moving average) close to that average, as ZClip does.
 
     With mean :math:`\mu`, standard deviation :math:`\sigma` and :math:`z = (n - \mu) / (\sigma + 10^{-6})`, a norm with
     :math:`z > k` may be at most :math:`\mu + k^2 \sigma / z`. Other norms are not clipped: their limit is the level
@@ -92,17 +93,16 @@ def zscore(
       decay: decay of mean and variance, in [0, 1). A spike enters them as its bound, other norms as measured.
       warmup_steps: how many norms are averaged before the first can be a spike; at least 1.
       warmup_max_norm: bound on the norm in the warm-up, positive. Set it to about the size of your norms. In the
-        statistics, a warm-up norm counts for at most this bound or ten times the mean so far, whichever is larger. So
-        one huge norm does not spoil them, unless the bound itself is far above your norms, such as 1 among norms of
-        0.01. None is no bound, and raw norms enter the statistics.
+        statistics, a warm-up norm counts as at most the larger of this bound and ten times the mean so far. So one huge
+        norm does not spoil the statistics, unless the bound is far above your norms: for example a bound of 1 for norms
+        of 0.01. None is no bound, and raw norms enter the statistics.
       patience: after this many spikes in a row, raw norms enter the statistics, so that these follow a lasting rise.
         With None they never do, as in the published method.
       clip_to: what a spike is clipped to. `"reciprocal"` is the formula above: the larger the spike, the lower its
         bound. `"mean"` is :math:`\mu`. `"edge"` is :math:`\mu + k \sigma`, which is also where spikes then begin.
       scale: `"linear"`, or `"log"` for mean, deviation and bound of the logarithm of the norm. Norms of minibatches
-        scatter by factors, so fewer ordinary steps stand out on a log scale. A logarithm far below the mean enters the
-        statistics as if it were as far below the mean as the bound is above it. So a batch of padding does not widen
-        the band.
+        scatter by factors, so fewer ordinary steps stand out on a log scale. In the statistics, no logarithm counts as
+        further below the mean than the bound is above it. So a batch of padding does not widen the band.
 
     Returns:
       A Threshold. Its state is 16 bytes per group.
@@ -309,11 +309,11 @@ def mean_std(
       num_std: k, the number of standard deviations, at least 0.
       window: how many norms are kept, at least 1.
       warmup_steps: how many norms the window needs before it bounds the next, from 1 to `window`. With
-        `include_current`, the current norm counts.
+        `include_current`, the current norm counts too.
       warmup_max_norm: bound on the norm in the warm-up, positive. Set it to about the size of your norms. In the
-        statistics, a warm-up norm counts for at most this bound or ten times the mean so far, whichever is larger. So
-        one huge norm does not spoil them, unless the bound itself is far above your norms, such as 1 among norms of
-        0.01. None is no bound, and raw norms enter the statistics.
+        statistics, a warm-up norm counts as at most the larger of this bound and ten times the mean so far. So one huge
+        norm does not spoil the statistics, unless the bound is far above your norms: for example a bound of 1 for norms
+        of 0.01. None is no bound, and raw norms enter the statistics.
       ddof: the variance divides by the number of norms minus this; 0 or 1.
       include_current: whether mean and deviation include the current norm.
       take_in: which norms enter the window. `"clipped"`: after clipping, so one spike does not make room for the next.
@@ -321,12 +321,11 @@ def mean_std(
       patience: after this many spikes in a row, raw norms enter the window, so that the bound follows a lasting rise.
         With None they never do.
       scale: `"linear"`, or `"log"` for mean, deviation and bound of the logarithm of the norm. Norms of minibatches
-        scatter by factors, so fewer ordinary steps stand out on a log scale. A logarithm far below the mean enters the
-        statistics as if it were as far below the mean as the bound is above it. So a batch of padding does not widen
-        the band.
+        scatter by factors, so fewer ordinary steps stand out on a log scale. In the statistics, no logarithm counts as
+        further below the mean than the bound is above it. So a batch of padding does not widen the band.
 
     Returns:
-      A Threshold. Its state is 4 bytes per norm of the window, and 8 more, per group.
+      A Threshold. Per group, its state is 4 bytes per norm of the window, and 8 more.
 
     Raises:
       ValueError: if an argument is out of range.

@@ -110,7 +110,7 @@ def order_statistic(percentile: Number = 5.0, *, window: int = 100) -> Threshold
       window: w, the number of norms, at least 1.
 
     Returns:
-      A Threshold. Its state is 4 bytes per norm of the window, and 4 more, per group.
+      A Threshold. Per group, its state is 4 bytes per norm of the window, and 4 more.
 
     Raises:
       ValueError: if an argument is out of range.
@@ -195,8 +195,8 @@ def tracked_quantile(quantile: Number = 0.5, *, learning_rate: Number = 0.2, ini
     Notes:
       - Precision: the logarithm of c moves in fixed steps, so it never settles. At the default rate it wanders around
         the quantile with a standard deviation of 0.12 to 0.25.
-      - Edge cases: the first bound is `initial`, whatever the norms. The estimate stays in the normal float range. Zero
-        and non-finite norms do not enter the history.
+      - Edge cases: the first bound is `initial`, whatever the norms are. The estimate stays in the normal float range.
+        Zero and non-finite norms do not enter the history.
 
     See also:
       `contrib.clip_by_tracked_quantile`; `quantile`, which keeps the norms and needs more state.

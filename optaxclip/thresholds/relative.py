@@ -16,9 +16,9 @@ def relative_to_params(ratio: bounds.Bound, *, floor: bounds.Bound = 0.0, offset
 
     Args:
       ratio: the permitted share of the parameters' norm, at least 0: the kinds that `constant` takes.
-      floor: parameters with a smaller norm count as `floor`, so that zero-initialised ones can move; at least 0, of the
-        same kinds.
-      offset: added to the bound, at least 0, in the units of the norm, of the same kinds.
+      floor: parameters with a smaller norm count as `floor`, so that zero-initialised parameters can move. At least 0,
+        of the same kinds as `ratio`.
+      offset: added to the bound, at least 0, in the units of the norm, of the same kinds as `ratio`.
 
     Returns:
       A Threshold without state. A schedule adds a step count.
@@ -50,8 +50,8 @@ def relative_to_params(ratio: bounds.Bound, *, floor: bounds.Bound = 0.0, offset
         non-finite, there is no bound.
       - LARC: momentum comes after the clip, as in apex.
       - Differs from apex: a leaf whose parameters are all 0 is not clipped by apex, but stays 0 here unless you pass
-        `floor=`. apex multiplies weight decay by the same factor, and adds its norm to that of the gradient. Here, put
-        `optax.add_decayed_weights` before the clip: the bound then applies to the norm of the sum.
+        `floor=`. apex multiplies weight decay by the same factor, and adds the norm of the weight decay to that of the
+        gradient. Here, put `optax.add_decayed_weights` before the clip: the bound then applies to the norm of the sum.
 
     References:
       You, Gitman, Ginsburg, Large batch training of convolutional networks, arXiv:1708.03888, 2017 (LARS).

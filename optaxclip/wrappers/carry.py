@@ -71,8 +71,8 @@ def with_carry(
         then start with a fresh carry.
       - Non-finite gradients: a coordinate whose gradient or update is non-finite keeps its carry, and its update is
         that of `inner`. A clip by norm then returns the other coordinates of the group unclipped, with their whole
-        carry. If that can happen, put `skip_nonfinite` around it.
-      - Overflow: if gradient plus carry exceeds the largest float, it is the largest float.
+        carry. If that can happen, put `skip_nonfinite` around `with_carry`.
+      - Overflow: if gradient plus carry exceeds the largest float, the largest float takes its place.
       - Placement: in place of the clipper: `chain(with_carry(clip(1.0)), sgd(1e-3))`. The proofs are for clips of
         coordinates and of norms, and for plain gradient descent.
 

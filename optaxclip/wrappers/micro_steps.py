@@ -46,7 +46,7 @@ def skip_micro_steps(
       A function for `should_skip_update_fn` of `optax.MultiSteps`. The `skip_state` there is a `MicroStep`.
 
     Raises:
-      ValueError: if `max_norm` is negative or NaN, `norm` is not a Norm, or `axes` is of another kind.
+      ValueError: if `max_norm` is negative or NaN, `norm` is not a Norm, or `axes` is of the wrong kind.
 
     Example:
       >>> import jax.numpy as jnp
@@ -64,8 +64,8 @@ def skip_micro_steps(
 
     Notes:
       - Guarantees: a micro-batch that is left out changes neither the sum nor its number of micro-batches.
-      - Edge cases: gradients of 1e30 have a finite norm. Leaves without floats are not checked. Without `params`, no
-        gradient may be None.
+      - Edge cases: gradients of 1e30 have a finite norm, so they do not count as non-finite. Leaves without floats are
+        not checked. Without `params`, no gradient may be None.
       - Placement: in `optax.MultiSteps`. `skip_nonfinite` around `optax.MultiSteps` does the same, and counts.
       - Differs from optax: `optax.skip_not_finite` and `optax.skip_large_updates` let each device of a `shard_map`
         decide alone. `optax.skip_large_updates` also leaves out norms above 1.8e19, because its sum of squares

@@ -51,7 +51,7 @@ def skip_nonfinite(
       An optax transformation. Its state is a `SkipState`: the inner state and a few counters.
 
     Raises:
-      ValueError: if `inner` is not a transformation, or `axes` is of another kind.
+      ValueError: if `inner` is not a transformation, or `axes` is of the wrong kind.
 
     Example:
       >>> import jax.numpy as jnp
@@ -110,9 +110,9 @@ def skip_spikes(
     .. math:: (u, s) \leftarrow (0, s) \text{ if } n_G > upper_G \text{ for some group, or the loss is above its own},
         \text{ else } \mathrm{inner}(g, s)
 
-    After 20 spikes in a row, the next is taken, as a new level; with `max_consecutive=None` all are skipped. During the
-    warm-up of a threshold, every finite step is taken, however large its norm. So put a clip inside:
-    `skip_spikes(chain(clip_by_global_norm(1.0), adam(1e-3)), thresholds.mean_std(6.0))`.
+    After 20 spikes in a row, the next spike is taken, as the start of a new level. With `max_consecutive=None`, every
+    spike is skipped. During the warm-up of a threshold, every finite step is taken, however large its norm. So put a
+    clip inside: `skip_spikes(chain(clip_by_global_norm(1.0), adam(1e-3)), thresholds.mean_std(6.0))`.
 
     Args:
       inner: the optimizer, or any transformation.
@@ -120,8 +120,8 @@ def skip_spikes(
         end is ignored. Use `thresholds.mean_std` or `thresholds.zscore` with many deviations, or `thresholds.constant`.
       norm: what to measure, from `optaxclip.norms`. Leaves that it excludes, for example by `include=`, may be NaN.
       loss_threshold: a threshold for the loss. Pass the loss as `tx.update(grads, state, params, value=loss)`, the same
-        on all devices. `thresholds.mean_std` and `thresholds.zscore` judge losses of any sign, and so does
-        `thresholds.constant`; pass it a negative bound as an array, ``thresholds.constant(jnp.array(-5.0))``. All other
+        on all devices. `thresholds.mean_std`, `thresholds.zscore` and `thresholds.constant` judge losses of any sign.
+        Pass a negative bound to `thresholds.constant` as an array: ``thresholds.constant(jnp.array(-5.0))``. All other
         thresholds, and `scale="log"`, judge positive losses only: they ignore a loss of 0 or less.
       max_consecutive: after this many spikes in a row, spikes are taken and enter the statistics, until a step is not a
         spike. At least 0; 20 is long for a spike and short for a new level. With None, no spike is ever taken.
@@ -132,7 +132,7 @@ def skip_spikes(
       counters.
 
     Raises:
-      ValueError: if an argument is of another kind; at update, with `loss_threshold`, if `value` is missing, is not a
+      ValueError: if an argument is of the wrong kind; at update, with `loss_threshold`, if `value` is missing, is not a
         scalar, or differs between the devices of a `shard_map`.
 
     Example:
@@ -154,8 +154,8 @@ def skip_spikes(
       - Schedules: a schedule inside a threshold counts every step, skipped or not. To skip steps 10 to 12, pass
         ``thresholds.constant(lambda step: jnp.where((step >= 10) & (step <= 12), 0.0, jnp.inf))`` and
         `max_consecutive=None`.
-      - Unsuitable thresholds: a quantile or a small multiple of the norms of the steps *taken* skips more and more
-        ordinary steps. `thresholds.smooth` skips all steps.
+      - Unsuitable thresholds: a quantile of the norms, or a small multiple of them, skips more and more ordinary steps,
+        because only the steps *taken* enter the statistics. `thresholds.smooth` skips all steps.
       - Edge cases: a step with a non-finite gradient, or a non-finite loss if there is a `loss_threshold`, is never
         taken. It does not change the count for `max_consecutive`. `clip_stats` counts a step under the first reason
         that applies: non-finite, norm, loss.
