@@ -56,7 +56,7 @@ def _parser() -> Parser:
     made = Parser(
         prog=COMMAND,
         description="Shows what clippers would have done with the recorded norms of a run. Each row of "
-        f"'{options.COMMAND} --list' that measures one norm can be replayed.",
+        f"'{options.COMMAND} --list' that measures one norm can be replayed, with the arguments shown there.",
         allow_abbrev=False,
     )
     made.add_argument("file", type=path, metavar="FILE", help="a CSV file with a column 'norm', such as steps.csv")
@@ -78,7 +78,7 @@ def _replayed(asked: Options, norms: list[float]) -> Replay:
     for row in asked.clippers:
         if row.clipper is None:
             raise InputError(f"argument --clippers: {row.name!r} cannot be replayed; name a clipper")
-        clippers[row.shown] = row.clipper()
+        clippers[row.name] = row.clipper()  # the arguments would not fit into 80 columns
     try:
         return replay(norms, **clippers)
     except ValueError as error:

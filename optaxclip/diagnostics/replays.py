@@ -15,7 +15,7 @@ from optaxclip.diagnostics.summaries import is_spike
 from optaxclip.diagnostics.tables import table
 
 SHOWN_SPIKES = 8  # the largest ones, one row each
-OPEN_LOOP = "Open loop: these are the norms of the run as it was; another clipper would have changed the later ones."
+OPEN_LOOP = "Open loop: these are the norms of the run as it was.\nAnother clipper would have changed the later ones."
 
 
 class Replayed(NamedTuple):
@@ -98,12 +98,13 @@ def replay(norms: Tree, *clippers: Clipper, place: str = "", history: str = LAST
       >>> found = diagnostics.replay(norms, fixed=optaxclip.clip_by_global_norm(2.0), zclip=optaxclip.zclip())
       >>> print(found)
       Steps 1 to 40.
-      Open loop: these are the norms of the run as it was; another clipper would have changed the later ones.
+      Open loop: these are the norms of the run as it was.
+      Another clipper would have changed the later ones.
       <BLANKLINE>
-      clipper  steps clipped  median limit  largest norm before  largest norm after
-      -------  -------------  ------------  -------------------  ------------------
-      fixed             2.5%             2                   50                   2
-      zclip             2.5%             1                   50                   1
+      clipper  clipped  median limit  largest before  largest after
+      -------  -------  ------------  --------------  -------------
+      fixed       2.5%             2              50              2
+      zclip       2.5%             1              50              1
       <BLANKLINE>
       Spikes, and what would have become of them:
       step  norm  fixed  zclip
@@ -155,7 +156,7 @@ def _heading(found: Replay) -> str:
 
 
 def _table_of_clippers(found: Replay) -> str:
-    header = ("clipper", "steps clipped", "median limit", "largest norm before", "largest norm after")
+    header = ("clipper", "clipped", "median limit", "largest before", "largest after")
     rows = [
         (name, _share(done.clipped_share), _median(done.limit), _largest(found.norms), _largest(done.norm_after))
         for name, done in found.clippers.items()

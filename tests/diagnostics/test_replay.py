@@ -159,10 +159,10 @@ def test_the_table_by_hand():
     assert "Open loop" in first
     assert second == "\n".join(
         [
-            "clipper  steps clipped  median limit  largest norm before  largest norm after",
-            "-------  -------------  ------------  -------------------  ------------------",
-            "all               0.0%           inf                    8                   8",
-            "two               4.5%             2                    8                   2",
+            "clipper  clipped  median limit  largest before  largest after",
+            "-------  -------  ------------  --------------  -------------",
+            "all         0.0%           inf               8              8",
+            "two         4.5%             2               8              2",
         ]
     )
     assert [line.split() for line in third.splitlines()[1:]] == [
