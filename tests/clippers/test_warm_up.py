@@ -187,11 +187,12 @@ def test_a_bound_in_an_array_is_that_bound():
 
 
 @pytest.mark.slow
-def test_the_defaults_survive_the_main_job():
+def test_the_defaults_survive_the_recurrent_network_of_the_main_job(monkeypatch, tmp_path):
     """It explodes in its second step, by a factor of 1e25."""
+    monkeypatch.chdir(tmp_path)
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
-        DEMO.main("--steps", 60, "--clippers", ",".join(DEFAULTS))
+        DEMO.main("--model", "rnn", "--steps", 60, "--clippers", ",".join(DEFAULTS))
     lines = {line.partition("(")[0]: line.split() for line in out.getvalue().splitlines()}
     bits = {name: float(lines[name][1]) for name in DEFAULTS}
     assert all(each < 5 for each in bits.values()), bits

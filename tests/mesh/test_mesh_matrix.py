@@ -138,7 +138,7 @@ def refused(row, layout, bound):
         return r"matrix 'dense/kernel' is split over mesh axes"
     kept = [kernel[dim] for dim in PARTS.get(row.name, ()) if dim < len(kernel)]
     if row.name in HISTORY_OF_PARTS and any(name in bound for name in kept):
-        return r"groups lie on different devices|in shard_map, of the same pieces"
+        return r"groups lie on different devices|in shard_map, init and update must see the same pieces"
     return None
 
 
