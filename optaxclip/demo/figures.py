@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from optaxclip.demo.panels import draw_norms, panels, steps_of
+from optaxclip.demo.panels import draw_guess, draw_loss, draw_norms, panels, top_of
 from optaxclip.demo.runs import Run
-from optaxclip.diagnostics.marks import FAINT, draw_below, hatch_nonfinite
+from optaxclip.diagnostics.marks import FAINT
 
 
 def write_losses(path: Path, runs: Sequence[Run], guess: float) -> None:
@@ -20,15 +20,13 @@ def write_losses(path: Path, runs: Sequence[Run], guess: float) -> None:
       guess: the bits that a guess takes; the axis ends a little above.
     """
     bits = [run.result.history.loss for run in runs]
-    top = 1.25 * guess or 1.0  # no bits if the text has one character only
+    top = top_of(guess)
     lowest = min(_lowest(each, default=guess) for each in bits)
     with panels(path, runs, "loss (bits per character)", sharey=True) as used:
         for axes, each in zip(used, bits, strict=True):
             _draw_faintly(axes, bits, top)
-            axes.axhline(guess, color="0.4", linewidth=0.8, linestyle=":", label="guessing")
-            steps = steps_of(each)
-            draw_below(axes, steps, each, top, "loss")
-            hatch_nonfinite(axes, steps, each)
+            draw_guess(axes, guess)
+            draw_loss(axes, each, guess, "loss")
             axes.set_ylim(min(lowest, guess) - 0.05 * top, top)
 
 

@@ -1,4 +1,4 @@
-"""What the figures share: a file with a grid of small panels, one per run, and the norms in a panel."""
+"""What the figures share: a file with a grid of small panels, one per run; losses and norms in a panel."""
 
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -54,6 +54,23 @@ def panels(path: Path, runs: Sequence[Run], label: str, *, sharey: bool) -> Gene
         yield used
         add_legend(figure, used, order=LEGEND)
         figure.savefig(path, format="png")
+
+
+def top_of(guess: float) -> float:
+    """Where the axis of losses ends: a little above the bits that a guess takes."""
+    return 1.25 * guess or 1.0  # no bits if the text has one character only
+
+
+def draw_loss(axes: Any, loss: np.ndarray, guess: float, label: str) -> None:
+    """The loss of a run, with marks where it is too large or not finite."""
+    steps = steps_of(loss)
+    draw_below(axes, steps, loss, top_of(guess), label)
+    hatch_nonfinite(axes, steps, loss)
+
+
+def draw_guess(axes: Any, guess: float) -> None:
+    """The loss of a model that has learned nothing."""
+    axes.axhline(guess, color="0.4", linewidth=0.8, linestyle=":", label="guessing")
 
 
 def draw_norms(axes: Any, history: History) -> None:

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from optaxclip.demo.models import Optimizer
-from optaxclip.demo.panels import draw_norms, steps_of
+from optaxclip.demo.panels import draw_guess, draw_loss, draw_norms, steps_of, top_of
 from optaxclip.demo.rows import SKIP, UNCLIPPED
 from optaxclip.demo.table import Line, table
-from optaxclip.diagnostics.marks import BAND, draw_below, hatch_nonfinite
+from optaxclip.diagnostics.marks import BAND
 from optaxclip.diagnostics.panels import count_steps, styled
 
 NAME = "optaxclip.png"
@@ -64,23 +64,21 @@ def _measured(lines: Sequence[Line], optimizer: str) -> list[Line]:
 
 def _draw_losses(axes: Any, lines: Sequence[Line], optimizer: str, guess: float) -> None:
     """The run without a clip and one with, in front of the others."""
-    top = 1.25 * guess or 1.0  # no bits if the text has one character only
-    losses = {line.name: line.results[optimizer].history.loss for line in lines}
-    without = losses.pop(UNCLIPPED.name, None)
-    shown = SHOWN if SHOWN in losses else next(iter(losses), None)
-    for name, loss in losses.items():
-        if name == shown:
-            style = {"linewidth": 1.0, "label": next(line.shown for line in lines if line.name == name)}
-        else:
-            style = {"linewidth": 0.5, "alpha": 0.4, "label": None if "other rows" in _labels(axes) else "other rows"}
-        axes.plot(steps_of(loss), np.where(loss <= top, loss, np.nan), color=BAND, **style)
-    if without is not None:
-        draw_below(axes, steps_of(without), without, top, UNCLIPPED.shown)
-        hatch_nonfinite(axes, steps_of(without), without)
-    axes.axhline(guess, color="0.4", linewidth=0.8, linestyle=":", label="guessing")
+    top = top_of(guess)
+
+    def draw(line: Line, label: str | None, **style: float) -> None:
+        loss = line.results[optimizer].history.loss
+        axes.plot(steps_of(loss), np.where(loss <= top, loss, np.nan), color=BAND, label=label, **style)
+
+    # False sorts before True: the row that is drawn in full comes first, or else the first with a clip.
+    clipped = sorted((line for line in lines if line.name != UNCLIPPED.name), key=lambda line: line.name != SHOWN)
+    for line in clipped[:1]:
+        draw(line, line.shown, linewidth=1.0)
+    for number, line in enumerate(clipped[1:]):
+        draw(line, None if number else "other rows", linewidth=0.5, alpha=0.4)
+    for line in lines:
+        if line.name == UNCLIPPED.name:
+            draw_loss(axes, line.results[optimizer].history.loss, guess, UNCLIPPED.shown)
+    draw_guess(axes, guess)
     axes.set_ylim(0.0, top)
     axes.set_ylabel("loss (bits per character)")
-
-
-def _labels(axes: Any) -> list[str]:
-    return [curve.get_label() for curve in axes.lines]

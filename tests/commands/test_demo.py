@@ -25,18 +25,12 @@ from optaxclip.demo.runs import runs
 from optaxclip.demo.table import Line, table
 from optaxclip.demo.training import History, Program, Result
 from optaxclip.demo.watching import last_step_skipped, last_update_clipped, watch
-from tests.support.commands import DEMO
+from tests.support.commands import DEMO, cells
 
 ROOT = Path(__file__).parents[2]
 FILES = {"optaxclip.png", "loss.png", "norm.png", "table.csv", "steps.csv"}
 UNRECORDED = {"none", "optax.clip_by_global_norm", "clip_by_value"}  # what `clip_by` did not make
 DECODER, RNN = models.DECODER, models.RECURRENT
-
-
-def cells(text):
-    """The table in a text: from what each row shows to its other cells."""
-    body = re.split(r"^-[- ]+$", text, flags=re.MULTILINE)[1].strip().split("\n\n")[0]
-    return {name: others for name, *others in (re.split(r"\s{2,}", line) for line in body.splitlines())}
 
 
 def read(path):

@@ -1,5 +1,6 @@
 """The commands of this repository, called in this process."""
 
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -38,3 +39,9 @@ class Command(NamedTuple):
 DEMO = Command("python -m optaxclip", demo.main)
 REPLAY = Command("python -m optaxclip replay", lambda words: demo.main(["replay", *words]))
 SWEEP = Command("python -m tests.benchmarks.sweep", sweep.main)
+
+
+def cells(text):
+    """The table of the main job in a text: from what each row shows to its other cells."""
+    body = re.split(r"^-[- ]+$", text, flags=re.MULTILINE)[1].strip().split("\n\n")[0]
+    return {name: others for name, *others in (re.split(r"\s{2,}", line) for line in body.splitlines())}
