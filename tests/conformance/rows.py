@@ -10,8 +10,6 @@ import pytest
 
 from tests.table import ROWS, by_path, numbers, params, tree
 
-MASK = {"dense": True, "scale": False}
-
 
 def rows(*, where=lambda row: True):
     return pytest.mark.parametrize("row", [pytest.param(row, id=row.name) for row in ROWS if where(row)])

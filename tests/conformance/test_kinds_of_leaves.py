@@ -1,40 +1,47 @@
 """Every row on leaves and trees of every kind."""
 
-import functools
-import operator
-
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.conformance.rows import (
-    assert_finite,
-    first_step,
-    rows,
-    transformation,
-)
+from tests.conformance.rows import assert_finite, first_step, rows
+from tests.conformance.ways import LITTLE, MISSING, Outcome, odd_leaves, outcomes, ways
 from tests.table import by_path, params, tree
 
+# The rows on which the same is done without jit: norms of all kinds, statistics of leaves and of one norm, a skip.
+EAGER = (
+    "clip_by_global_norm-recorded",
+    "adaptive_grad_clip",
+    "clip_by_spectral_norm",
+    "adagc",
+    "scale_by_stable_adam",
+    "skip_spikes",
+)
 
-@pytest.mark.parametrize("missing", ["dense/bias", "dense", "scale"])
-@rows()
-def test_a_missing_gradient_stays_missing_and_counts_for_nothing(row, missing):
-    updates, weights = tree(0, "float32"), params("float32")
+
+def is_eager(row):
+    return row.name in EAGER
+
+
+def eagerly(row, name):
+    """What `outcomes` finds in this way, without jit."""
+    way = ways(row, tree(0, "float32"), params("float32"))[name]
+    given = jax.tree.map(jnp.asarray, way.updates)
+    state = way.tx.init(way.weights)
+    return Outcome(given, state, *way.tx.update(given, state, way.weights))
+
+
+def assert_missing(row, missing, found):
+    """What is missing stays missing and counts for nothing, as a zero does."""
+    chex.assert_trees_all_equal_structs(found.updates, found.given)
+    chex.assert_trees_all_equal_structs(found.state, found.first_state)
     zeroed = jax.tree.map_with_path(
-        lambda path, x: jnp.zeros_like(x) if keystr(path).startswith(missing) else x, updates
+        lambda path, x: jnp.zeros_like(x) if keystr(path).startswith(missing) else x, tree(0, "float32")
     )
-    some = {"dense": dict(updates["dense"]), "scale": updates["scale"]}
-    *above, last = missing.split("/")
-    functools.reduce(operator.getitem, above, some)[last] = None
-    state = transformation(row).init(weights)
-    new_updates, new_state = transformation(row).update(some, state, weights)
-    chex.assert_trees_all_equal_structs(new_updates, some)
-    chex.assert_trees_all_equal_structs(new_state, state)
-    # A zero counts for nothing either.
-    expected = by_path(first_step(row, zeroed, weights)[0])
-    for path, leaf in by_path(new_updates).items():
+    expected = by_path(first_step(row, zeroed, params("float32"))[0])
+    for path, leaf in by_path(found.updates).items():
         np.testing.assert_allclose(leaf, expected[path], rtol=1e-6)
 
 
@@ -42,54 +49,57 @@ def keystr(path):
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def odd_leaves():
-    """What else is found in a tree of gradients; none of it can be clipped."""
-    return {
-        "steps": jnp.arange(3),
-        "flag": jnp.asarray(True),
-        "no_gradient": np.zeros((2,), jax.dtypes.float0),
-        "key": jax.random.key(0),
-        "empty": jnp.zeros((0, 3)),
-    }
+@pytest.mark.parametrize("missing", MISSING)
+@rows()
+def test_a_missing_gradient_stays_missing_and_counts_for_nothing(row, missing):
+    assert_missing(row, missing, outcomes(row)[f"no {missing}"])
 
 
-def assert_same_leaves(ours, given):
+@rows(where=is_eager)
+def test_a_missing_gradient_without_jit(row):
+    assert_missing(row, "dense/bias", eagerly(row, "no dense/bias"))
+
+
+def assert_untouched(row, found):
+    """Leaves that are not numbers pass as they are, and the others as without them."""
+    chex.assert_trees_all_equal_structs(found.updates, found.given)
+    chex.assert_trees_all_equal_structs(found.state, found.first_state)
+    dense, given = dict(found.updates["dense"]), odd_leaves()
     for name, leaf in given.items():
-        assert ours[name].dtype == leaf.dtype, name
-        assert ours[name].shape == leaf.shape, name
-    np.testing.assert_array_equal(ours["steps"], given["steps"])
-    np.testing.assert_array_equal(ours["flag"], given["flag"])
-    np.testing.assert_array_equal(jax.random.key_data(ours["key"]), jax.random.key_data(given["key"]))
+        ours = dense.pop(name)
+        assert ours.dtype == leaf.dtype, name
+        assert ours.shape == leaf.shape, name
+        bits = jax.random.key_data if name == "key" else np.asarray
+        np.testing.assert_array_equal(bits(ours), bits(leaf), err_msg=name)
+    expected, _ = first_step(row, tree(0, "float32"), params("float32"))
+    chex.assert_trees_all_close(found.updates | {"dense": dense}, expected, rtol=1e-6)
 
 
 @rows()
 def test_leaves_that_are_not_numbers_pass_untouched_and_uncounted(row):
-    updates, weights, odd = tree(0, "float32"), params("float32"), odd_leaves()
-    tx = transformation(row)
-    expected, _ = first_step(row, updates, weights)
-    updates["dense"] |= odd
-    weights["dense"] |= odd
-    state = tx.init(weights)
-    new_updates, new_state = tx.update(updates, state, weights)
-    traced_updates, traced_state = jax.eval_shape(tx.update, updates, state, weights)
-    chex.assert_trees_all_equal_structs(new_state, traced_state, state)
-    chex.assert_trees_all_equal_structs(new_updates, traced_updates, updates)
-    assert_same_leaves({name: new_updates["dense"].pop(name) for name in odd}, odd)
-    chex.assert_trees_all_close(new_updates, expected, rtol=1e-6)
+    assert_untouched(row, outcomes(row)["odd leaves"])
 
 
-@pytest.mark.parametrize(
-    "updates",
-    [{}, (), {"a": None}, np.float32(2.0), np.ones((0, 2), np.float32), {"a": np.arange(3)}],
-    ids=["dict", "tuple", "none", "scalar", "empty", "integers"],
-)
+@rows(where=is_eager)
+def test_leaves_that_are_not_numbers_without_jit(row):
+    assert_untouched(row, eagerly(row, "odd leaves"))
+
+
+def assert_little(found):
+    """The step keeps a tree with few numbers or none in it, and the state."""
+    chex.assert_trees_all_equal_structs((found.updates, found.state), (found.given, found.first_state))
+    chex.assert_trees_all_equal_shapes_and_dtypes(found.updates, found.given)
+    if jax.tree.leaves(found.updates):
+        assert_finite(found.updates)
+
+
+@pytest.mark.parametrize("few", LITTLE)
 @rows(where=lambda row: row.any_tree)
-def test_trees_with_little_in_them(row, updates):
-    updates = jax.tree.map(jnp.asarray, updates)
-    tx = transformation(row)
-    state = tx.init(updates)
-    new_updates, new_state = tx.update(updates, state, updates)
-    chex.assert_trees_all_equal_structs((new_updates, new_state), (updates, state))
-    chex.assert_trees_all_equal_shapes_and_dtypes(new_updates, updates)
-    if jax.tree.leaves(updates):
-        assert_finite(new_updates)
+def test_trees_with_little_in_them(row, few):
+    assert_little(outcomes(row)[few])
+
+
+@pytest.mark.parametrize("few", LITTLE)
+@rows(where=is_eager)
+def test_trees_with_little_in_them_without_jit(row, few):
+    assert_little(eagerly(row, few))
