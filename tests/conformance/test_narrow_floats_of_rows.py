@@ -55,7 +55,7 @@ def treats_leaves_in_its_own_way(row):
 def compiled_mixed(row):
     """The jitted update, which makes a fresh state where there is none.
 
-    XLA's older emitters make NaN of a float8_e4m3b11fnuz that is -0 (tests.support.compiling): there the others are used.
+    XLA's older emitters make NaN of a float8_e4m3b11fnuz that is -0 (tests.support.compiling). Newer ones do not.
     """
     tx = transformation(row)
 
