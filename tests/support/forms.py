@@ -1,6 +1,7 @@
 """The norm in the form of another platform, and how right it has to be there."""
 
 import contextlib
+import functools
 import math
 
 import jax
@@ -22,7 +23,7 @@ def form_of(platform):
 
     def anew(jitted):
         """The same function, which has not been traced yet."""
-        return jax.jit(lambda *args: jitted.__wrapped__(*args), static_argnums=(1, 2))
+        return jax.jit(functools.partial(jitted.__wrapped__), static_argnums=(1, 2))
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(jax.lax, "platform_dependent", chosen)
