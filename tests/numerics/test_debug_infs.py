@@ -45,20 +45,31 @@ def infinities_are_errors():
     jax.config.update("jax_debug_infs", False)
 
 
-@pytest.mark.usefixtures("infinities_are_errors")
-@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
-@pytest.mark.parametrize("name", THRESHOLDS)
-def test_no_threshold_makes_one(name, jit):
-    threshold = THRESHOLDS[name]()
+def limits(makes, transform=lambda step: step):
+    """Several norms, one after another, for each of these thresholds."""
+    made = {name: make() for name, make in makes.items()}
 
-    def limit(norms, state):
-        return threshold.limit(norms, state, lambda: norms)
+    def step(norms, states):
+        found = {name: threshold.limit(norms, states[name], lambda: norms) for name, threshold in made.items()}
+        return {name: upper for name, ((_, upper), _) in found.items()}, {name: one for name, (_, one) in found.items()}
 
-    step = jax.jit(limit) if jit else limit
-    state = threshold.init({"a": jnp.float32(1), "b": jnp.float32(1)})
+    step = transform(step)
+    states = {name: threshold.init({"a": jnp.float32(1), "b": jnp.float32(1)}) for name, threshold in made.items()}
     for size in (1.0, 2.0, 0.0, 3.0, 1e30, 1e-30):
-        (_, upper), state = step({"a": jnp.float32(size), "b": jnp.float32(2 * size)}, state)
-        assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((upper, state)))
+        uppers, states = step({"a": jnp.float32(size), "b": jnp.float32(2 * size)}, states)
+        for name in made:
+            assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((uppers[name], states[name]))), name
+
+
+@pytest.mark.usefixtures("infinities_are_errors")
+@pytest.mark.parametrize("name", THRESHOLDS)
+def test_no_threshold_makes_one_eagerly(name):
+    limits({name: THRESHOLDS[name]})
+
+
+@pytest.mark.usefixtures("infinities_are_errors")
+def test_no_threshold_makes_one_under_jit():
+    limits(THRESHOLDS, jax.jit)
 
 
 # One of each kind: eagerly every operation is a program of its own, and is checked.
