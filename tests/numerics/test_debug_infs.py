@@ -45,8 +45,8 @@ def infinities_are_errors():
     jax.config.update("jax_debug_infs", False)
 
 
-def limits(makes, transform=lambda step: step):
-    """Several norms, one after another, for each of these thresholds."""
+def limits(makes, ones, transform=lambda step: step):
+    """Norms of several sizes, one after another, for each of these thresholds; `ones` are norms of 1."""
     made = {name: make() for name, make in makes.items()}
 
     def step(norms, states):
@@ -54,9 +54,10 @@ def limits(makes, transform=lambda step: step):
         return {name: upper for name, ((_, upper), _) in found.items()}, {name: one for name, (_, one) in found.items()}
 
     step = transform(step)
-    states = {name: threshold.init({"a": jnp.float32(1), "b": jnp.float32(1)}) for name, threshold in made.items()}
-    for size in (1.0, 2.0, 0.0, 3.0, 1e30, 1e-30):
-        uppers, states = step({"a": jnp.float32(size), "b": jnp.float32(2 * size)}, states)
+    states = {name: threshold.init(ones) for name, threshold in made.items()}
+    for size in np.float32([1.0, 2.0, 0.0, 3.0, 1e30, 1e-30]):
+        norms = jax.tree.unflatten(jax.tree.structure(ones), [jnp.asarray(size), jnp.asarray(2 * size)][: len(ones)])
+        uppers, states = step(norms, states)
         for name in made:
             assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((uppers[name], states[name]))), name
 
@@ -64,12 +65,13 @@ def limits(makes, transform=lambda step: step):
 @pytest.mark.usefixtures("infinities_are_errors")
 @pytest.mark.parametrize("name", THRESHOLDS)
 def test_no_threshold_makes_one_eagerly(name):
-    limits({name: THRESHOLDS[name]})
+    """Of one group: most operations are those of `test_no_transformation_makes_one_eagerly`, compiled once for both."""
+    limits({name: THRESHOLDS[name]}, [jnp.float32(1)])
 
 
 @pytest.mark.usefixtures("infinities_are_errors")
 def test_no_threshold_makes_one_under_jit():
-    limits(THRESHOLDS, jax.jit)
+    limits(THRESHOLDS, [jnp.float32(1)] * 2, jax.jit)
 
 
 # One of each kind: eagerly every operation is a program of its own, and is checked.
@@ -92,8 +94,11 @@ def recorded(row):
     return row.factory(*row.args, **{**row.kwargs, **({"record": 3} if takes_record(row) else {})})
 
 
+WEIGHTS = params("float32")
+
+
 def steps(update, state, scales):
-    weights = params("float32")
+    weights = WEIGHTS
     for seed, scale in enumerate(scales):
         updates, state = update(tree(seed, "float32", scale), state, weights)
         assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((updates, state)))
@@ -113,7 +118,7 @@ def test_no_transformation_makes_one_under_jit(part):
         both = {name: tx.update(updates, state[name], weights) for name, tx in all_of_them.items()}
         return {name: one for name, (one, _) in both.items()}, {name: one for name, (_, one) in both.items()}
 
-    state = {name: tx.init(params("float32")) for name, tx in all_of_them.items()}
+    state = jax.jit(lambda weights: {name: tx.init(weights) for name, tx in all_of_them.items()})(WEIGHTS)
     steps(update, state, (1.0, 2.0, 0.0, 3.0, 1e-3))
 
 
@@ -121,7 +126,7 @@ def test_no_transformation_makes_one_under_jit(part):
 @pytest.mark.parametrize("name", EAGERLY)
 def test_no_transformation_makes_one_eagerly(name):
     tx = recorded(BY_NAME[name])
-    steps(tx.update, tx.init(params("float32")), (1.0, 0.0))
+    steps(tx.update, tx.init(WEIGHTS), (1.0, 0.0))
 
 
 @pytest.mark.usefixtures("infinities_are_errors")
