@@ -45,20 +45,33 @@ def infinities_are_errors():
     jax.config.update("jax_debug_infs", False)
 
 
+def limits(makes, ones, transform=lambda step: step):
+    """Norms of several sizes, one after another, for each of these thresholds; `ones` are norms of 1."""
+    made = {name: make() for name, make in makes.items()}
+
+    def step(norms, states):
+        found = {name: threshold.limit(norms, states[name], lambda: norms) for name, threshold in made.items()}
+        return {name: upper for name, ((_, upper), _) in found.items()}, {name: one for name, (_, one) in found.items()}
+
+    step = transform(step)
+    states = {name: threshold.init(ones) for name, threshold in made.items()}
+    for size in np.float32([1.0, 2.0, 0.0, 3.0, 1e30, 1e-30]):
+        norms = jax.tree.unflatten(jax.tree.structure(ones), [jnp.asarray(size), jnp.asarray(2 * size)][: len(ones)])
+        uppers, states = step(norms, states)
+        for name in made:
+            assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((uppers[name], states[name]))), name
+
+
 @pytest.mark.usefixtures("infinities_are_errors")
-@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
 @pytest.mark.parametrize("name", THRESHOLDS)
-def test_no_threshold_makes_one(name, jit):
-    threshold = THRESHOLDS[name]()
+def test_no_threshold_makes_one_eagerly(name):
+    """Of one group: most operations are those of `test_no_transformation_makes_one_eagerly`, compiled once for both."""
+    limits({name: THRESHOLDS[name]}, [jnp.float32(1)])
 
-    def limit(norms, state):
-        return threshold.limit(norms, state, lambda: norms)
 
-    step = jax.jit(limit) if jit else limit
-    state = threshold.init({"a": jnp.float32(1), "b": jnp.float32(1)})
-    for size in (1.0, 2.0, 0.0, 3.0, 1e30, 1e-30):
-        (_, upper), state = step({"a": jnp.float32(size), "b": jnp.float32(2 * size)}, state)
-        assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((upper, state)))
+@pytest.mark.usefixtures("infinities_are_errors")
+def test_no_threshold_makes_one_under_jit():
+    limits(THRESHOLDS, [jnp.float32(1)] * 2, jax.jit)
 
 
 # One of each kind: eagerly every operation is a program of its own, and is checked.
@@ -81,8 +94,11 @@ def recorded(row):
     return row.factory(*row.args, **{**row.kwargs, **({"record": 3} if takes_record(row) else {})})
 
 
+WEIGHTS = params("float32")
+
+
 def steps(update, state, scales):
-    weights = params("float32")
+    weights = WEIGHTS
     for seed, scale in enumerate(scales):
         updates, state = update(tree(seed, "float32", scale), state, weights)
         assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((updates, state)))
@@ -95,14 +111,15 @@ def test_no_transformation_makes_one_under_jit(part):
 
     The others are in `tests/conformance/test_several_steps.py`: of what is jitted jax checks the results alone.
     """
-    all_of_them = {row.name: recorded(row) for row in [row for row in ROWS if takes_record(row)][part::2]}
+    rows = [row for row in ROWS if takes_record(row) and "record" not in row.kwargs]  # these are among the others
+    all_of_them = {row.name: recorded(row) for row in rows[part::2]}
 
     @jax.jit
     def update(updates, state, weights):
         both = {name: tx.update(updates, state[name], weights) for name, tx in all_of_them.items()}
         return {name: one for name, (one, _) in both.items()}, {name: one for name, (_, one) in both.items()}
 
-    state = {name: tx.init(params("float32")) for name, tx in all_of_them.items()}
+    state = jax.jit(lambda weights: {name: tx.init(weights) for name, tx in all_of_them.items()})(WEIGHTS)
     steps(update, state, (1.0, 2.0, 0.0, 3.0, 1e-3))
 
 
@@ -110,7 +127,7 @@ def test_no_transformation_makes_one_under_jit(part):
 @pytest.mark.parametrize("name", EAGERLY)
 def test_no_transformation_makes_one_eagerly(name):
     tx = recorded(BY_NAME[name])
-    steps(tx.update, tx.init(params("float32")), (1.0, 0.0))
+    steps(tx.update, tx.init(WEIGHTS), (1.0, 0.0))
 
 
 @pytest.mark.usefixtures("infinities_are_errors")

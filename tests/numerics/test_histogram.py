@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 RTOL = 0.009  # promised; 0.01 is asked
 # As float32: NumPy is given the same numbers as a traced argument of ours.
 QUANTILES = np.float32([0, 0.01, 0.05, 0.1, 0.25, 1 / 3, 0.5, 2 / 3, 0.75, 0.9, 0.95, 0.99, 0.999])
-COUNT, EVERY = 100_000, 500
+COUNT, EVERY = 70_000, 500  # more than 16 bits count
 
 
 def init(row):
@@ -67,14 +67,18 @@ def drawn():
     return np.stack([draw(rng, COUNT) for draw in sequences.DISTRIBUTIONS.values()], axis=1)
 
 
-def test_long_histories(drawn):
-    state, found = at_checkpoints(jnp.asarray(drawn, jnp.float32))
+@pytest.mark.parametrize(
+    ("names", "count"), [(tuple(sequences.DISTRIBUTIONS), 20_000), (("lognormal", "constant"), COUNT)]
+)
+def test_long_histories(drawn, names, count):
+    given = drawn[:count, [name in names for name in sequences.DISTRIBUTIONS]]
+    state, found = at_checkpoints(jnp.asarray(given, jnp.float32))
     found = wide(found)
-    for i, upto in enumerate(range(EVERY, COUNT + 1, EVERY)):
+    for i, upto in enumerate(range(EVERY, count + 1, EVERY)):
         if i < 20 or i % 10 == 9:
-            np.testing.assert_allclose(found[i], numpys(drawn[:upto]), rtol=RTOL, err_msg=f"after {upto} norms")
-    np.testing.assert_array_equal(state.norms_seen, COUNT)
-    np.testing.assert_array_equal(jnp.sum(state.histogram, axis=(1, 2)), COUNT)
+            np.testing.assert_allclose(found[i], numpys(given[:upto]), rtol=RTOL, err_msg=f"after {upto} norms")
+    np.testing.assert_array_equal(state.norms_seen, count)
+    np.testing.assert_array_equal(np.sum(state.histogram, axis=(1, 2)), count)
 
 
 def test_short_histories(drawn):
@@ -88,7 +92,7 @@ def test_short_histories(drawn):
 
 def test_two_modes_at_every_step(drawn):
     """At the share of the lower mode the quantile may lie anywhere between the two, which are 10,000 times apart."""
-    given = drawn[:, list(sequences.DISTRIBUTIONS).index("bimodal")]
+    given = drawn[:20_000, list(sequences.DISTRIBUTIONS).index("bimodal")]
     q = float(np.mean(given < 1))
     threshold = thresholds.quantile(q)
 
@@ -134,16 +138,16 @@ def test_the_largest_of_all_bounds_nothing(rng):
 
 def test_state_takes_40_kib_a_group():
     for groups in (1, 3, 1024):
-        state = jax.eval_shape(oc.autoclip(norm=norms.leaf_norm()).init, [jnp.zeros(1)] * groups)
+        state = jax.eval_shape(oc.autoclip(norm=norms.leaf_norm()).init, [np.zeros(1)] * groups)
         assert sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)) <= groups * 40 * 1024
 
 
 @pytest.mark.parametrize("kind", ["leaves", "units"])
 def test_too_many_groups_are_refused(kind):
     norm, params = {
-        "leaves": (norms.leaf_norm(), [jnp.zeros(1)] * 1025),
-        "units": (norms.unit_norm("oi"), {"w": jnp.zeros((1025, 2))}),
+        "leaves": (norms.leaf_norm(), [np.zeros(1, np.float32)] * 1025),
+        "units": (norms.unit_norm("oi"), {"w": np.zeros((1025, 2), np.float32)}),
     }[kind]
     with pytest.raises(ValueError, match=r"40,9\d\d bytes per group is too large for 1025 groups: pass window="):
         clip_by(norm, thresholds.quantile(0.1)).init(params)
-    clip_by(norm, thresholds.quantile(0.1, window=10)).init(params)
+    jax.eval_shape(clip_by(norm, thresholds.quantile(0.1, window=10)).init, params)

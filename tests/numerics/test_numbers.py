@@ -1,5 +1,6 @@
 """What the numbers promise: right norms, bounds that hold, and nothing lost, over each dtype's whole range."""
 
+import functools
 import itertools
 
 import jax
@@ -33,50 +34,69 @@ def signed(rng, size, dtype):
     return rng.choice([-1, 1], size) * rng.uniform(0.5, 1, size)
 
 
-def measured(updates, ord=2):
-    """(ours, float64's); the numbers behind the second are those that the dtype holds."""
-    norm = oc.global_norm(updates, ord=ord)
-    assert norm.dtype == jnp.float32
-    assert norm.shape == ()
-    return float(norm), fixed.global_norm(trees.wide_leaves(updates), ord)
+@jax.jit
+def norms_of(cases):
+    """The norm of each tree in a dict, of an order and what else is in its key, in one program."""
+    return {key: oc.global_norm(tree, ord=key[0]) for key, tree in cases.items()}
+
+
+def assert_norms(cases):
+    """As those in float64 of the numbers that the dtype holds."""
+    for key, ours in norms_of(cases).items():
+        assert ours.dtype == jnp.float32
+        assert ours.shape == ()
+        right = fixed.global_norm(trees.wide_leaves(cases[key]), key[0])
+        np.testing.assert_allclose(float(ours), right, rtol=LAST_PLACE, err_msg=str(key))
+
+
+def by_name(makes):
+    """A jitted `(bound, updates, params) -> updates` of a dict of transformations: all of them in one program."""
+    return jax.jit(
+        lambda bound, updates, params=None: {
+            name: trees.update(make(bound), updates, params) for name, make in makes.items()
+        }
+    )
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=id_of)
-@pytest.mark.parametrize("ord", ORDS)
-@pytest.mark.parametrize("shape", [(), (1,), (2,), (13,), (40, 25), (100_000,)], ids=str)
-def test_global_norm_over_the_range(rng, dtype, ord, shape):
-    size = int(np.prod(shape))
-    numbers = signed(rng, shape, dtype)
-    for scale in scales(dtype, size, ord):
+def test_global_norm_over_the_range(rng, dtype):
+    cases = [*itertools.product(ORDS, [(), (1,), (2,), (13,), (40, 25), (100_000,)])]
+    numbers = {shape: signed(rng, shape, dtype) for _, shape in cases}
+    rows = [scales(dtype, int(np.prod(shape)), ord) for ord, shape in cases]
+    for at_scale in itertools.zip_longest(*rows, fillvalue=1.0):
         # At the lower end every number is normal: a subnormal one would count as zero.
-        low_end = scale < 2 * float(jnp.finfo(dtype).tiny)
-        ours, right = measured(jnp.asarray(np.asarray(numbers * scale * (2 if low_end else 1)).astype(dtype)), ord)
-        np.testing.assert_allclose(ours, right, rtol=LAST_PLACE, err_msg=f"at scale {scale}")
+        low_end = at_scale[0] < 2 * float(jnp.finfo(dtype).tiny)
+        given = {
+            (ord, shape): np.asarray(numbers[shape] * scale * (2 if low_end else 1)).astype(dtype)
+            for (ord, shape), scale in zip(cases, at_scale, strict=True)
+        }
+        assert_norms(given)
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=id_of)
-def test_global_norm_of_ten_million(dtype):
+def test_global_norm_of_ten_million():
     """In float32's range of squares and on both sides of it."""
     numbers = np.random.default_rng(0).standard_normal(10_000_000, np.float32)
-    for scale in (1.0,) if dtype == jnp.float16 else (1.0, 2.0**-90, 2.0**90):
-        updates = (numbers * np.float32(scale)).astype(dtype)
-        right = np.sqrt(sum(np.sum(np.square(part, dtype=np.float64)) for part in np.array_split(updates, 20)))
-        np.testing.assert_allclose(float(oc.global_norm(jnp.asarray(updates))), right, rtol=LAST_PLACE)
+    for dtype in FLOATS:
+        rounded = numbers.astype(dtype)
+        right = np.sqrt(sum(np.sum(np.square(part, dtype=np.float64)) for part in np.array_split(rounded, 20)))
+        for scale in (1.0,) if dtype == jnp.float16 else (1.0, 2.0**-90, 2.0**90):  # by which nothing is rounded
+            ours = oc.global_norm(jnp.asarray(rounded * np.asarray(scale, dtype)))
+            np.testing.assert_allclose(float(ours), right * scale, rtol=LAST_PLACE, err_msg=f"{dtype}, {scale}")
 
 
-@pytest.mark.parametrize("ord", ORDS)
 @pytest.mark.parametrize("powers", [(-37, 37), (-37, -20), (19, 37), (-22, -18), (17, 20)], ids=str)
-def test_global_norm_of_numbers_of_every_size(rng, ord, powers):
+def test_global_norm_of_numbers_of_every_size(rng, powers):
     """Log-uniform magnitudes, also where the squares of some entries vanish and those of others do not."""
-    for shape in ((3,), (50,), (20, 20)):
-        for _ in range(5):
-            numbers = 10 ** rng.uniform(*powers, shape)
-            ours, right = measured(jnp.asarray((numbers * rng.choice([-1, 1], shape)).astype(np.float32)), ord)
-            np.testing.assert_allclose(ours, right, rtol=LAST_PLACE)
+    for _ in range(5):
+        assert_norms(
+            {
+                (ord, shape): (10 ** rng.uniform(*powers, shape) * rng.choice([-1, 1], shape)).astype(np.float32)
+                for ord, shape in itertools.product(ORDS, ((3,), (50,), (20, 20)))
+            }
+        )
 
 
-@pytest.mark.parametrize("ord", ORDS)
-def test_global_norm_of_leaves_of_every_size_and_dtype(rng, ord):
+def test_global_norm_of_leaves_of_every_size_and_dtype(rng):
     """40 leaves, scalars and zeros among them, each dtype at a scale of its own range."""
     shapes = [(), (1,), (5,), (3, 4)]
     ranges = {jnp.float32: (-37, 36), jnp.bfloat16: (-36, 36), jnp.float16: (-3, 3)}
@@ -85,31 +105,26 @@ def test_global_norm_of_leaves_of_every_size_and_dtype(rng, ord):
         for i in range(40):
             dtype = FLOATS[i % 3]
             scale = 10 ** (reach * rng.uniform(*ranges[dtype])) if i % 7 else 0
-            updates.append(jnp.asarray(np.asarray(signed(rng, shapes[i % 4], dtype) * scale).astype(dtype)))
-        ours, right = measured(updates, ord)
-        np.testing.assert_allclose(ours, right, rtol=LAST_PLACE)
+            updates.append(np.asarray(signed(rng, shapes[i % 4], dtype) * scale).astype(dtype))
+        assert_norms({(ord,): updates for ord in ORDS})
 
 
 def test_the_ends_of_the_range():
     info = np.finfo(np.float32)
     for value in (info.tiny, 2 * info.tiny, info.max, info.max / 2):
-        for shape in ((), (1,), (1, 1)):
-            updates = jnp.full(shape, value, jnp.float32)
-            for ord in ORDS:
-                ours, right = measured(updates, ord)
-                np.testing.assert_allclose(ours, right, rtol=LAST_PLACE)
-    ours, right = measured([jnp.full((2, 2), info.max / 2, jnp.float32)])
-    assert np.isfinite(ours)
-    np.testing.assert_allclose(ours, right, rtol=LAST_PLACE)
+        shapes = itertools.product(ORDS, ((), (1,), (1, 1)))
+        assert_norms({(ord, shape): np.full(shape, value, np.float32) for ord, shape in shapes})
+    assert_norms({(2, "four"): np.full((2, 2), info.max / 2, np.float32)})  # whose norm is the largest number
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
 @pytest.mark.parametrize("scale", [1e-37, 1e-30, 1e-20, 1.0, 1e20, 1e30, 3e38])
 def test_scalar_leaves(scale, compiled):
     """A constant scale would be folded to `x * x * inf` on one-element leaves: NaN."""
-    updates = {"a": jnp.float32(scale), "b": jnp.full((1,), -scale / 8), "c": jnp.zeros(()), "d": jnp.float32(1e-30)}
+    numbers = {"a": np.float32(scale), "b": np.float32([-scale / 8]), "c": np.float32(0), "d": np.float32(1e-30)}
+    updates = jax.tree.map(jnp.asarray, numbers)
     norm = jax.jit(oc.global_norm) if compiled else oc.global_norm
-    np.testing.assert_allclose(float(norm(updates)), fixed.global_norm(trees.wide_leaves(updates)), rtol=LAST_PLACE)
+    np.testing.assert_allclose(float(norm(updates)), fixed.global_norm(trees.wide_leaves(numbers)), rtol=LAST_PLACE)
     np.testing.assert_allclose(float(norm(updates["a"])), scale, rtol=LAST_PLACE)
 
 
@@ -142,65 +157,74 @@ BOUNDED = {
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=id_of)
-@pytest.mark.parametrize("name", BOUNDED)
-def test_the_bound_holds(rng, dtype, name):
+def test_the_bound_holds(rng, dtype):
     """To 1 + 1e-6 in float32, to 1 + 4 eps plus half a subnormal an element in the 16-bit dtypes."""
-    make, measure = BOUNDED[name]
     info = jnp.finfo(dtype)
     most = 1 + (RTOL if dtype == jnp.float32 else 4 * float(info.eps))
     half_subnormal = float(info.smallest_subnormal) / 2 if dtype == jnp.float16 else 0.0
     shapes = [(), (6, 4), (400,)]
-    params = [jnp.asarray(trees.normal(rng, shape, dtype)) for shape in shapes]
-    step = trees.compiled(make)
+    params = [trees.normal(rng, shape, dtype) for shape in shapes]
+    step = by_name({name: make for name, (make, _) in BOUNDED.items()})
     for scale in scales(dtype, 425, 1)[1::2]:
-        numbers = [signed(rng, shape, dtype) * scale for shape in shapes]
-        updates = [jnp.asarray(np.asarray(x).astype(dtype)) for x in numbers]
+        updates = [np.asarray(signed(rng, shape, dtype) * scale).astype(dtype) for shape in shapes]
         for bound in (1e-30, 1e-6, 0.1, 1.0, 1e3, 1e30):
-            ours = trees.wide_leaves(step(bound, updates, params))
-            # A norm of rounding errors of half a subnormal each, in the widest measure here, the sum of 425 absolutes.
-            room = half_subnormal * sum(x.size for x in ours) * (1e3 if name == "agc" else 1)
-            assert np.max(measure(ours, trees.wide_leaves(params))) <= bound * most + room, (scale, bound)
+            for name, leaves in step(bound, updates, params).items():
+                ours, (_, measure) = trees.wide_leaves(leaves), BOUNDED[name]
+                # A norm of rounding errors of half a subnormal each, in the widest measure here, the sum of 425
+                # absolutes.
+                room = half_subnormal * sum(x.size for x in ours) * (1e3 if name == "agc" else 1)
+                assert np.max(measure(ours, trees.wide_leaves(params))) <= bound * most + room, (name, scale, bound)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=id_of)
-@pytest.mark.parametrize("name", ["global", "global1", "leaf", "leaf3", "rms", "range"])
-def test_what_is_clipped_lands_on_the_bound(rng, dtype, name):
+def test_what_is_clipped_lands_on_the_bound(rng, dtype):
     """Not somewhere below it: nothing is lost to a factor that leaves the range."""
-    make, measure = BOUNDED[name]
+    names = ["global", "global1", "leaf", "leaf3", "rms", "range"]
     info = jnp.finfo(dtype)
     least = 1 - (RTOL if dtype == jnp.float32 else 4 * float(info.eps))
-    step = trees.compiled(make)
+    step = by_name({name: BOUNDED[name][0] for name in names})
     for shape in ((), (5, 8)):
         numbers = signed(rng, shape, dtype)
         top = scales(dtype, max(1, int(np.prod(shape))), 1)
         for scale in top[2::2]:
-            updates = [jnp.asarray(np.asarray(numbers * scale).astype(dtype))]
+            updates = [np.asarray(numbers * scale).astype(dtype)]
             for bound in (b for b in top[1:] if b < 0.4 * scale and b / 80 > float(info.tiny)):
-                ours = measure(trees.wide_leaves(step(bound, updates)), None)
-                assert np.min(ours) >= bound * least, (scale, bound, shape)
+                for name, leaves in step(bound, updates).items():
+                    ours = BOUNDED[name][1](trees.wide_leaves(leaves), None)
+                    assert np.min(ours) >= bound * least, (name, scale, bound, shape)
+
+
+@functools.cache
+def bounding(*names):
+    """Several of these in one program, or one for each shape."""
+    return by_name({name: BOUNDED[name][0] for name in names})
 
 
 @pytest.mark.parametrize(
     ("value", "bound"),
     [(3e38, 1.0), (1e38, 1.0), (1e36, 1e-3), (3e38, 1e-37), (1e-30, 1e-37), (1.0, 2e-38), (3e38, 1e38)],
 )
-@pytest.mark.parametrize("name", ["global", "global1", "leaf", "leaf3", "rms", "range", "clip"])
-def test_one_number_far_outside(value, bound, name):
+def test_one_number_far_outside(value, bound):
     """A single float32 factor would be 0 or subnormal here."""
-    for shape in ((), (1,), (1, 1)):
-        for sign in (1, -1):
-            ours = trees.update(BOUNDED[name][0](bound), jnp.full(shape, sign * value, jnp.float32))
-            np.testing.assert_allclose(np.asarray(ours, np.float64), np.full(shape, sign * bound), rtol=RTOL)
+    step = bounding("global", "global1", "leaf", "leaf3", "rms", "range", "clip")
+    for shape, sign in itertools.product(((), (1,), (1, 1)), (1, -1)):
+        for name, ours in step(bound, np.full(shape, sign * value, np.float32)).items():
+            right = np.full(shape, sign * bound)
+            np.testing.assert_allclose(np.asarray(ours, np.float64), right, rtol=RTOL, err_msg=name)
 
 
-@pytest.mark.parametrize(
-    ("value", "bound"), [(2e-38, 10.0), (2e-38, 1e38), (1e-37, 3e38), (1e-20, 1e20), (2e-38, 3e-38), (1e38, 3e38)]
-)
-def test_one_number_far_below(value, bound):
-    for tx in (oc.clip_by_norm_range(bound, np.inf), oc.clip_by(oc.norms.leaf_norm(), oc.thresholds.exactly(bound))):
-        for shape in ((), (1,)):
-            ours = trees.update(tx, jnp.full(shape, -value, jnp.float32))
-            np.testing.assert_allclose(np.asarray(ours, np.float64), np.full(shape, -bound), rtol=RTOL)
+def test_one_number_far_below():
+    step = by_name(
+        {
+            "range": lambda c: oc.clip_by_norm_range(c, np.inf),
+            "exactly": lambda c: oc.clip_by(oc.norms.leaf_norm(), oc.thresholds.exactly(c)),
+        }
+    )
+    cases = [(2e-38, 10.0), (2e-38, 1e38), (1e-37, 3e38), (1e-20, 1e20), (2e-38, 3e-38), (1e38, 3e38)]
+    for (value, bound), shape in itertools.product(cases, ((), (1,))):
+        for name, ours in step(bound, np.full(shape, -value, np.float32)).items():
+            right = np.full(shape, -bound)
+            np.testing.assert_allclose(np.asarray(ours, np.float64), right, rtol=RTOL, err_msg=name)
 
 
 @pytest.mark.parametrize(
@@ -211,50 +235,51 @@ def test_smooth_over_the_range(value, bound):
     value = max(value, 2 * trees.TINY)
     right = value / (1 + value / bound)
     for shape in ((), (1,)):
-        ours = trees.update(oc.smooth_clip_by_global_norm(bound), jnp.full(shape, value, jnp.float32))
+        ours = bounding("smooth")(bound, np.full(shape, value, np.float32))["smooth"]
         np.testing.assert_allclose(np.asarray(ours, np.float64), np.full(shape, right), rtol=RTOL, atol=trees.TINY)
 
 
-@pytest.mark.parametrize("shape", [(4,), (2, 2)], ids=str)
-def test_norms_beyond_the_largest_number_saturate(shape):
+def test_norms_beyond_the_largest_number_saturate():
     """Finite, and the direction kept; the bound is not promised."""
-    updates = jnp.array([3e38, -3e38, 3e38, 1.5e38], jnp.float32).reshape(shape)
-    assert np.isfinite(float(oc.global_norm(updates)))
-    assert float(oc.global_norm(updates)) > 3e38
-    for ord in (1, 2, 3):
-        assert np.isfinite(float(oc.global_norm([updates, updates], ord=ord)))
-    for name in ("global", "global1", "leaf", "leaf3", "rms", "smooth", "range"):
+    numbers = np.float32([3e38, -3e38, 3e38, 1.5e38])
+    for updates in (numbers, numbers.reshape(2, 2)):
+        found = norms_of({(2, "one"): updates} | {(ord, "two"): [updates, updates] for ord in (1, 2, 3)})
+        assert np.all(np.isfinite([*found.values()]))
+        assert float(found[2, "one"]) > 3e38
         for bound in (1e-3, 1.0, 1e30):
-            ours = np.asarray(trees.update(BOUNDED[name][0](bound), updates), np.float64).ravel()
-            assert np.all(np.isfinite(ours))
-            assert ours[0] > 0
-            assert ours[0] < 3 * bound  # clipped all the same: the norm is at most 7 times the one measured
-            np.testing.assert_allclose(ours / ours[0], [1, -1, 1, 0.5], rtol=1e-6)
+            step = bounding("global", "global1", "leaf", "leaf3", "rms", "smooth", "range")
+            for name, clipped in step(bound, updates).items():
+                ours = np.asarray(clipped, np.float64).ravel()
+                assert np.all(np.isfinite(ours)), name
+                assert ours[0] > 0, name
+                # Clipped all the same: the norm is at most 7 times the one measured.
+                assert ours[0] < 3 * bound, name
+                np.testing.assert_allclose(ours / ours[0], [1, -1, 1, 0.5], rtol=1e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("ord", ORDS)
-def test_complex_numbers_count_by_modulus_over_the_range(ord):
+def test_complex_numbers_count_by_modulus_over_the_range():
     """Up to parts of 3e38, whose modulus is no float32: it saturates, and is clipped like any other."""
-    for scale in (2e-38, 1e-30, 1e-20, 1.0, 1e20, 1e30, 1e38, 3e38):
-        for shape in ((), (3,)):
-            updates = jnp.full(shape, np.float32(scale) * (1 - 1j), jnp.complex64)
-            right = fixed.global_norm(trees.wide_leaves(updates), ord)
-            right = min(right, float(np.finfo(np.float32).max))
-            np.testing.assert_allclose(float(oc.global_norm(updates, ord=ord)), right, rtol=LAST_PLACE)
-            ours = np.asarray(trees.update(oc.clip_by_global_norm(1e-20, ord=ord), updates)).ravel()
-            assert np.all(np.abs(ours) < 1e-19)
+    clip = by_name({ord: lambda c, ord=ord: oc.clip_by_global_norm(c, ord=ord) for ord in ORDS})
+    for scale, shape in itertools.product((2e-38, 1e-30, 1e-20, 1.0, 1e20, 1e30, 1e38, 3e38), ((), (3,))):
+        updates = np.full(shape, np.float32(scale) * (1 - 1j), np.complex64)
+        for (ord,), norm in norms_of({(ord,): updates for ord in ORDS}).items():
+            right = min(fixed.global_norm(trees.wide_leaves(updates), ord), float(np.finfo(np.float32).max))
+            np.testing.assert_allclose(float(norm), right, rtol=LAST_PLACE, err_msg=f"{ord}, {scale}")
+        for ord, clipped in clip(1e-20, updates).items():
+            ours = np.asarray(clipped).ravel()
+            assert np.all(np.abs(ours) < 1e-19), (ord, scale)
             np.testing.assert_allclose(ours.imag, -ours.real, rtol=1e-6)
-            assert np.all(ours.real > 0)
+            assert np.all(ours.real > 0), (ord, scale)
 
 
-@pytest.mark.parametrize("ord", [1, 2, 3])
-def test_a_saturated_norm_is_not_an_infinite_one(ord):
+def test_a_saturated_norm_is_not_an_infinite_one():
     """Finite numbers are clipped, however large; an infinite one passes as it came."""
-    huge = jnp.full((100,), 3e38, jnp.float32)
-    assert np.all(np.asarray(trees.update(oc.clip_by_global_norm(1.0, ord=ord), huge)) < 1e38)
-    trees.assert_same_bits(
-        trees.update(oc.clip_by_global_norm(1.0, ord=ord), huge.at[3].set(np.inf)), huge.at[3].set(np.inf)
-    )
+    clip = by_name({ord: lambda c, ord=ord: oc.clip_by_global_norm(c, ord=ord) for ord in (1, 2, 3)})
+    huge = np.full(100, 3e38, np.float32)
+    assert np.all(np.array([*clip(1.0, huge).values()]) < 1e38)
+    huge[3] = np.inf
+    for ours in clip(1.0, huge).values():
+        trees.assert_same_bits(ours, huge)
 
 
 # Inside the band an update is returned bit for bit.
@@ -292,21 +317,17 @@ def odd_numbers(dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("dtype", "compiled"),
-    [(jnp.float32, True), (jnp.bfloat16, True), (jnp.float16, True), (jnp.complex64, False)],
-    ids=["float32-jit", "bfloat16-jit", "float16-jit", "complex64-eager"],
-)
-@pytest.mark.parametrize("name", INSIDE)
-def test_inside_the_band_nothing_changes(dtype, compiled, name):
+@pytest.mark.parametrize("dtype", [*FLOATS, jnp.complex64], ids=id_of)
+def test_inside_the_band_nothing_changes(dtype):
+    """Under jit, all in one program; complex numbers eagerly."""
     numbers = odd_numbers(dtype)
     groups = [numbers.reshape(5, 2), numbers[1:2]]
     updates = [jnp.asarray(x) for x in groups]
     trees.assert_same_bits(updates, groups)  # subnormals arrive
-    params = [jnp.ones_like(x) for x in updates]
-    tx = INSIDE[name](dtype)
-    update = jax.jit(tx.update) if compiled else tx.update
-    trees.assert_same_bits(update(updates, tx.init(params), params)[0], updates)
+    params = [np.ones_like(x) for x in groups]
+    step = by_name({name: lambda _, make=make: make(dtype) for name, make in INSIDE.items()})
+    for name, ours in (step.__wrapped__ if dtype == jnp.complex64 else step)(None, updates, params).items():
+        assert [np.asarray(x).tobytes() for x in ours] == [x.tobytes() for x in groups], name
 
 
 # Bound 0, bound inf, and norms that are not finite.
@@ -326,63 +347,59 @@ ZERO = {
     "clippy": lambda c: contrib.clippy(c, c),
     "exactly": lambda c: oc.clip_by(oc.norms.leaf_norm(), oc.thresholds.exactly(c)),
 }
+step_of_zero = by_name(ZERO)  # a program for each dtype, for the tests of these
 
 
-@pytest.mark.parametrize(
-    ("dtype", "traced"),
-    [(jnp.float32, False), (jnp.float32, True), (jnp.float16, True)],
-    ids=["float32-number", "float32-traced", "float16-traced"],
-)
-@pytest.mark.parametrize("name", ZERO)
-def test_bound_zero_gives_zeros(dtype, traced, name):
-    groups = [np.zeros(3), np.array(5.0), np.full((2, 2), float(jnp.finfo(dtype).max))]
-    updates = [jnp.asarray(x.astype(dtype)) for x in groups]
-    params = [jnp.ones_like(x) for x in updates]
-    ours = (
-        trees.compiled(ZERO[name])(0.0, updates, params) if traced else trees.update(ZERO[name](0.0), updates, params)
-    )
-    for x in jax.tree.leaves(ours):
-        assert not np.any(np.asarray(x, np.float32))
+def tree_of(dtype, vector, matrix, number):
+    given = {"vector": vector, "matrix": [[x] for x in matrix], "number": number}
+    return {name: np.asarray(x).astype(dtype) for name, x in given.items()}
+
+
+@pytest.mark.parametrize("traced", [False, True], ids=["number", "traced"])
+def test_bound_zero_gives_zeros(traced):
+    for dtype in (*FLOATS, jnp.complex64) if traced else (jnp.float32,):
+        updates = tree_of(dtype, [0.0] * 4, [float(jnp.finfo(dtype).max)] * 2, 5.0)
+        step = step_of_zero if traced else jax.jit(functools.partial(step_of_zero.__wrapped__, 0.0))
+        found = step(*[0.0] * traced, updates, jax.tree.map(np.ones_like, updates))
+        assert [name for name, ours in found.items() if any(map(np.any, trees.wide_leaves(ours)))] == [], dtype
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("bound", [0.0, 1e-3, np.inf])
 @pytest.mark.parametrize("dtype", [*FLOATS, jnp.complex64], ids=id_of)
-@pytest.mark.parametrize("name", [name for name in ZERO if name not in ("clip", "clip_by_value")])
-def test_a_group_that_is_not_finite_passes_as_it_came(dtype, bound, value, name):
-    if name == "exactly" and bound == np.inf:
-        pytest.skip("no norm can be brought to infinity: a ValueError")
-    bad = np.array([1.0, value, -0.0, 1000.0]).astype(dtype)
-    good = np.array([[3.0], [4.0]]).astype(dtype)
-    updates = {"bad": jnp.asarray(bad), "good": jnp.asarray(good), "number": jnp.asarray(np.array(value).astype(dtype))}
-    params = jax.tree.map(jnp.ones_like, updates)
-    ours = trees.update(ZERO[name](bound), updates, params)
-    trees.assert_same_bits(ours["bad"], updates["bad"])
-    trees.assert_same_bits(ours["number"], updates["number"])
-    if name in ("clip_by_global_norm", "clip_by_norm_range", "smooth_clip_by_global_norm"):
-        trees.assert_same_bits(ours["good"], updates["good"])
-    elif bound < 1:
-        assert np.all(np.abs(trees.wide_leaves(ours["good"])[0]) < 0.1), "one bad leaf must not stop the others"
+def test_a_group_that_is_not_finite_passes_as_it_came(dtype, value):
+    updates = tree_of(dtype, [1.0, value, -0.0, 1000.0], [3.0, 4.0], value)
+    for bound in (0.0, 1e-3, np.inf):
+        for name, ours in step_of_zero(bound, updates, jax.tree.map(np.ones_like, updates)).items():
+            if name in ("clip", "clip_by_value") or (name == "exactly" and bound == np.inf):
+                continue  # no norm can be brought to infinity
+            unchanged = {leaf for leaf, x in updates.items() if np.asarray(ours[leaf]).tobytes() == x.tobytes()}
+            assert {"vector", "number"} <= unchanged, (name, bound)
+            if name in ("clip_by_global_norm", "clip_by_norm_range", "smooth_clip_by_global_norm"):
+                assert "matrix" in unchanged, (name, bound)
+            elif bound < 1:
+                small = np.abs(trees.wide_leaves(ours["matrix"])[0]) < 0.1
+                assert np.all(small), f"{name}, {bound}: one bad leaf must not stop the others"
 
 
 def test_units_that_are_not_finite_pass_and_the_others_are_clipped():
     """Columns are the units of "io", rows those of "oi", layers those of `stacked`."""
     updates = np.array([[1.0, np.nan], [1.0, 1.0]], np.float32)
-    params = jnp.zeros((2, 2))
-    io = np.asarray(trees.update(oc.adaptive_grad_clip(1.0), jnp.asarray(updates), params))
-    oi = np.asarray(trees.update(oc.adaptive_grad_clip(1.0, units="oi"), jnp.asarray(updates), params))
-    layers = np.asarray(trees.update(oc.clip_by_leaf_norm(1e-3, stacked=1), jnp.asarray(updates)))
-    np.testing.assert_allclose(io, [[1e-3 / 2**0.5, np.nan], [1e-3 / 2**0.5, 1.0]], rtol=1e-6)
-    np.testing.assert_allclose(oi, [[1.0, np.nan], [1e-3 / 2**0.5, 1e-3 / 2**0.5]], rtol=1e-6)
-    np.testing.assert_allclose(layers, [[1.0, np.nan], [1e-3 / 2**0.5, 1e-3 / 2**0.5]], rtol=1e-6)
+    clips = {
+        "io": oc.adaptive_grad_clip,
+        "oi": lambda c: oc.adaptive_grad_clip(c, units="oi"),
+        "layers": lambda c: oc.clip_by_leaf_norm(c * 1e-3, stacked=1),
+    }
+    found = by_name(clips)(1.0, updates, np.zeros((2, 2), np.float32))
+    np.testing.assert_allclose(found["io"], [[1e-3 / 2**0.5, np.nan], [1e-3 / 2**0.5, 1.0]], rtol=1e-6)
+    for name in ("oi", "layers"):
+        np.testing.assert_allclose(found[name], [[1.0, np.nan], [1e-3 / 2**0.5, 1e-3 / 2**0.5]], rtol=1e-6)
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_parameters_that_are_not_finite_bound_nothing(value):
-    updates = jnp.array([[1.0, 1.0], [1.0, 1.0]])
-    params = jnp.array([[value, 0.0], [0.0, 0.0]])
-    agc = np.asarray(trees.update(oc.adaptive_grad_clip(1.0), updates, params))
-    np.testing.assert_allclose(agc, [[1.0, 1e-3 / 2**0.5], [1.0, 1e-3 / 2**0.5]], rtol=1e-6)
+def test_parameters_that_are_not_finite_bound_nothing():
+    step = by_name({"agc": oc.adaptive_grad_clip})
+    for value in (np.nan, np.inf):
+        agc = step(1.0, np.ones((2, 2), np.float32), np.float32([[value, 0.0], [0.0, 0.0]]))["agc"]
+        np.testing.assert_allclose(agc, [[1.0, 1e-3 / 2**0.5], [1.0, 1e-3 / 2**0.5]], rtol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=id_of)
@@ -440,7 +457,7 @@ def hostile_leaves(dtype):
     ]
     unit = (1 + 1j) / 2 if dtype == jnp.complex64 else 1.0
     for leaves in values:
-        yield [jnp.asarray(np.asarray(x * unit).astype(dtype)) for x in leaves]
+        yield [np.asarray(x * unit).astype(dtype) for x in leaves]
 
 
 # The other two dtypes differ from these in what they round, not in their range: the plainest of each kind will do.
@@ -448,59 +465,73 @@ PLAIN = ["clip", "global", "rms", "range of leaves", "smooth", "exactly, rms", "
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"),
-    [*itertools.product(HOSTILE, [jnp.float32, jnp.float16]), *itertools.product(PLAIN, [jnp.bfloat16, jnp.complex64])],
-    ids=id_of,
+    ("names", "dtype"),
+    [(HOSTILE, jnp.float32), (HOSTILE, jnp.float16), (PLAIN, jnp.bfloat16), (PLAIN, jnp.complex64)],
+    ids=["float32", "float16", "bfloat16", "complex64"],
 )
-def test_finite_in_finite_out(name, dtype):
-    step = trees.compiled(HOSTILE[name])
-    everything = list(hostile_leaves(dtype))
-    for bound in [0.0, 1e-45, 1e-30, 1.0, 1e6, 1e38, 3.4028234e38, np.inf]:
-        if bound == np.inf and name.startswith(("range", "exactly")):
-            continue  # infinity is what is asked for there
-        for updates in everything:
-            for params in everything if "agc" in name or "clippy" in name else everything[:1]:
-                for x in step(bound, updates, params):
-                    assert x.dtype == dtype
-                    assert np.all(np.isfinite(trees.wide_leaves([x])[0])), (bound, x, updates, params)
+def test_finite_in_finite_out(names, dtype):
+    everything = [*hostile_leaves(dtype)]
+    with_params = {name for name in names if name.startswith(("agc", "clippy"))}
+    for together in (with_params, {*names} - with_params):
+        step = by_name({name: HOSTILE[name] for name in together})
+        all_params = everything if together is with_params else everything[:1]
+        bounds = [0.0, 1e-45, 1e-30, 1.0, 1e6, 1e38, 3.4028234e38, np.inf]
+        for bound, updates, params in itertools.product(bounds, everything, all_params):
+            for name, ours in jax.device_get(step(bound, updates, params)).items():
+                if bound == np.inf and name.startswith(("range", "exactly")):
+                    continue  # infinity is what is asked for there
+                assert {x.dtype for x in ours} == {np.dtype(dtype)}, name
+                for x in ours:
+                    assert np.all(np.isfinite(x)), (name, bound, x, updates, params)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16], ids=id_of)
 @pytest.mark.parametrize("traced", [False, True], ids=["number", "array"])
 def test_a_bound_beyond_a_narrow_dtype(dtype, traced):
     """1e6 and 1e-6 are bounds for float16 leaves too, though float16 holds neither."""
-    updates = jnp.asarray(np.array([3.0, 4.0]).astype(dtype))
+    updates = np.array([3.0, 4.0]).astype(dtype)
+    by_norm = by_name(
+        {
+            "global": oc.clip_by_global_norm,
+            "leaf": oc.clip_by_leaf_norm,
+            "range": lambda c: oc.clip_by_norm_range(0.0, c),
+        }
+    )
+    by_value = by_name(
+        {
+            "clip": oc.clip,
+            "clip_by_value": lambda c: oc.clip_by_value(-c, c),
+            "one end": lambda c: oc.clip_by_value(max_value=c),
+        }
+    )
+    relative, absolute = trees.slack(dtype, RTOL)
     for bound, right in ((1e6, [3.0, 4.0]), (1e-6, [0.6e-6, 0.8e-6])):
-        c = jnp.float32(bound) if traced else bound
-        for tx in (oc.clip_by_global_norm(c), oc.clip_by_leaf_norm(c), oc.clip_by_norm_range(0.0, c)):
-            ours = trees.update(tx, updates)
-            assert ours.dtype == dtype
-            relative, absolute = trees.slack(dtype, RTOL)
-            np.testing.assert_allclose(np.asarray(ours, np.float64), right, rtol=relative, atol=absolute)
-        for tx in (oc.clip(c), oc.clip_by_value(-c, c), oc.clip_by_value(max_value=c)):
-            expected = np.minimum([3.0, 4.0], bound)
-            ours = np.asarray(trees.update(tx, updates), np.float64)
-            np.testing.assert_allclose(ours, expected, rtol=relative, atol=absolute)
+        for step, expected in ((by_norm, right), (by_value, np.minimum([3.0, 4.0], bound))):
+            clipped = step if traced else jax.jit(functools.partial(step.__wrapped__, bound))
+            for name, ours in clipped(*[np.float32(bound)] * traced, updates).items():
+                assert ours.dtype == dtype, name
+                found = np.asarray(ours, np.float64)
+                np.testing.assert_allclose(found, expected, rtol=relative, atol=absolute, err_msg=name)
 
 
 def test_double_precision_has_the_same_promises():
     with jax.enable_x64(True):
+        step = by_name({"global": oc.clip_by_global_norm, "leaf": oc.clip_by_leaf_norm})
         for value, bound in ((1e300, 1.0), (1e-300, 1e-305), (1e308, 1e-300), (1e200, 1e30)):
-            updates = jnp.array([0.6 * value, -0.8 * value])
-            assert updates.dtype == jnp.float64
-            np.testing.assert_allclose(float(oc.global_norm(updates)), value, rtol=1e-15)
-            for tx in (oc.clip_by_global_norm(bound), oc.clip_by_leaf_norm(bound)):
-                ours = np.asarray(trees.update(tx, updates))
-                np.testing.assert_allclose(ours, [0.6 * bound, -0.8 * bound], rtol=1e-14)
-        tiny = jnp.array([1e-310, -0.0, 1.0])
-        trees.assert_same_bits(trees.update(oc.clip_by_global_norm(10.0), tiny), tiny)
+            updates = np.array([0.6 * value, -0.8 * value])
+            norm = oc.global_norm(jnp.asarray(updates))
+            assert norm.dtype == jnp.float64
+            np.testing.assert_allclose(float(norm), value, rtol=1e-15)
+            for name, ours in step(bound, updates).items():
+                np.testing.assert_allclose(ours, [0.6 * bound, -0.8 * bound], rtol=1e-14, err_msg=name)
+        tiny = np.array([1e-310, -0.0, 1.0])
+        for ours in step(10.0, tiny).values():
+            trees.assert_same_bits(ours, tiny)
 
 
-@pytest.mark.parametrize("bad", [jnp.inf, jnp.nan, complex(1, jnp.inf), complex(jnp.nan, 1)], ids=str)
-def test_clippy_leaves_complex_numbers_that_are_not_finite(bad):
+def test_clippy_leaves_complex_numbers_that_are_not_finite():
     # The difference of a number from itself, by which that is told, may be NaN in either part.
-    updates = jnp.array([1 + 2j, bad, 3j], jnp.complex64)
-    params = jnp.ones(3, jnp.complex64)
-    tx = contrib.clippy()
-    found, _ = tx.update(updates, tx.init(params), params)
-    np.testing.assert_array_equal(found, updates)
+    step, params = by_name({"clippy": lambda _: contrib.clippy()}), np.ones(3, np.complex64)
+    for bad in (np.inf, np.nan, complex(1, np.inf), complex(np.nan, 1)):
+        updates = np.array([1 + 2j, bad, 3j], np.complex64)
+        np.testing.assert_array_equal(step(None, updates, params)["clippy"], updates)

@@ -10,8 +10,12 @@ pytestmark = pytest.mark.usefixtures("strict_promotion")
 
 TREES = {
     "weak": {"a": jnp.full((2, 3), 2.0), "b": jnp.full(3, 0.5)},
-    "mixed": {"a": jnp.ones((2, 3), jnp.bfloat16), "b": jnp.ones(3), "c": jnp.ones(2, jnp.float16)},
-    "complex": {"a": jnp.ones((2, 3), jnp.complex64), "b": jnp.ones(3)},
+    "mixed": {
+        "a": jnp.ones((2, 3), jnp.bfloat16),
+        "b": jnp.ones(3),
+        "c": jnp.ones(2, jnp.float16),
+        "d": jnp.ones((2, 3), jnp.complex64),
+    },
 }
 
 

@@ -16,7 +16,7 @@ import optaxclip
 from optaxclip import ClipStats, Norm, clip_by, clip_stats, contrib, norms, thresholds
 from tests.table import halving
 
-PARAMS = {"a": jnp.ones((2, 3)), "b": {"c": jnp.ones(3), "d": jnp.ones(())}}
+PARAMS = {"a": np.ones((2, 3), np.float32), "b": {"c": np.ones(3, np.float32), "d": np.float32(1)}}
 MESH = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
@@ -25,7 +25,7 @@ def grads(rng, scale):
     flat, treedef = jax.tree.flatten(PARAMS)
     drawn = [rng.normal(size=leaf.shape) for leaf in flat]
     norm = np.sqrt(sum(np.sum(leaf**2) for leaf in drawn))
-    return treedef.unflatten([jnp.asarray(leaf * scale / norm, jnp.float32) for leaf in drawn])
+    return treedef.unflatten([np.asarray(leaf * scale / norm, np.float32) for leaf in drawn])
 
 
 def run(tx, sequence, params=PARAMS):
@@ -115,8 +115,8 @@ def test_a_lower_end_is_a_scale_above_one(rng):
 def test_a_bound_that_bounds_nothing_is_recorded_as_inf(rng):
     tx = optax.inject_hyperparams(optaxclip.clip_by_global_norm, static_args=("record",))(max_norm=1.0, record=True)
     state = tx.init(PARAMS)
-    state.hyperparams["max_norm"] = jnp.asarray(jnp.nan)
-    found = clip_stats(tx.update(grads(rng, 9.0), state, PARAMS)[1])
+    state.hyperparams["max_norm"] = np.float32(np.nan)
+    found = clip_stats(jax.jit(tx.update)(grads(rng, 9.0), state, PARAMS)[1])
     assert (found["clip_limit"], found["clip_scale"], found["clipped_share"]) == (np.inf, 1.0, 0.0)
 
 
@@ -168,10 +168,10 @@ def test_a_tree_without_leaves_is_recorded_and_saved(tmp_path):
 
 def planted(tree, path, value):
     flat = jax.tree_util.tree_leaves_with_path(tree)
-    leaves = [
-        leaf.at[(0,) * leaf.ndim].set(value) if jax.tree_util.keystr(key, simple=True, separator="/") == path else leaf
-        for key, leaf in flat
-    ]
+    leaves = [np.array(leaf) for _, leaf in flat]
+    for (key, _), leaf in zip(flat, leaves, strict=True):
+        if jax.tree_util.keystr(key, simple=True, separator="/") == path:
+            leaf[(0,) * leaf.ndim] = value
     return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
 
@@ -231,13 +231,15 @@ def test_a_nan_in_one_of_148_leaves_is_found_in_a_long_scan():
 
 def fault_run(length, *, steps, first, later=()):
     """A record of a run whose norm is its step, but for one step that is not finite, and later ones."""
+    numbers = np.arange(1, steps + 1)
+    given = np.where(np.isin(numbers, [first, *later]), np.nan, numbers).astype(np.float32)
+    return recorded_run(given[:, None], length)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def recorded_run(given, length):
     tx = optaxclip.clip_by_global_norm(2.5, record=length)
-    bad = jnp.array([first, *later])
-
-    def step(state, number):
-        return tx.update(jnp.where(jnp.any(number == bad), jnp.nan, number.astype(jnp.float32))[None], state)[1], None
-
-    return jax.jit(lambda state: jax.lax.scan(step, state, jnp.arange(1, steps + 1))[0])(tx.init(jnp.ones(1)))
+    return jax.lax.scan(lambda state, each: (tx.update(each, state)[1], None), tx.init(given[0]), given)[0]
 
 
 @pytest.mark.parametrize(("length", "after"), [(100, 10), (10, 1), (9, 0), (1, 0)])
@@ -275,7 +277,7 @@ def test_it_says_how_many_leaves_were_not_finite_in_the_first_such_step(rng, lea
     bad = grads(rng, 1.0)
     for leaf in leaves:
         bad = planted(bad, leaf, np.nan)
-    every = jax.tree.map(lambda leaf: leaf * jnp.inf, PARAMS)
+    every = jax.tree.map(lambda leaf: np.full_like(leaf, np.inf), PARAMS)
     found = clip_stats(run(optaxclip.clip_by_global_norm(1.0, record=True), [grads(rng, 1.0), bad, every]))
     assert (found["first_nonfinite_leaves"], found["first_nonfinite_report"]) == (len(leaves), report)
     assert found["first_nonfinite_leaf"] == leaves[0]
@@ -296,26 +298,24 @@ def test_a_norm_that_is_not_finite_where_all_leaves_are_is_no_leaf():
 
 
 def test_the_norm_after_the_clip(rng):
-    for tx, after in [
+    cases = [
         (optaxclip.clip_by_global_norm(1.0, record=True), 1.0),
         (optaxclip.clip_by_global_norm(9.0, record=True), 5.0),
         (optaxclip.clip_by_norm_range(7.0, 9.0, record=True), 7.0),
         (optaxclip.smooth_clip_by_global_norm(5.0, record=True), 2.5),
         (optaxclip.clip_by_global_norm(0.0, record=True), 0.0),
-    ]:
-        given = grads(rng, 5.0)
-        clipped, state = tx.update(given, tx.init(PARAMS), PARAMS)
+    ]
+    all_of_them = jax.jit(lambda given: [tx.update(given, tx.init(PARAMS), PARAMS) for tx, _ in cases])
+    for (clipped, state), (_, after) in zip(all_of_them(grads(rng, 5.0)), cases, strict=True):
         assert clip_stats(state)["clip_norm_after"] == pytest.approx(after, rel=1e-6)
-        assert float(optax.tree.norm(clipped)) == pytest.approx(after, rel=1e-6)
+        flat = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(clipped)])
+        assert np.linalg.norm(flat) == pytest.approx(after, rel=1e-6)
 
 
 @pytest.mark.parametrize(("since", "steps", "clipped"), [(0, 6, 4), (14, 6, 4), (16, 4, 3), (20, 0, 0), (99, 0, 0)])
 def test_the_share_clipped_in_the_record_and_since_a_step(since, steps, clipped):
-    tx, state = optaxclip.clip_by_global_norm(1.0, record=6), None
-    state = tx.init(jnp.ones(1))
     is_clipped = [*[True] * 14, False, True, False, True, True, True]
-    for each in is_clipped:
-        _, state = tx.update(jnp.full(1, 2.0 if each else 1.0), state)
+    state = recorded_run(np.float32([[3.0 if each else 2.5] for each in is_clipped]), 6)
     found = clip_stats(state, since=since)
     assert found["recent_steps"] == steps
     assert found["recent_clipped_share"] == pytest.approx(clipped / max(steps, 1))
@@ -447,12 +447,15 @@ def test_the_state_has_one_shape_and_holds_nothing_of_the_size_of_the_parameters
 
 
 def test_the_updates_are_those_without_a_record(rng):
-    for factory in (optaxclip.clip_by_leaf_norm, optaxclip.adaptive_grad_clip, contrib.clippy):
-        with_record, without = factory(0.3, record=2), factory(0.3)
-        given = grads(rng, 5.0)
-        ours, _ = with_record.update(given, with_record.init(PARAMS), PARAMS)
-        plain, _ = without.update(given, without.init(PARAMS), PARAMS)
-        jax.tree.map(np.testing.assert_array_equal, ours, plain)
+    factories = (optaxclip.clip_by_leaf_norm, optaxclip.adaptive_grad_clip, contrib.clippy)
+
+    def updates(given, **record):
+        txs = [factory(0.3, **record) for factory in factories]
+        return [tx.update(given, tx.init(PARAMS), PARAMS)[0] for tx in txs]
+
+    given = grads(rng, 5.0)
+    with_record, without = jax.jit(functools.partial(updates, record=2)), jax.jit(updates)
+    jax.tree.map(np.testing.assert_array_equal, with_record(given), without(given))
 
 
 # On meshes.
@@ -483,9 +486,7 @@ def on_mesh(tx, sequence, *, check_vma):
     "kind", ["units", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("global", "leaf"))]
 )
 def test_every_device_records_the_same(rng, kind, check_vma):
-    sequence = [
-        {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in SHARDED.items()} for _ in range(4)
-    ]
+    sequence = [{name: rng.normal(size=shape).astype(np.float32) for name, shape in SHARDED.items()} for _ in range(4)]
     sequence[1] = planted(sequence[1], "rows", np.inf)  # on two of the eight devices
     sequence[1] = planted(sequence[1], "whole", np.nan)
     state = on_mesh(CLIPPERS[kind](SPECS), sequence, check_vma=check_vma)
@@ -501,7 +502,7 @@ def test_every_device_records_the_same(rng, kind, check_vma):
 
 def test_a_record_of_each_device_alone(rng):
     tx = optaxclip.clip_by_global_norm(1.0, record=True, axes=None)
-    updates = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in SHARDED.items()}
+    updates = {name: rng.normal(size=shape).astype(np.float32) for name, shape in SHARDED.items()}
     updates = planted(updates, "both", np.nan)  # on the first device alone
 
     def step(updates, state):
@@ -518,7 +519,7 @@ def test_a_record_of_each_device_alone(rng):
 
 def test_a_record_under_jit_on_an_explicit_mesh(rng):
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit, AxisType.Explicit))
-    updates = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in SHARDED.items()}
+    updates = {name: rng.normal(size=shape).astype(np.float32) for name, shape in SHARDED.items()}
     bad, found = planted(updates, "rows", np.nan), {}
     with jax.set_mesh(mesh):
         placed = [
@@ -542,8 +543,8 @@ def test_the_type_is_public():
 
 def test_no_leaf_is_named_where_init_saw_other_leaves():
     tx = optaxclip.clip_by_global_norm(1.0, record=1)
-    state = tx.init({"a": jnp.ones(2), "b": jnp.ones(2)})
-    _, state = tx.update({"a": None, "b": jnp.array([jnp.nan, 1.0])}, state)  # without params
+    state = tx.init({"a": np.ones(2, np.float32), "b": np.ones(2, np.float32)})
+    _, state = jax.jit(tx.update)({"a": None, "b": np.float32([np.nan, 1.0])}, state)  # without params
     found = clip_stats(state)
     assert (found["first_nonfinite_step"], found["first_nonfinite_leaf"]) == (1, "")
 
@@ -551,7 +552,6 @@ def test_no_leaf_is_named_where_init_saw_other_leaves():
 # What a threshold that follows the history compares with.
 
 
-@pytest.mark.parametrize("jitted", [False, True])
 @pytest.mark.parametrize("scale", ["linear", "log"])
 @pytest.mark.parametrize(
     "make",
@@ -561,22 +561,18 @@ def test_no_leaf_is_named_where_init_saw_other_leaves():
     ],
     ids=["mean_std", "zscore"],
 )
-def test_the_level_that_would_clip_with_mean_and_deviation(rng, make, scale, jitted):
+def test_the_level_that_would_clip_with_mean_and_deviation(rng, make, scale):
     norms_seen = rng.lognormal(0.0, 0.1, size=8)
+    given = [{"a": np.float32([norm]), "b": np.float32([2 * norm])} for norm in norms_seen]
     tx = clip_by(norms.leaf_norm(), make(scale), record=3)
-    state = tx.init({"a": jnp.ones(1), "b": jnp.ones(1)})
-    for norm in norms_seen:
-        _, state = tx.update({"a": jnp.array([norm]), "b": jnp.array([2 * norm])}, state)
-    read = (
-        (jax.jit(lambda s: clip_stats(s, per_group=True))) if jitted else functools.partial(clip_stats, per_group=True)
-    )
-    found = read(state)
-    for group, times in [("a", 1), ("b", 2)]:
-        values = times * norms_seen if scale == "linear" else np.log(times * norms_seen)
-        assert float(found[f"threshold_mean/{group}"]) == pytest.approx(values.mean(), rel=1e-5, abs=1e-6)
-        assert float(found[f"threshold_std/{group}"]) == pytest.approx(values.std(), rel=1e-4)
-    _, state = tx.update({"a": jnp.array([norms_seen[0]]), "b": jnp.array([2 * norms_seen[0]])}, state)
-    now = clip_stats(state, per_group=True)
+    state = run(tx, given, given[0])
+    read = functools.partial(clip_stats, per_group=True)
+    for found in (jax.jit(read)(state), read(state)):
+        for group, times in [("a", 1), ("b", 2)]:
+            values = times * norms_seen if scale == "linear" else np.log(times * norms_seen)
+            assert float(found[f"threshold_mean/{group}"]) == pytest.approx(values.mean(), rel=1e-5, abs=1e-6)
+            assert float(found[f"threshold_std/{group}"]) == pytest.approx(values.std(), rel=1e-4)
+    now = read(run(tx, [*given, given[0]], given[0]))
     for group in ("a", "b"):
         level = found[f"threshold_mean/{group}"] + 3 * found[f"threshold_std/{group}"]
         level = np.exp(level) if scale == "log" else level
@@ -586,13 +582,13 @@ def test_the_level_that_would_clip_with_mean_and_deviation(rng, make, scale, jit
 
 
 def test_a_leaf_that_the_norm_leaves_out_is_not_blamed():
-    params = {"a_frozen": jnp.ones(1), "w": jnp.ones(2), "x": jnp.ones(2)}
-    frozen = params | {"a_frozen": jnp.full(1, jnp.nan)}
+    params = {"a_frozen": np.ones(1, np.float32), "w": np.ones(2, np.float32), "x": np.ones(2, np.float32)}
+    frozen = params | {"a_frozen": np.float32([np.nan])}
     some = norms.global_norm(include=lambda path: path != "a_frozen")
     labelled = norms.group_norm({"a_frozen": None, "w": "w", "x": "x"})
     for norm in (some, labelled):
         tx = clip_by(norm, thresholds.constant(1.0), record=True)
-        found = clip_stats(run(tx, [frozen, frozen, frozen | {"w": jnp.array([1.0, jnp.inf])}], params))
+        found = clip_stats(run(tx, [frozen, frozen, frozen | {"w": np.float32([1.0, np.inf])}], params))
         assert (found["first_nonfinite_step"], found["first_nonfinite_report"]) == (3, "1 of 3 leaves: w")
 
 

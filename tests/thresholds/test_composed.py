@@ -12,12 +12,13 @@ import pytest
 
 import optaxclip as oc
 from optaxclip import Threshold, clip_by, clip_stats, core, norms, thresholds
+from optaxclip._numerics import scaling
 from tests.reference import adaptive, sequences, trees
 from tests.support.driving import drive
 
 INF = np.inf
 LARGEST = float(np.finfo(np.float32).max)
-PARAMS, PARAM_NORMS = {"0": jnp.array([6.0])}, {"0": jnp.float32(6.0)}
+PARAM_NORMS = {"0": jnp.float32(6.0)}
 BAD = [0.0, np.nan, INF]
 STEPS = 40
 
@@ -177,22 +178,20 @@ def as_state(outer, state):
 def test_around_every_threshold(rng, name):
     inner, numbers = INNER[name], given(rng)
     made = {outer: build(inner.make()) for outer, (build, _) in OUTER.items()}
-    txs = {outer: clip_by(norms.leaf_norm(), threshold) for outer, threshold in made.items()}
 
     @jax.jit
     def run(numbers):
         def step(state, n):
             after, limits, states = {}, {}, {}
-            for outer, tx in txs.items():
-                before = as_state(outer, state)
-                updates, states[outer] = tx.update({"0": n[None]}, before, PARAMS)
-                (_, high), _ = made[outer].limit({"0": n}, before, lambda: PARAM_NORMS)
-                after[outer], limits[outer] = updates["0"][0], core.upper_end(n, high["0"])
+            for outer, threshold in made.items():
+                judged = core.permit(threshold, {"0": n}, as_state(outer, state), lambda: PARAM_NORMS)
+                after[outer], limits[outer] = scaling.rescale(n, judged.factors["0"]), judged.limits["0"]
+                states[outer] = judged.state
             return states["twice"], (after, limits, states)
 
-        return jax.lax.scan(step, txs["twice"].init(PARAMS), numbers)
+        return jax.lax.scan(step, made["twice"].init(PARAM_NORMS), numbers)
 
-    _, (after, limits, states) = run(jnp.asarray(numbers, jnp.float32))
+    _, (after, limits, states) = jax.device_get(run(np.float32(numbers)))
     low, high = inner.band(numbers)
     counts = positive_and_finite(numbers)
     for outer, (_, band) in OUTER.items():
@@ -206,15 +205,20 @@ def test_around_every_threshold(rng, name):
 
 def test_a_chain_of_every_two(rng):
     """Far into a history: both hold, the smallest upper end before the largest lower end."""
-    numbers, alone, bands = given(rng)[:20], {}, {}
+    numbers, made, states, bands = given(rng)[:20], {}, {}, {}
     for name, inner in INNER.items():
-        threshold = inner.make()
-        once = jax.jit(lambda n, state, threshold=threshold: threshold.limit(n, state, lambda: PARAM_NORMS["0"]))
-        state = threshold.init(jax.ShapeDtypeStruct((), jnp.float32))
-        for n in numbers:
-            before, (band, state) = state, once(jnp.float32(n), state)
-        alone[name] = Answered(band, before, state)
+        made[name] = threshold = inner.make()
+        states[name] = threshold.init(jax.ShapeDtypeStruct((), jnp.float32))
         bands[name] = [end[-1] for end in inner.band(numbers)]
+
+    @jax.jit
+    def step(n, states):
+        return {name: threshold.limit(n, states[name], lambda: PARAM_NORMS["0"]) for name, threshold in made.items()}
+
+    for n in numbers:
+        before, answers = states, step(np.float32(n), states)
+        states = {name: state for name, (_, state) in answers.items()}
+    alone = {name: Answered(band, before[name], state) for name, (band, state) in answers.items()}
     n = jnp.float32(numbers[-1])
     for pair in itertools.combinations_with_replacement(INNER, 2):
         both = thresholds.chain(*(alone[name].again() for name in pair))
@@ -246,14 +250,18 @@ class Answered(NamedTuple):
 # The ends.
 
 
-@pytest.mark.parametrize("k", [0.5, 2.0, 1e30])
-@pytest.mark.parametrize("nothing", [INF, 3.5e38, {"a": None, "b": 1.0}, jnp.float32(jnp.nan)])
-def test_a_multiple_of_no_bound_is_none(k, nothing):
-    for inner in (thresholds.constant(nothing), thresholds.chain(), thresholds.growth()):  # the last of first norms
-        threshold = thresholds.times(k, inner)
-        updates = {"a": jnp.array([3.4e38]), "b": jnp.zeros(1)}
-        tx = clip_by(norms.leaf_norm(), threshold)
-        trees.assert_same_bits(tx.update(updates, tx.init(updates))[0], updates)
+def test_a_multiple_of_no_bound_is_none():
+    nothings = [thresholds.constant(nothing) for nothing in (INF, 3.5e38, {"a": None, "b": 1.0}, jnp.float32(jnp.nan))]
+    inside = [*nothings, thresholds.chain(), thresholds.growth()]  # the last has none for first norms
+    updates = {"a": np.float32([3.4e38]), "b": np.zeros(1, np.float32)}
+
+    @jax.jit
+    def clipped(updates):
+        multiples = itertools.product((0.5, 2.0, 1e30), inside)
+        return [trees.update(clip_by(norms.leaf_norm(), thresholds.times(*each)), updates) for each in multiples]
+
+    for found in clipped(updates):
+        trees.assert_same_bits(found, updates)
 
 
 ENDS = [
