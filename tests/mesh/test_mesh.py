@@ -76,7 +76,7 @@ CLIPPERS = {
     "range": functools.partial(optaxclip.clip_by_norm_range, 20.0, 30.0),
     "smooth": functools.partial(optaxclip.smooth_clip_by_global_norm, 1.0),
 }
-NORM_CLIPPERS = sorted(set(CLIPPERS) - {"value"})  # clip_by_value has no norm, so no axes
+NORM_CLIPPERS = tuple(sorted(set(CLIPPERS) - {"value"}))  # clip_by_value has no norm, so no axes
 # Where a compilation each would take long: one of every kind.
 SOME_CLIPPERS = ["global 2", "global inf", "leaf 2", "leaf 3", "group 1", "rms", "relative change"]
 
@@ -117,28 +117,25 @@ def whole_update(clipper):
     return jax.jit(lambda grads, params: tx.update(grads, tx.init(params), params)[0])
 
 
-def all_in_shard_map(clips, specs, *, mesh=AUTO, **options):
-    """The updates of stateless clips, jitted; jax checks that what is not split comes out replicated."""
+def in_shard_map(clips, specs, *, mesh=AUTO, **options):
+    """The updates of a stateless clip or of a list of them; jax checks that what is not split comes out replicated."""
 
     def update(grads, params):
-        return [tx.update(grads, tx.init(params), params)[0] for tx in clips]
+        if isinstance(clips, list):
+            return [tx.update(grads, tx.init(params), params)[0] for tx in clips]
+        return clips.update(grads, clips.init(params), params)[0]
 
-    return jax.jit(jax.shard_map(update, mesh=mesh, in_specs=(specs, specs), out_specs=[specs] * len(clips), **options))
-
-
-def in_shard_map(tx, specs, *, mesh=AUTO, **options):
-    """The same of one."""
-
-    def update(grads, params):
-        return tx.update(grads, tx.init(params), params)[0]
-
-    return jax.jit(jax.shard_map(update, mesh=mesh, in_specs=(specs, specs), out_specs=specs, **options))
+    out_specs = [specs] * len(clips) if isinstance(clips, list) else specs
+    return jax.jit(jax.shard_map(update, mesh=mesh, in_specs=(specs, specs), out_specs=out_specs, **options))
 
 
 @functools.cache
-def sharded_update(name):
-    """One compiled program for all tests that take SPECS, "auto" and the types."""
-    return in_shard_map(CLIPPERS[name](), SPECS)
+def updates_of(names, *, is_sharded):
+    """Those of several clips, by name, with SPECS and by the types, or on one device: one program for all tests."""
+    clips = [CLIPPERS[name]() for name in names]
+    whole = jax.jit(lambda grads, params: [tx.update(grads, tx.init(params), params)[0] for tx in clips])
+    program = in_shard_map(clips, SPECS) if is_sharded else whole
+    return lambda grads: dict(zip(names, program(grads, PARAMS), strict=True))
 
 
 def assert_close(actual, expected, rtol=1e-6):
@@ -175,8 +172,8 @@ def numpy_norm(tree, ord):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NORM_CLIPPERS)
 def test_shard_map_equals_one_device(name):
-    updates = sharded_update(name)(GRADS, PARAMS)
-    assert_close(updates, on_one_device(CLIPPERS[name], GRADS, PARAMS))
+    updates, expected = (updates_of(NORM_CLIPPERS, is_sharded=each)(GRADS)[name] for each in (True, False))
+    assert_close(updates, expected)
     assert_clipped(updates, GRADS)
 
 
@@ -307,7 +304,7 @@ def test_a_partly_manual_shard_map(name, axes):
 
 def test_shard_map_on_an_explicit_mesh():
     names = ("global 2", "leaf 3", "relative change")
-    update = all_in_shard_map([CLIPPERS[name]() for name in names], SPECS, mesh=EXPLICIT)
+    update = in_shard_map([CLIPPERS[name]() for name in names], SPECS, mesh=EXPLICIT)
     all_updates = update(put(GRADS, SPECS, EXPLICIT), put(PARAMS, SPECS, EXPLICIT))
     for name, updates in zip(names, all_updates, strict=True):
         assert_close(updates, on_one_device(CLIPPERS[name], GRADS, PARAMS))
@@ -364,7 +361,7 @@ def test_units_of_replicated_leaves_need_no_specs(name):
     clipper, _, shapes = UNIT_CLIPPERS[name]
     grads, params = random_tree(2, shapes), random_tree(3, shapes)
     clips = [clipper(axes=axes) for axes in ("auto", None)]
-    for updates in all_in_shard_map(clips, dict.fromkeys(shapes, P()))(grads, params):
+    for updates in in_shard_map(clips, dict.fromkeys(shapes, P()))(grads, params):
         assert_close(updates, on_one_device(clipper, grads, params))
 
 
@@ -466,8 +463,7 @@ def test_more_ways_to_split_a_leaf_on_an_explicit_mesh(name):
 @pytest.mark.parametrize("name", ["global 2", "global inf", "leaf inf", "group inf", "rms", "relative change"])
 def test_a_bad_value_is_seen_in_a_sharded_array(name, mesh):
     """A maximum over a sharded array may lose a NaN."""
-    grads = GRADS | {"both": GRADS["both"].copy()}
-    grads["both"][5, 3] = np.nan
+    grads = with_bad(np.nan)
     tx = CLIPPERS[name]()
     placed, weights = put(grads, SPECS, mesh), put(PARAMS, SPECS, mesh)
     updates, _ = jax.jit(tx.update)(placed, tx.init(weights), weights)
@@ -554,27 +550,36 @@ def test_a_norm_past_the_largest_float_keeps_the_direction():
     np.testing.assert_allclose(updates / updates[0, 0], np.tile([[1, -4 / 3]], (8, 1)), rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "name", ["global 2", "global 3", "global inf", "group 2", "relative to the parameters", "smooth"]
-)
+# A value that is not finite leaves the first unclipped; of the second it leaves one leaf unclipped.
+ONE_DECISION = ("global 2", "global 3", "global inf", "group 2", "relative to the parameters", "smooth")
+OF_EACH_LEAF = ("leaf 2", "leaf 3", "leaf inf", "rms", "relative change", "whole leaves as units")
+
+
+def with_bad(value, row=5, column=3):
+    """On one device; this one is in the middle."""
+    grads = GRADS | {"both": GRADS["both"].copy()}
+    grads["both"][row, column] = value
+    return grads
+
+
+@pytest.mark.parametrize("name", ONE_DECISION)
 def test_one_bad_value_on_one_device_is_one_decision_on_all(name):
+    touched = [key for key in GRADS if name != "group 2" or by_initial(key) == by_initial("both")]
     for bad in (np.nan, np.inf, -np.inf):
         for row, column in ((0, 0), (5, 3)):  # on the first device, and on one in the middle
-            grads = GRADS | {"both": GRADS["both"].copy()}
-            grads["both"][row, column] = bad
-            updates = sharded_update(name)(grads, PARAMS)
-            touched = [key for key in grads if name != "group 2" or by_initial(key) == by_initial("both")]
+            grads = with_bad(bad, row, column)
+            updates = updates_of(ONE_DECISION + OF_EACH_LEAF, is_sharded=True)(grads)[name]
             assert_unchanged({key: updates[key] for key in touched}, {key: grads[key] for key in touched})
-            assert_close(updates, on_one_device(CLIPPERS[name], grads, PARAMS))
+            assert_close(updates, updates_of(ONE_DECISION, is_sharded=False)(grads)[name])
 
 
-@pytest.mark.parametrize("name", ["leaf 2", "leaf 3", "leaf inf", "rms", "relative change", "whole leaves as units"])
+@pytest.mark.parametrize("name", OF_EACH_LEAF)
 def test_one_bad_leaf_does_not_stop_the_others(name):
-    good = sharded_update(name)(GRADS, PARAMS)
+    updates = updates_of(ONE_DECISION + OF_EACH_LEAF, is_sharded=True)
+    good = updates(GRADS)[name]
     for bad in (np.nan, np.inf):
-        grads = GRADS | {"both": GRADS["both"].copy()}
-        grads["both"][5, 3] = bad
-        assert_unchanged(sharded_update(name)(grads, PARAMS), good | {"both": grads["both"]})
+        grads = with_bad(bad)
+        assert_unchanged(updates(grads)[name], good | {"both": grads["both"]})
 
 
 def test_a_bad_unit_on_one_device_does_not_stop_the_others():
@@ -637,7 +642,7 @@ def test_one_collective_for_many_leaves(name):
 
 def test_no_collective_for_replicated_leaves():
     clips = [CLIPPERS[name](axes=("data", "model")) for name in ("global 2", "leaf 2", "relative change")]
-    hlo = all_in_shard_map(clips, dict.fromkeys(SPECS, P())).lower(GRADS, PARAMS).compile().as_text()
+    hlo = in_shard_map(clips, dict.fromkeys(SPECS, P())).lower(GRADS, PARAMS).compile().as_text()
     assert collectives(hlo) == []
 
 
