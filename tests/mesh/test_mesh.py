@@ -172,7 +172,7 @@ def numpy_norm(tree, ord):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NORM_CLIPPERS)
 def test_shard_map_equals_one_device(name):
-    updates, expected = (updates_of(NORM_CLIPPERS, is_sharded=each)(GRADS)[name] for each in (True, False))
+    updates, expected = (updates_of(tuple(CLIPPERS), is_sharded=each)(GRADS)[name] for each in (True, False))
     assert_close(updates, expected)
     assert_clipped(updates, GRADS)
 
@@ -188,9 +188,9 @@ def test_unchecked_shard_map_with_partition_specs_equals_one_device(name):
 @pytest.mark.parametrize("axes", [("data", "model"), SPECS], ids=["names", "specs"])
 @pytest.mark.parametrize("name", SOME_CLIPPERS)
 def test_explicit_axes_in_a_checked_shard_map(name, axes):
-    """Names are dropped for a leaf that does not vary over them: "whole" is counted once."""
-    updates = in_shard_map(CLIPPERS[name](axes=axes), SPECS)(GRADS, PARAMS)
-    assert_close(updates, on_one_device(CLIPPERS[name], GRADS, PARAMS))
+    """The same program; names are dropped for a leaf that does not vary over them: "whole" is counted once."""
+    named, by_type = (in_shard_map(CLIPPERS[name](axes=each), SPECS).trace(GRADS, PARAMS) for each in (axes, "auto"))
+    assert str(named.jaxpr) == str(by_type.jaxpr)
 
 
 @pytest.mark.slow
@@ -432,16 +432,32 @@ def test_a_scattered_gradient_of_a_whole_parameter_is_no_error():
 # Auto and Explicit meshes, under jit
 
 
+@functools.cache
+def updates_under_jit(mesh):
+    """Those of clips by name, on a mesh: one program, as a function of gradients."""
+    clips = {name: clipper() for name, clipper in CLIPPERS.items()}
+    params = put(PARAMS, SPECS, mesh)
+
+    def update(grads, params):
+        return {name: tx.update(grads, tx.init(params), params)[0] for name, tx in clips.items()}
+
+    program = jax.jit(update)
+
+    def run(grads):
+        with jax.set_mesh(mesh):
+            return program(put(grads, SPECS, mesh), params)
+
+    return run
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("mesh", [AUTO, EXPLICIT], ids=["auto", "explicit"])
 @pytest.mark.parametrize("name", CLIPPERS)
-def test_jit_on_an_explicit_mesh(name):
-    assert_same_under_jit(CLIPPERS[name], GRADS, PARAMS, SPECS, EXPLICIT)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", SOME_CLIPPERS)
-def test_jit_on_an_auto_mesh(name):
-    assert_same_under_jit(CLIPPERS[name], GRADS, PARAMS, SPECS, AUTO)
+def test_jit_on_a_mesh(name, mesh):
+    updates = updates_under_jit(mesh)(GRADS)[name]
+    assert_close(updates, updates_of(tuple(CLIPPERS), is_sharded=False)(GRADS)[name])
+    assert_clipped(updates, GRADS)
+    assert_laid_out(updates, put(GRADS, SPECS, mesh))
 
 
 @pytest.mark.slow
@@ -464,10 +480,12 @@ def test_more_ways_to_split_a_leaf_on_an_explicit_mesh(name):
 def test_a_bad_value_is_seen_in_a_sharded_array(name, mesh):
     """A maximum over a sharded array may lose a NaN."""
     grads = with_bad(np.nan)
-    tx = CLIPPERS[name]()
-    placed, weights = put(grads, SPECS, mesh), put(PARAMS, SPECS, mesh)
-    updates, _ = jax.jit(tx.update)(placed, tx.init(weights), weights)
-    assert_unchanged({"both": updates["both"]}, {"both": grads["both"]})
+    assert_unchanged({"both": updates_under_jit(mesh)(grads)[name]["both"]}, {"both": grads["both"]})
+
+
+def assert_laid_out(updates, grads):
+    for name, grad in grads.items():
+        assert updates[name].sharding.is_equivalent_to(grad.sharding, grad.ndim), name
 
 
 def assert_same_under_jit(clipper, grads, params, specs, mesh):
@@ -477,8 +495,7 @@ def assert_same_under_jit(clipper, grads, params, specs, mesh):
         updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
     assert_close(updates, expected)
     assert_clipped(updates, grads)
-    for name, grad in grads.items():
-        assert updates[name].sharding.is_equivalent_to(grad.sharding, grad.ndim), name
+    assert_laid_out(updates, grads)
 
 
 def test_types_on_an_explicit_mesh_without_a_context():
@@ -649,31 +666,34 @@ def test_no_collective_for_replicated_leaves():
 # pmap and vmap with a named axis
 
 
+def jitted_vmap(fun, axis_name, in_axes=0):
+    return jax.jit(jax.vmap(fun, axis_name=axis_name, in_axes=in_axes))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("transform", "name"),
-    [(jax.pmap, name) for name in SOME_CLIPPERS] + [(jax.vmap, "global 2"), (jax.vmap, "relative change")],
+    ("transform", "names"),
+    [(jax.pmap, SOME_CLIPPERS), (jitted_vmap, ["global 2", "relative change"])],
+    ids=["pmap", "vmap"],
 )
-def test_pmap_and_vmap_with_partition_specs(name, transform):
+def test_pmap_and_vmap_with_partition_specs(names, transform):
     split, whole = ["both", "half"], ["columns", "whole"]
     grads, params = ({key: tree[key] for key in split + whole} for tree in (GRADS, PARAMS))
-    tx = CLIPPERS[name](axes={key: P("device") if key in split else P() for key in grads})
+    axes = {key: P("device") if key in split else P() for key in grads}
 
     def update(grads, params):
         # A leaf of (8, ...) arrives without its first axis; as (1, ...) it is a piece of the whole.
         grads, params = (tree | {key: tree[key][None] for key in split} for tree in (grads, params))
-        return tx.update(grads, tx.init(params), params)[0]
+        clips = {name: CLIPPERS[name](axes=axes) for name in names}
+        return {name: tx.update(grads, tx.init(params), params)[0] for name, tx in clips.items()}
 
     in_axes = {key: 0 if key in split else None for key in grads}
-    updates = transform(update, axis_name="device", in_axes=(in_axes, in_axes))(grads, params)
-    expected = on_one_device(CLIPPERS[name], grads, params)
-    for device in range(8):
-        pieces = {key: expected[key][device : device + 1] if key in split else expected[key] for key in grads}
-        assert_close({key: updates[key][device] for key in grads}, pieces)
-
-
-def jitted_vmap(fun, axis_name):
-    return jax.jit(jax.vmap(fun, axis_name=axis_name))
+    found = jax.device_get(transform(update, axis_name="device", in_axes=(in_axes, in_axes))(grads, params))
+    for name, updates in found.items():
+        expected = jax.device_get(on_one_device(CLIPPERS[name], grads, params))
+        for device in range(8):
+            pieces = {key: expected[key][device : device + 1] if key in split else expected[key] for key in grads}
+            assert_close({key: updates[key][device] for key in grads}, pieces)
 
 
 @pytest.mark.parametrize("transform", [jax.pmap, jitted_vmap], ids=["pmap", "vmap"])
