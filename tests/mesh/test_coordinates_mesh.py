@@ -7,7 +7,6 @@ mesh, one over one of them, one over none: what a method needs of a whole leaf, 
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -136,10 +135,10 @@ def test_in_shard_map(name):
 )
 def test_a_bad_value_on_one_device_is_one_decision_on_all(name):
     tx, specs = METHODS[name], state_specs(METHODS[name])
-    grads = {key: jnp.asarray(leaf[0]) for key, leaf in gradients().items()}
-    grads["both"] = grads["both"].at[5, 3].set(np.nan)
+    grads = {key: leaf[0] for key, leaf in gradients().items()}
+    grads["both"][5, 3] = np.nan
     mapped = jax.shard_map(tx.update, mesh=MESH, in_specs=(SPECS, specs, SPECS), out_specs=(SPECS, specs))
     ours = jax.jit(mapped)(grads, tx.init(params()), params())
-    expected = tx.update(grads, tx.init(params()), params())
+    expected = jax.jit(tx.update)(grads, tx.init(params()), params())
     for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(one, other, rtol=3e-6, atol=1e-6)

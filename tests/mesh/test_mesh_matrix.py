@@ -18,11 +18,26 @@ from jax.sharding import NamedSharding
 import optaxclip as oc
 from optaxclip import contrib
 from tests.support.collectives import collectives, collectives_under_branches
+from tests.support.marks import slow_but
 from tests.support.meshes import AUTO, EXPLICIT, P, is_spec, over_steps, pieces, put, with_specs
 from tests.support.public import NAMES, public
 from tests.table import ROWS, numbers, spectral
 
 each_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+
+# One of each kind of norm and each class of state, with its kind of threshold.
+OF_EACH_KIND = {
+    *("clip", "clip_by_global_norm", "clip_by_global_norm-p1", "clip_by-inf_norm-exactly", "clip_by_block_rms"),
+    *("adaptive_grad_clip", "clip_by-unit_norm-relative_to_params", "clip_by_leaf_norm-stacked", "clippy"),
+    *("clip_by-group_norm-bound_per_group", "clip_by-leaf_norm-mixed_bounds", "zclip-scheduled-recorded", "adagc"),
+    *("adaptive_grad_clip-scheduled-recorded", "autoclip-window", "mixed_clip", "scale_by_stable_adam"),
+    *("skip_spikes", "with_carry"),
+    # These are refused, before anything is compiled.
+    *("clip_by_spectral_norm", "clip_by-unit_norm-zscore-ema_ratio", "clip_by-leaf_rms-mean_std-quantile"),
+}
+a_row_of_each_kind = pytest.mark.parametrize(
+    "row", slow_but(ROWS, *(row for row in ROWS if row.name in OF_EACH_KIND)), ids=lambda row: row.name
+)
 
 
 # The tree: the paths of the table, every leaf of which can be split over eight devices.
@@ -362,7 +377,7 @@ MORE_COLLECTIVES = {
 }
 
 
-@each_row
+@a_row_of_each_kind
 def test_a_mixed_sharding(row):
     if message := refused(row, MIXED, AUTO.axis_names):
         with pytest.raises(ValueError, match=message):
@@ -383,21 +398,34 @@ def test_a_mixed_sharding(row):
 # All of it.
 
 
-def half_of(layouts, row, way):
-    """Every second layout; the next row of the table has the others, and rows of one norm stand beside each other."""
-    return list(layouts)[(ROWS.index(row) + way) % 2 :: 2]
+# What can run a layout: those are the columns of the matrix, and the layouts that each of them can have.
+UNMIXED = [layout for layout in LAYOUTS.values() if layout is not MIXED]
+COLUMNS = {
+    "jit, auto": list(LAYOUTS.values()),
+    "jit, explicit": list(LAYOUTS.values()),
+    "checked": UNMIXED,  # the test above has the mixed one
+    "unchecked": list(LAYOUTS.values()),
+    "partly manual": list(LAYOUTS.values()),
+    "pmap": UNMIXED,  # the mixed one needs two axes
+    "vmap": UNMIXED,
+}
+
+
+def layout_of(row, column):
+    """One layout; the next rows of the table have the others, and rows of one norm stand beside each other."""
+    layouts = COLUMNS[column]
+    return layouts[(ROWS.index(row) + list(COLUMNS).index(column)) % len(layouts)]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", [AUTO, EXPLICIT], ids=["auto", "explicit"])
 @each_row
 def test_jit(row, mesh):
-    for layout in half_of(LAYOUTS.values(), row, mesh is AUTO):
-        updates, state = under_jit(row, layout, mesh)
-        wanted, wanted_state = expected(row)
-        for i, now in enumerate(updates):
-            assert_same((now, ()), (jax.tree.map(lambda leaf, i=i: leaf[i], wanted), ()), near_zero(row))
-        assert_same(((), state), ((), wanted_state))
+    updates, state = under_jit(row, layout_of(row, "jit, auto" if mesh is AUTO else "jit, explicit"), mesh)
+    wanted, wanted_state = expected(row)
+    for i, now in enumerate(updates):
+        assert_same((now, ()), (jax.tree.map(lambda leaf, i=i: leaf[i], wanted), ()), near_zero(row))
+    assert_same(((), state), ((), wanted_state))
 
 
 WAYS = {
@@ -408,18 +436,24 @@ WAYS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", WAYS)
-@each_row
+@pytest.mark.parametrize(
+    ("row", "way"),
+    [
+        pytest.param(row, way, id=f"{row.name}-{way}")
+        for row in ROWS
+        for way in WAYS
+        # The other rows have been checked with the mixed layout.
+        if way != "checked" or row.name in OF_EACH_KIND
+    ],
+)
 def test_shard_map(row, way):
-    checked = way == "checked"  # of which the test above has the mixed layout
-    layouts = [layout for layout in LAYOUTS.values() if not (checked and layout is MIXED)]
-    for layout in half_of(layouts, row, checked):
-        options = WAYS[way](row, layout)
-        if message := refused(row, layout, options.get("axis_names", AUTO.axis_names)):
-            with pytest.raises(ValueError, match=message):
-                in_shard_map(row, layout, **options)
-        else:
-            assert_same(in_shard_map(row, layout, **options), expected(row), near_zero(row))
+    layout = layout_of(row, way)
+    options = WAYS[way](row, layout)
+    if message := refused(row, layout, options.get("axis_names", AUTO.axis_names)):
+        with pytest.raises(ValueError, match=message):
+            in_shard_map(row, layout, **options)
+    else:
+        assert_same(in_shard_map(row, layout, **options), expected(row), near_zero(row))
 
 
 @pytest.mark.filterwarnings("ignore:axes=.device. assumes that every leaf is split")  # in pmap every leaf is
@@ -427,13 +461,12 @@ def test_shard_map(row, way):
 @pytest.mark.parametrize("transform", [jax.pmap, jax.vmap], ids=["pmap", "vmap"])
 @each_row
 def test_one_named_axis(row, transform):
-    layouts = [layout for layout in LAYOUTS.values() if layout is not MIXED]  # which needs two axes
-    for layout in half_of(layouts, row, transform is jax.pmap):
-        if message := refused(row, layout, AUTO.axis_names):
-            with pytest.raises(ValueError, match=message):
-                along_one_axis(row, layout, transform)
-        else:
-            assert_same_pieces(*along_one_axis(row, layout, transform), near_zero(row))
+    layout = layout_of(row, transform.__name__)
+    if message := refused(row, layout, AUTO.axis_names):
+        with pytest.raises(ValueError, match=message):
+            along_one_axis(row, layout, transform)
+    else:
+        assert_same_pieces(*along_one_axis(row, layout, transform), near_zero(row))
 
 
 # What the types know, and what is said.

@@ -13,8 +13,6 @@ import pytest
 pytestmark = pytest.mark.slow
 
 SCRIPT = Path(__file__).parents[2] / "notebooks" / "several_processes.py"
-# One that is stateless, one with statistics, one that skips: here the steps with an example that is NaN.
-OPTIMIZERS = ["clip_by_global_norm", "zclip", "skip_spikes"]
 STEPS = 8
 
 
@@ -68,8 +66,9 @@ def arrays(folder, process, step=STEPS):
         return list(saved.values())
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_two_processes_train_as_one_does_and_go_on_after_they_were_killed(optimizer, tmp_path):
+# One with statistics, and one that skips a step with a NaN and clips the others by the global norm.
+@pytest.mark.parametrize("optimizer", ["zclip", "skip_spikes"])
+def test_two_processes_train_as_one_does(optimizer, tmp_path):
     printed = finished(start(tmp_path / "one", optimizer, processes=1))[0]
     two = finished(start(tmp_path / "two", optimizer))[0]
     one_norms, two_norms = norms(printed), norms(two)
@@ -82,6 +81,10 @@ def test_two_processes_train_as_one_does_and_go_on_after_they_were_killed(optimi
         np.testing.assert_array_equal(mine, other)
         np.testing.assert_allclose(mine, alone, rtol=1e-4, atol=1e-5)
 
+
+def test_two_processes_go_on_after_they_were_killed(tmp_path):
+    """With the one whose state holds all kinds: Adam's, statistics, and counts of steps."""
+    optimizer = "skip_spikes"
     killed = start(tmp_path / "killed", optimizer, steps=10_000)
     try:
         wait_for(tmp_path / "killed" / "process-0-step-4.npz", killed)
