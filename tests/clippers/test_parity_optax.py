@@ -4,6 +4,8 @@ optax is right where no square leaves the normal range (so scales stay within 1e
 and, for AGC, where a unit's norm is above its 1e-6.
 """
 
+import functools
+
 import jax
 import numpy as np
 import optax
@@ -18,7 +20,10 @@ RTOL = 1e-6
 
 
 def assert_agree(ours, theirs, updates, params=None):
-    mine, other = (trees.update(tx, updates, params) for tx in (ours, theirs))
+    assert_same(*(trees.update(tx, updates, params) for tx in (ours, theirs)))
+
+
+def assert_same(mine, other):
     assert jax.tree.structure(mine) == jax.tree.structure(other)
     for a, b in zip(trees.numpy_leaves(mine), trees.numpy_leaves(other), strict=True):
         assert a.dtype == b.dtype == np.float32
@@ -57,19 +62,26 @@ def test_two_hundred_random_trees_agc(rng, block):
         assert_agree(oc.adaptive_grad_clip(clipping, eps), optax.adaptive_grad_clip(clipping, eps), updates, params)
 
 
+@functools.cache
+def agc(axis=None, clipping=0.01):
+    """Both, compiled."""
+    pair = [module.adaptive_grad_clip(clipping, axis=axis) for module in (oc, optax)]
+    return jax.jit(lambda updates, params: [trees.update(tx, updates, params) for tx in pair])
+
+
 def test_agc_of_every_rank(rng):
     shapes = [(3,), (3, 4), (2, 3, 4), (2, 2, 3, 4)]
     updates = trees.shuffled_tree(rng, np.float32, shapes)
     params = trees.like(rng, updates, scale=7e-4)  # units on both sides of the floor, 1e-3
-    assert_agree(oc.adaptive_grad_clip(0.1), optax.adaptive_grad_clip(0.1), updates, params)
+    assert_same(*agc(clipping=0.1)(updates, params))
 
 
 @pytest.mark.parametrize("axis", [-1, (0, 1)])
 def test_agc_axis(rng, axis):
+    given = trees.shuffled_tree(rng, np.float32, [(3, 5), (2, 3, 4)])
     for scale in (1e-2, 1.0, 1e3):
-        updates = trees.shuffled_tree(rng, np.float32, [(3, 5), (2, 3, 4)], scale=scale)
-        params = trees.like(rng, updates)
-        assert_agree(oc.adaptive_grad_clip(0.01, axis=axis), optax.adaptive_grad_clip(0.01, axis=axis), updates, params)
+        updates, params = (trees.like(rng, given, scale=size) for size in (scale, 1.0))
+        assert_same(*agc(axis)(updates, params))
 
 
 def test_agc_wants_an_axis_above_rank_five(rng):
@@ -77,8 +89,7 @@ def test_agc_wants_an_axis_above_rank_five(rng):
     for tx in (oc.adaptive_grad_clip(0.01), optax.adaptive_grad_clip(0.01)):
         with pytest.raises(ValueError, match="axis"):
             trees.update(tx, updates, updates)
-    ours, theirs = (module.adaptive_grad_clip(0.01, axis=(0, 1, 2)) for module in (oc, optax))
-    assert_agree(ours, theirs, updates, updates)
+    assert_same(*agc((0, 1, 2))(updates, updates))
 
 
 def test_agc_wants_params_in_optax_words(rng):
@@ -96,13 +107,24 @@ def test_the_transcriptions_are_optaxs(rng):
     with jax.enable_x64(True):
         shapes = [(), (3, 5), (2, 2, 3, 4)]
         updates, params = ([trees.normal(rng, shape, np.float64) for shape in shapes] for _ in range(2))
+
+        @jax.jit
+        def run(bound):
+            clips = (
+                optax.clip(bound),
+                optax.clip_by_global_norm(bound),
+                optax.clip_by_block_rms(bound),
+                optax.adaptive_grad_clip(bound, 1e-2),
+            )
+            return [trees.update(tx, updates, params) for tx in clips]
+
         for bound in (0.3, 1.0, 1e3):
-            pairs = [
-                (optax.clip(bound), fixed.clip(updates, bound)),
-                (optax.clip_by_global_norm(bound), fixed.clip_by_global_norm(updates, bound)),
-                (optax.clip_by_block_rms(bound), fixed.clip_by_block_rms(updates, bound)),
-                (optax.adaptive_grad_clip(bound, 1e-2), fixed.adaptive_grad_clip(updates, params, bound, 1e-2)),
-            ]
-            for theirs, expected in pairs:
-                for a, b in zip(trees.update(theirs, updates, params), expected, strict=True):
+            references = (
+                fixed.clip(updates, bound),
+                fixed.clip_by_global_norm(updates, bound),
+                fixed.clip_by_block_rms(updates, bound),
+                fixed.adaptive_grad_clip(updates, params, bound, 1e-2),
+            )
+            for theirs, expected in zip(run(bound), references, strict=True):
+                for a, b in zip(theirs, expected, strict=True):
                     np.testing.assert_allclose(a, b, rtol=1e-13)
