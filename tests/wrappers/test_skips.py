@@ -364,10 +364,10 @@ def test_no_barrier_keeps_a_clip_inside_from_sharing_the_norm():
 def test_vmap_decides_for_each():
     tx = oc.skip_nonfinite(optax.adam(1e-2))
     given = [grads(0), bad(1, np.nan), grads(2)]
-    states = jax.vmap(lambda _: tx.init(params()))(jnp.arange(3))
-    outs, states = jax.jit(jax.vmap(tx.update, in_axes=(0, 0, None)))(stack(given), states, params())
+    first, step = jax.jit(tx.init)(params()), jax.jit(tx.update)
+    outs, states = jax.jit(jax.vmap(tx.update, in_axes=(0, 0, None)))(stack(given), stack([first] * 3), params())
     for i, each in enumerate(given):
-        out, state = tx.update(each, tx.init(params()), params())
+        out, state = step(each, first, params())
         chex.assert_trees_all_close(jax.tree.map(lambda x, i=i: x[i], (outs, states)), (out, state), rtol=1e-6)
     np.testing.assert_array_equal(states.skip_stats.skipped_nonfinite, [0, 1, 0])
 
