@@ -1,7 +1,8 @@
 """What holds of every clipper that follows a history of norms: nothing poisons it, and nothing locks it."""
 
+import functools
+
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -68,9 +69,10 @@ def test_bad_norms_leave_no_trace(rng, name):
 @pytest.mark.parametrize("name", SHORT)
 def test_bad_norms_change_no_state_from_init_on(name):
     tx = SHORT[name]()
-    first = state = tx.init({"0": jnp.zeros(1)})
+    first = state = tx.init({"0": np.zeros(1, np.float32)})
+    step = jax.jit(tx.update)
     for bad in BAD:
-        updates, state = jax.jit(tx.update)({"0": jnp.array([bad])}, state)
+        updates, state = step({"0": np.float32([bad])}, state)
         np.testing.assert_array_equal(updates["0"], [bad])
     trees.assert_same_bits(state, first)
 
@@ -148,24 +150,30 @@ MOST = {
 }
 
 
-@pytest.mark.parametrize(("spread", "level"), [(0.1, 1.0), (0.0, 1.0), (0.0, 1e-3), (0.0, 1e4)])
+@functools.cache
+def default(name):
+    """What drives it: compiled once for a number of steps."""
+    return driver(METHODS[name].make())
+
+
 @pytest.mark.parametrize("name", MOST)
-def test_a_rise_that_stays_is_followed(rng, name, spread, level):
+def test_a_rise_that_stays_is_followed(rng, name):
     """After 500 steps of noise, and after 500 that were all the same."""
-    calm = sequences.lognormal(rng, 500 + MOST[name] + 50, scale=level, spread=spread, drift=1.0)
-    given = sequences.with_shift(calm)
-    after, _ = drive(METHODS[name].make(), given)
-    steps = steps_to_follow(given, after, 500)
-    assert steps is not None
-    assert steps <= MOST[name]
+    for spread, level in ((0.1, 1.0), (0.0, 1.0), (0.0, 1e-3), (0.0, 1e4)):
+        calm = sequences.lognormal(rng, 500 + MOST[name] + 50, scale=level, spread=spread, drift=1.0)
+        given = sequences.with_shift(calm)
+        after, _ = default(name)(given)
+        steps = steps_to_follow(given, after, 500)
+        assert steps is not None, (spread, level)
+        assert steps <= MOST[name], (spread, level)
 
 
 @pytest.mark.parametrize("name", MOST)
 def test_one_large_norm_is_no_new_level(name):
     """After a spike of a thousand times, which is cut, norms are let through as before."""
-    given = np.ones(400)
+    given = np.ones(500 + MOST[name] + 50)
     given[200] = 1000.0
-    after, _ = drive(METHODS[name].make(), given)
+    after, _ = default(name)(given)
     assert after[200] <= 1.6
     left = share_left(given, after)
     assert np.all(left[230:-10] >= 0.9 * left[150])
@@ -194,14 +202,15 @@ RANGE = {
 }
 
 
-@pytest.mark.parametrize("end", ["smallest 1e-37", "largest 1e37"])
 @pytest.mark.parametrize("name", RANGE)
-def test_at_both_ends_of_the_range(rng, name, end):
+def test_at_both_ends_of_the_range(rng, name):
     """The published numbers there too: those with an absolute eps clip nothing at the lower end, or all."""
     make, right = RANGE[name]
-    given = sequences.training(rng, 300, drift=1.0)
-    given = sequences.as_float32(given * (1e-37 / given.min() if "smallest" in end else 1e37 / given.max()))
-    after, seen = drive(make(), given, whole)
-    np.testing.assert_allclose(after, right(given).after, rtol=2e-5)
-    for leaf in jax.tree.leaves(seen):
-        assert not np.any(np.isnan(leaf))
+    run = driver(make(), whole)
+    for end in ("smallest 1e-37", "largest 1e37"):
+        given = sequences.training(rng, 300, drift=1.0)
+        given = sequences.as_float32(given * (1e-37 / given.min() if "smallest" in end else 1e37 / given.max()))
+        after, seen = run(given)
+        np.testing.assert_allclose(after, right(given).after, rtol=2e-5, err_msg=end)
+        for leaf in jax.tree.leaves(seen):
+            assert not np.any(np.isnan(leaf)), end

@@ -8,7 +8,7 @@ import pytest
 from optaxclip import clip_by, contrib, norms, thresholds
 from tests.reference import adaptive, sequences
 from tests.support import published
-from tests.support.driving import drive, fields
+from tests.support.driving import drive, driver, fields
 
 pytestmark = pytest.mark.slow
 
@@ -29,21 +29,20 @@ def clips(run, given):
 
 @pytest.mark.parametrize("patience", [None, 33])
 @pytest.mark.parametrize("max_norm", [None, 1.0])
-@pytest.mark.parametrize(
-    ("clip_to", "drift"),
-    # The published "mean" collapses on many sequences that rise, and then there is little left to compare.
-    [("reciprocal", 0.1), ("reciprocal", 10.0), ("edge", 0.1), ("edge", 10.0), ("mean", 0.1)],
-)
-def test_zclip(rng, clip_to, drift, max_norm, patience):
-    given = sequences.training(rng, drift=drift)
+@pytest.mark.parametrize("clip_to", ["reciprocal", "edge", "mean"])
+def test_zclip(rng, clip_to, max_norm, patience):
     tx = published.zclip(clip_to=clip_to, max_norm=max_norm, patience=patience)
-    after, seen = drive(tx, given, fields("zscore_mean", "zscore_std", "zscore_spikes"))
-    run = adaptive.zclip(given, clip_to=clip_to, max_norm=max_norm, patience=patience)
-    close(after, run.after)
-    close(seen["zscore_mean"][24:, 0], run.stats["mu"][24:])
-    close(seen["zscore_std"][24:, 0], np.sqrt(run.stats["var"][24:]))
-    np.testing.assert_array_equal(seen["zscore_spikes"][:, 0], run.stats["spikes"])
-    assert 20 <= np.sum(run.stats["spikes"] > 0) < 500
+    ours = driver(tx, fields("zscore_mean", "zscore_std", "zscore_spikes"))
+    # The published "mean" collapses on many sequences that rise, and then there is little left to compare.
+    for drift in (0.1,) if clip_to == "mean" else (0.1, 10.0):
+        given = sequences.training(rng, drift=drift)
+        after, seen = ours(given)
+        run = adaptive.zclip(given, clip_to=clip_to, max_norm=max_norm, patience=patience)
+        close(after, run.after)
+        close(seen["zscore_mean"][24:, 0], run.stats["mu"][24:])
+        close(seen["zscore_std"][24:, 0], np.sqrt(run.stats["var"][24:]))
+        np.testing.assert_array_equal(seen["zscore_spikes"][:, 0], run.stats["spikes"])
+        assert 20 <= np.sum(run.stats["spikes"] > 0) < 500, drift
 
 
 @pytest.mark.parametrize("clip_to", ["reciprocal", "mean", "edge"])
@@ -83,16 +82,16 @@ def test_zclip_of_several_tensors_is_one_of_each(rng):
 # Quantiles.
 
 
-@pytest.mark.parametrize("drift", [0.1, 10.0])
 @pytest.mark.parametrize(("percentile", "window"), [(10, 100), (50, 1000), (90, 7), (0, 20), (100, 20), (33.3, 1)])
-def test_autoclip(rng, percentile, window, drift):
-    given = sequences.training(rng, drift=drift)
-    after, _ = drive(published.autoclip(percentile, window=window), given)
-    close(after, adaptive.autoclip(given, percentile, window=window).after)
+def test_autoclip(rng, percentile, window):
+    ours = driver(published.autoclip(percentile, window=window))
+    for drift in (0.1, 10.0):
+        given = sequences.training(rng, drift=drift)
+        close(ours(given)[0], adaptive.autoclip(given, percentile, window=window).after)
 
 
 @pytest.mark.parametrize("window", [4, 11, 100])
-@pytest.mark.parametrize("percentile", [10, 30, 50, 90])
+@pytest.mark.parametrize("percentile", [10, 30, 90])
 def test_autoclip_between_norms_that_lie_decades_apart(rng, percentile, window):
     """Where a rank that is off in its seventh digit is a bound of another order of magnitude."""
     given = sequences.DISTRIBUTIONS["1e-37 to 1e38"](rng, 500)
@@ -208,14 +207,14 @@ def test_clip_norm_growth(rng, ratio):
         {"num_std": 6.0, "window": 16, "warmup_steps": 1, "take_in": "raw"},
     ],
 )
-@pytest.mark.parametrize("drift", [0.1, 10.0])
-def test_clip_by_history(rng, drift, options):
-    # No stretch of constants fills a window, where ours has another floor under the deviation.
-    given = sequences.with_spikes(rng, sequences.lognormal(rng, scale=0.3, drift=drift))
-    after, _ = drive(published.clip_by_history(**options), given)
-    run = adaptive.clip_by_history(given, **options)
-    close(after, run.after)
-    assert clips(run, given) > 15
+def test_clip_by_history(rng, options):
+    ours = driver(published.clip_by_history(**options))
+    for drift in (0.1, 10.0):
+        # No stretch of constants fills a window, where ours has another floor under the deviation.
+        given = sequences.with_spikes(rng, sequences.lognormal(rng, scale=0.3, drift=drift))
+        run = adaptive.clip_by_history(given, **options)
+        close(ours(given)[0], run.after)
+        assert clips(run, given) > 15, drift
 
 
 def test_clip_by_history_with_constants(rng):

@@ -24,8 +24,8 @@ def jitted(tx):
 
 def run(tx, sequence):
     """What comes out for each gradient, and the states."""
-    sequence = [jnp.atleast_1d(jnp.asarray(each, jnp.float32)) for each in sequence]
-    params = jnp.zeros_like(sequence[0])
+    sequence = [np.atleast_1d(np.asarray(each, np.float32)) for each in sequence]
+    params = np.zeros_like(sequence[0])
     update, state = jitted(tx), tx.init(params)
     programs = update._cache_size()
     outs, states = [], []
@@ -127,7 +127,7 @@ def test_the_averages_behind_the_traces():
     _, states = run(TRACES["spam_clip"][0], TRACES["spam_clip"][1])
     v = [0.1, 0.19, 0.247, 0.3211, 0.41743, 0.400687, 0.460618]
     np.testing.assert_allclose([float(state.spam_rms[0]) ** 2 for state in states], v, rtol=1e-5)
-    _, states = run(contrib.adaptive_spike_clip(), SPIKY)
+    _, states = run(TRACES["adaptive_spike_clip"][0], SPIKY)
     hat = [float(state.moving_norm[0]) for state in states]
     np.testing.assert_allclose(hat, [4, 4, 12.675339, 17.013006, 14.405195], rtol=1e-4)
 
@@ -179,7 +179,7 @@ def test_squares_outside_the_float_range(name, scale):
 
 
 def test_the_second_moment_of_stable_adam_does_not_overflow():
-    outs, _ = run(contrib.scale_by_stable_adam(), np.asarray(ADAM) * 1e30)
+    outs, _ = run(TRACES["scale_by_stable_adam"][0], np.asarray(ADAM) * 1e30)
     np.testing.assert_allclose(outs, TRACES["scale_by_stable_adam"][2], rtol=3e-5, atol=3e-6)
 
 
@@ -217,7 +217,7 @@ def dtypes(tree):
 
 
 def test_the_state_has_the_dtype_that_is_asked_for():
-    params = {"a": jnp.ones(3, jnp.bfloat16), "b": jnp.ones(3)}
+    params = {"a": np.ones(3, jnp.bfloat16), "b": np.ones(3, np.float32)}
     factories = [
         contrib.spam_clip,
         contrib.scale_by_acclip,
@@ -240,11 +240,11 @@ def test_the_state_has_the_dtype_that_is_asked_for():
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_center_of_narrow_parameters_does_not_stall(dtype):
     """Steps of 0.01 are below half the distance to the next number from 4 (bfloat16), or from 32 on (float16)."""
-    goal = jnp.full(1, 64.0, dtype)
+    goal = np.full(1, 64.0, jnp.dtype(dtype))
     tx = contrib.centered_clip(0.01)
     state = tx.init(goal)
     assert state.clip_center.dtype == jnp.float32
-    state = state._replace(clip_center=jnp.full(1, 48.0))
+    state = state._replace(clip_center=np.full(1, np.float32(48)))
     step = jax.jit(lambda state: tx.update(goal, state, goal))
     for _ in range(100):
         update, state = step(state)
@@ -254,35 +254,35 @@ def test_a_center_of_narrow_parameters_does_not_stall(dtype):
 
 
 def test_a_center_is_as_wide_as_its_parameter():
-    params = {str(dtype): jnp.zeros(2, dtype) for dtype in (jnp.float32, jnp.complex64)}
-    assert dtypes(contrib.centered_clip(1.0).init(params)) == dtypes(params)
+    params = {str(dtype): np.zeros(2, dtype) for dtype in (np.float32, np.complex64)}
+    assert dtypes(jax.eval_shape(contrib.centered_clip(1.0).init, params)) == dtypes(params)
 
 
 # Around an optimizer.
 
 
 def test_a_reset_puts_back_moments_and_not_counts():
-    params = {"a": jnp.ones(2)}
+    params = {"a": np.ones(2, np.float32)}
     tx = contrib.reset_state_every(optax.adam(optax.linear_schedule(1.0, 0.0, 100)), 4, warmup_steps=1)
-    state = tx.init(params)
+    state, step = jax.jit(tx.init)(params), jax.jit(tx.update)
     for _ in range(4):
-        updates, state = jax.jit(tx.update)({"a": jnp.full(2, 2.0)}, state, params)
+        updates, state = step({"a": np.full(2, np.float32(2))}, state, params)
     adam = state.inner_state[0]
     np.testing.assert_allclose(adam.mu["a"], 0.1 * 2.0, rtol=1e-6)  # of the fourth gradient alone
     np.testing.assert_allclose(adam.nu["a"], 0.001 * 4.0, rtol=1e-5)
     assert int(adam.count) == 4
     assert int(state.inner_state[1].count) == 4
-    assert float(jnp.abs(updates["a"]).max()) < 0.01
+    assert np.abs(updates["a"]).max() < 0.01
 
 
 def test_a_reset_needs_parameters_and_says_so():
     tx = contrib.reset_state_every(optax.adam(0.1), 4)
     with pytest.raises(ValueError, match="requires the current value of parameters"):
-        tx.update(jnp.ones(2), tx.init(jnp.ones(2)))
+        jax.eval_shape(lambda x: tx.update(x, tx.init(x)), np.ones(2, np.float32))
 
 
 def test_spam_is_a_composition():
-    params = {"w": jnp.array([1.0, -2.0])}
+    params = {"w": np.float32([1.0, -2.0])}
     tx = optax.chain(contrib.spam_clip(period=50), contrib.reset_state_every(optax.adam(0.05), 50, warmup_steps=15))
 
     @jax.jit
@@ -290,7 +290,7 @@ def test_spam_is_a_composition():
         updates, state = tx.update(jax.tree.map(lambda w: 2 * w, params), state, params)
         return optax.apply_updates(params, updates), state
 
-    state = tx.init(params)
+    state = jax.jit(tx.init)(params)
     for _ in range(200):
         params, state = step(params, state)
-    assert float(jnp.abs(params["w"]).max()) < 0.1
+    assert np.abs(params["w"]).max() < 0.1

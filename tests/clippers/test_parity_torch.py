@@ -8,6 +8,7 @@ On top comes what two float32 sums and two products round: ROUNDING.
 import importlib.util
 import pathlib
 
+import jax
 import numpy as np
 import pytest
 
@@ -35,18 +36,30 @@ def gradients(parameters):
     return [parameter.grad.numpy() for parameter in parameters]
 
 
+def random_trees(rng, structures, numbers, scales):
+    """Trees of a few structures, so that each is compiled once, with numbers of many scales."""
+    for _ in range(structures):
+        structure = trees.random_tree(rng, np.float32)
+        for _ in range(numbers):
+            scale = 10 ** rng.uniform(*scales)
+            yield jax.tree.map(lambda x, scale=scale: x * np.float32(scale * 10 ** rng.uniform(-1, 1)), structure)
+
+
 @pytest.mark.parametrize("ord", ORDS)
 def test_clip_grad_norm(rng, ord):
+    @jax.jit
+    def run(bound, updates):
+        return trees.update(oc.clip_by_global_norm(bound, ord=ord), updates), oc.global_norm(updates, ord=ord)
+
     rounding = 2 * ROUNDING if ord == 3 else ROUNDING  # torch takes the third root of float32 cubes
-    for _ in range(12):
-        updates = trees.random_tree(rng, np.float32, scale=10 ** rng.uniform(-3, 6), spread=1.0)
+    for updates in random_trees(rng, 3, 4, (-3, 6)):
         parameters = as_parameters(updates)
         norm = float(torch.nn.utils.get_total_norm([p.grad for p in parameters], ord))
         bound = norm * 10 ** rng.uniform(-3, 0.5)
         theirs_norm = torch.nn.utils.clip_grad_norm_(parameters, bound, norm_type=ord)
-        ours = trees.numpy_leaves(trees.update(oc.clip_by_global_norm(bound, ord=ord), updates))
-        np.testing.assert_allclose(float(oc.global_norm(updates, ord=ord)), float(theirs_norm), rtol=rounding)
-        for mine, theirs in zip(ours, gradients(parameters), strict=True):
+        clipped, ours_norm = run(bound, updates)
+        np.testing.assert_allclose(float(ours_norm), float(theirs_norm), rtol=rounding)
+        for mine, theirs in zip(trees.numpy_leaves(clipped), gradients(parameters), strict=True):
             np.testing.assert_allclose(mine, theirs, rtol=1e-6 / norm + rounding)
             if bound < norm * (1 - rounding):
                 np.testing.assert_allclose(mine * (norm / (norm + 1e-6)), theirs, rtol=rounding)
@@ -65,13 +78,12 @@ def test_small_norms_are_exact_here_and_not_there(ord):
 
 def test_clip_grad_value(rng):
     """Exactly the same float32 numbers, infinities clipped and NaN passed."""
-    for _ in range(12):
-        updates = trees.random_tree(rng, np.float32, scale=10 ** rng.uniform(-6, 6), spread=1.0)
+    run = jax.jit(lambda bound, updates: trees.update(oc.clip(bound), updates))
+    for updates in random_trees(rng, 3, 4, (-6, 6)):
         bound = float(np.abs(trees.numpy_leaves(updates)[0]).max()) * rng.uniform(0.05, 1.5)
         parameters = as_parameters(updates)
         torch.nn.utils.clip_grad_value_(parameters, bound)
-        ours = trees.numpy_leaves(trees.update(oc.clip(bound), updates))
-        for mine, theirs in zip(ours, gradients(parameters), strict=True):
+        for mine, theirs in zip(trees.numpy_leaves(run(bound, updates)), gradients(parameters), strict=True):
             np.testing.assert_array_equal(mine, theirs)
     strange = np.array([np.inf, -np.inf, np.nan, -0.0, 2.0], np.float32)
     parameters = as_parameters(strange)
@@ -94,13 +106,17 @@ def timm_agc():
 
 def test_agc(rng, timm_agc):
     """`units="oi"`, on leaves of scale 0.1 and up: timm's bounds come out too small under 1e-6."""
-    for _ in range(24):
-        updates = trees.random_tree(rng, np.float32, scale=10 ** rng.uniform(0, 4), spread=1.0)
-        params = trees.like(rng, updates, scale=10 ** rng.uniform(-4, 2))
+
+    @jax.jit
+    def run(clipping, eps, updates, params):
+        return trees.update(oc.adaptive_grad_clip(clipping, eps, units="oi"), updates, params)
+
+    for updates in random_trees(rng, 6, 4, (0, 4)):
+        params = jax.tree.map(np.asarray, trees.like(rng, updates, scale=10 ** rng.uniform(-4, 2)))
         clipping, eps = 10 ** rng.uniform(-4, 0.5), 10 ** rng.uniform(-5, -1)
         parameters = as_parameters(updates, params)
         timm_agc.adaptive_clip_grad(parameters, clipping, eps)
-        ours = trees.numpy_leaves(trees.update(oc.adaptive_grad_clip(clipping, eps, units="oi"), updates, params))
+        ours = trees.numpy_leaves(run(clipping, eps, updates, params))
         for mine, theirs in zip(ours, gradients(parameters), strict=True):
             np.testing.assert_allclose(mine, theirs, rtol=2 * ROUNDING)
 

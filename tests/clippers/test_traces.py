@@ -1,6 +1,6 @@
 """Numbers that can be checked by hand: AGC by its three kinds of unit, clippy, and capped singular values."""
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 import pytest
 
@@ -29,32 +29,38 @@ CLIPPY = [
 ]
 
 
-@pytest.mark.parametrize("units", AGC)
-def test_agc(units):
-    trace, half_unit, small_half_unit = AGC[units]
-    room = np.array([[half_unit] * 2, [small_half_unit] * 2, [half_unit] * 2])
-    reference = fixed.adaptive_grad_clip([np.array(GRADIENTS)], [np.array(WEIGHTS)], 0.05, 1e-3, units=units)[0]
-    ours = trees.update(oc.adaptive_grad_clip(0.05, 1e-3, units=units), jnp.array(GRADIENTS), jnp.array(WEIGHTS))
-    assert np.all(np.abs(reference - trace) <= room)
-    assert np.all(np.abs(np.asarray(ours, np.float64) - trace) <= room)
+def test_agc():
+    given = np.float32(GRADIENTS), np.float32(WEIGHTS)
+    clips = {units: oc.adaptive_grad_clip(0.05, 1e-3, units=units) for units in AGC}
+    run = jax.jit(lambda *given: {units: trees.update(tx, *given) for units, tx in clips.items()})
+    for units, ours in run(*given).items():
+        trace, half_unit, small_half_unit = AGC[units]
+        room = np.array([[half_unit] * 2, [small_half_unit] * 2, [half_unit] * 2])
+        reference = fixed.adaptive_grad_clip([np.array(GRADIENTS)], [np.array(WEIGHTS)], 0.05, 1e-3, units=units)[0]
+        assert np.all(np.abs(reference - trace) <= room), units
+        assert np.all(np.abs(np.asarray(ours, np.float64) - trace) <= room), units
+
+
+@jax.jit
+def clippy(updates, params, relative, absolute):
+    return trees.update(contrib.clippy(relative, absolute), updates, params)
 
 
 @pytest.mark.parametrize(("updates", "params", "relative", "absolute", "factor"), CLIPPY)
 def test_clippy(updates, params, relative, absolute, factor):
     expected = np.array(updates) * factor
     reference = fixed.clippy([np.array(updates)], [np.array(params)], relative, absolute)[0]
-    ours = trees.update(contrib.clippy(relative, absolute), jnp.array(updates), jnp.array(params))
+    ours = clippy(*map(np.float32, (updates, params, relative, absolute)))
     # The traces give six digits: the first factor is (0.1 * 2 + 1e-7) / 0.4 = 0.50000025.
     np.testing.assert_allclose(reference, expected, rtol=1e-6)
     np.testing.assert_allclose(np.asarray(ours, np.float64), expected, rtol=1e-6)
 
 
 def test_clippy_defaults_are_those_of_tensorflow_recommenders():
-    updates, params = jnp.array([0.02, -0.4, 0.0]), jnp.array([1.0, -2.0, 0.0])
-    trees.assert_same_bits(
-        trees.update(contrib.clippy(), updates, params), trees.update(contrib.clippy(0.1, 1e-7), updates, params)
-    )
-    np.testing.assert_allclose(trees.update(contrib.clippy(), updates, params), [0.01, -0.2, 0.0], rtol=1e-6)
+    updates, params = np.float32([0.02, -0.4, 0.0]), np.float32([1.0, -2.0, 0.0])
+    ours = jax.jit(lambda *given: trees.update(contrib.clippy(), *given))(updates, params)
+    trees.assert_same_bits(ours, clippy(updates, params, np.float32(0.1), np.float32(1e-7)))
+    np.testing.assert_allclose(ours, [0.01, -0.2, 0.0], rtol=1e-6)
 
 
 SINGULAR_VALUES = {
@@ -63,11 +69,13 @@ SINGULAR_VALUES = {
 }
 
 
-@pytest.mark.parametrize("form", SINGULAR_VALUES)
-def test_singular_values(form):
+def test_singular_values():
     matrix = np.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
-    reference = spectral.capped(spectral.svd(matrix), 2.0, soft=form == "soft")
-    tx = oc.clip_singular_values(2.0, smooth=form == "soft")
-    np.testing.assert_allclose(reference, SINGULAR_VALUES[form], rtol=0, atol=5e-7)
-    np.testing.assert_allclose(trees.update(tx, jnp.array(matrix)), reference, rtol=0, atol=1e-6)
-    np.testing.assert_allclose(trees.update(tx, jnp.array(matrix.T)), reference.T, rtol=0, atol=1e-6)
+    transformations = {form: oc.clip_singular_values(2.0, smooth=form == "soft") for form in SINGULAR_VALUES}
+    given = {"matrix": np.float32(matrix), "transpose": np.float32(matrix.T)}
+    run = jax.jit(lambda given: {form: trees.update(tx, given) for form, tx in transformations.items()})
+    for form, ours in run(given).items():
+        reference = spectral.capped(spectral.svd(matrix), 2.0, soft=form == "soft")
+        np.testing.assert_allclose(reference, SINGULAR_VALUES[form], rtol=0, atol=5e-7)
+        np.testing.assert_allclose(ours["matrix"], reference, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(ours["transpose"], reference.T, rtol=0, atol=1e-6)

@@ -28,25 +28,39 @@ def reference(w, kind, logits, axis, bound=100.0, alpha=0.5, queries_per_key=1, 
     return w
 
 
-def numbers(rng, *shape, dtype=jnp.float32):
-    return jnp.asarray(rng.normal(size=shape), dtype)
+def numbers(rng, *shape, dtype="float32", scale=1.0):
+    return (scale * rng.normal(size=shape)).astype(jnp.dtype(dtype))
 
 
-def after(tx, params, updates, logits):
-    updates, _ = tx.update(updates, tx.init(params), params, max_logits=logits)
+def zeros(tree):
+    return jax.tree.map(np.zeros_like, tree)
+
+
+def plus(params, updates):
     return jax.tree.map(lambda w, u: np.float64(w) + np.float64(u), params, updates)
 
 
-@pytest.mark.parametrize("alpha", [0.5, 0.0, 0.3, 1.0])
-def test_multi_head(rng, alpha):
+def compiled(tx):
+    return jax.jit(lambda updates, params, logits: tx.update(updates, tx.init(params), params, max_logits=logits)[0])
+
+
+def after(tx, params, updates, logits):
+    return plus(params, compiled(tx)(updates, params, logits))
+
+
+def test_multi_head(rng):
     params = {"q": numbers(rng, MODEL, HEADS, DIM), "k": numbers(rng, MODEL, HEADS, DIM), "v": numbers(rng, 5)}
-    updates = jax.tree.map(lambda w: 0.1 * numbers(rng, *w.shape), params)
-    tx = qk_clip(100.0, projections={"q": QUERY, "k": KEY, "v": None}, alpha=alpha)
-    found = after(tx, params, updates, LOGITS)
-    moved = jax.tree.map(lambda w, u: np.float64(w) + np.float64(u), params, updates)
-    np.testing.assert_allclose(found["q"], reference(moved["q"], "query", LOGITS, 1, alpha=alpha), atol=1e-6)
-    np.testing.assert_allclose(found["k"], reference(moved["k"], "key", LOGITS, 1, alpha=alpha), atol=1e-6)
-    np.testing.assert_array_equal(found["v"], moved["v"])
+    updates = jax.tree.map(lambda w: numbers(rng, *w.shape, scale=0.1), params)
+    moved = plus(params, updates)
+    specs = {"q": QUERY, "k": KEY, "v": None}
+    steps = {alpha: compiled(qk_clip(100.0, projections=specs, alpha=alpha)) for alpha in (0.5, 0.0, 0.3, 1.0)}
+    together = jax.jit(lambda *given: {alpha: step(*given) for alpha, step in steps.items()})
+    for alpha, clipped in together(updates, params, LOGITS).items():
+        found = plus(params, clipped)
+        for name, kind in (("q", "query"), ("k", "key")):
+            expected = reference(moved[name], kind, LOGITS, 1, alpha=alpha)
+            np.testing.assert_allclose(found[name], expected, atol=1e-6, err_msg=f"{name}, alpha={alpha}")
+        np.testing.assert_array_equal(found["v"], moved["v"])
 
 
 @pytest.mark.parametrize("merged", [False, True])
@@ -57,7 +71,7 @@ def test_grouped_queries(rng, merged):
     axis = -1 if merged else -2
     specs = {"q": Projection("query", axis), "k": Projection("key", axis)}
     tx = qk_clip(projections=specs, queries_per_key=2)
-    found = after(tx, params, jax.tree.map(jnp.zeros_like, params), LOGITS)
+    found = after(tx, params, zeros(params), LOGITS)
     for name, kind, whole in (("q", "query", q), ("k", "key", k)):
         expected = reference(whole, kind, LOGITS, 1, queries_per_key=2)
         np.testing.assert_allclose(found[name].reshape(whole.shape), expected, atol=1e-6)
@@ -75,9 +89,9 @@ def test_latent_attention(rng, layout):
     axis = {"heads": -2, "merged": -1, "torch": 0}[layout]
     params = {"q_up": lay(q), "kv_up": lay(kv), "k_rotary": numbers(rng, MODEL, ROTARY)}
     specs = {"q_up": Projection("query", axis, ROTARY), "kv_up": Projection("key", axis, 5)}
-    found = after(qk_clip(projections=specs.get), params, jax.tree.map(jnp.zeros_like, params), LOGITS)
+    found = after(qk_clip(projections=specs.get), params, zeros(params), LOGITS)
     for name, kind, whole, tail in (("q_up", "query", q, ROTARY), ("kv_up", "key", kv, 5)):
-        expected = lay(jnp.asarray(reference(whole, kind, LOGITS, 1, tail=tail), jnp.float32))
+        expected = lay(np.float32(reference(whole, kind, LOGITS, 1, tail=tail)))
         np.testing.assert_allclose(found[name], expected, atol=1e-6)
     np.testing.assert_array_equal(found["k_rotary"], params["k_rotary"])
 
@@ -85,45 +99,43 @@ def test_latent_attention(rng, layout):
 def test_the_largest_logit_comes_to_the_bound(rng):
     """The same batch again, with the weights afterwards, in attention itself; biases are weights, too."""
     shapes = {"w": (MODEL, HEADS, DIM), "b": (HEADS, DIM)}
-    params = {name: {at: 20 * numbers(rng, *shape) for at, shape in shapes.items()} for name in "qk"}
+    params = {name: {at: numbers(rng, *shape, scale=20) for at, shape in shapes.items()} for name in "qk"}
     x = numbers(rng, 8, MODEL)
 
     def largest(params):
-        q, k = (jnp.einsum("nm,mhd->hnd", x, params[name]["w"]) + params[name]["b"][:, None] for name in "qk")
-        return jnp.max(jnp.einsum("hnd,hmd->hnm", q, k), axis=(1, 2))
+        q, k = (np.einsum("nm,mhd->hnd", x, params[name]["w"]) + params[name]["b"][:, None] for name in "qk")
+        return np.max(np.einsum("hnd,hmd->hnm", q, k), axis=(1, 2))
 
     before = largest(params)
-    tx = qk_clip(float(jnp.sort(before)[1]), projections={"q": QUERY, "k": KEY})
-    found = after(tx, params, jax.tree.map(jnp.zeros_like, params), before)
-    expected = jnp.minimum(before, jnp.sort(before)[1])
-    np.testing.assert_allclose(largest(jax.tree.map(jnp.float32, found)), expected, rtol=1e-5)
+    bound = float(np.sort(before)[1])
+    found = after(qk_clip(bound, projections={"q": QUERY, "k": KEY}), params, zeros(params), before)
+    np.testing.assert_allclose(largest(found), np.minimum(before, bound), rtol=1e-5)
 
 
 def test_layers(rng):
     """A dict has logits for each layer, stacked layers have them in one array; None and other layers are left."""
     layers = {f"layer_{i}": {"q": numbers(rng, MODEL, HEADS, DIM), "out": numbers(rng, 3)} for i in range(3)}
-    zeros = jax.tree.map(jnp.zeros_like, layers)
     tx = qk_clip(projections=lambda path: QUERY if path.endswith("q") else None, alpha=1.0)
-    found = after(tx, layers, zeros, {"layer_0": LOGITS, "layer_1": None, "layer_2": {"q": LOGITS[::-1].copy()}})
+    found = after(
+        tx, layers, zeros(layers), {"layer_0": LOGITS, "layer_1": None, "layer_2": {"q": LOGITS[::-1].copy()}}
+    )
     for i, logits in enumerate([LOGITS, np.ones(HEADS), LOGITS[::-1]]):
         expected = reference(layers[f"layer_{i}"]["q"], "query", logits, 1, alpha=1.0)
         np.testing.assert_allclose(found[f"layer_{i}"]["q"], expected, atol=1e-6)
-    stacked = jnp.stack([layers["layer_0"]["q"], layers["layer_2"]["q"]])
-    both = after(
-        qk_clip(projections=QUERY, alpha=1.0), stacked, jnp.zeros_like(stacked), np.stack([LOGITS, LOGITS[::-1]])
-    )
+    stacked = np.stack([layers["layer_0"]["q"], layers["layer_2"]["q"]])
+    both = after(qk_clip(projections=QUERY, alpha=1.0), stacked, zeros(stacked), np.stack([LOGITS, LOGITS[::-1]]))
     np.testing.assert_allclose(both, np.stack([found["layer_0"]["q"], found["layer_2"]["q"]]), atol=1e-6)
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, -5.0, 0.0, 1e-40])
-def test_logits_that_ask_for_nothing(rng, bad):
+def test_logits_that_ask_for_nothing(rng):
     w, u = numbers(rng, MODEL, HEADS, DIM), numbers(rng, MODEL, HEADS, DIM)
-    logits = LOGITS.copy()
-    logits[2] = bad
-    tx = qk_clip(projections=QUERY, alpha=1.0)
-    found, _ = tx.update(u, tx.init(w), w, max_logits=logits)
-    np.testing.assert_array_equal(found[:, [1, 2, 3]], u[:, [1, 2, 3]])  # bit for bit
-    np.testing.assert_allclose(w[:, 0] + found[:, 0], 0.25 * (w[:, 0] + u[:, 0]), atol=1e-6)
+    step = compiled(qk_clip(projections=QUERY, alpha=1.0))
+    for bad in (np.nan, np.inf, -np.inf, -5.0, 0.0, 1e-40):
+        logits = LOGITS.copy()
+        logits[2] = bad
+        found = np.asarray(step(u, w, logits))
+        np.testing.assert_array_equal(found[:, [1, 2, 3]], u[:, [1, 2, 3]], err_msg=str(bad))  # bit for bit
+        np.testing.assert_allclose(w[:, 0] + found[:, 0], 0.25 * (w[:, 0] + u[:, 0]), atol=1e-6)
 
 
 def test_no_logits_at_a_step(rng):
@@ -135,16 +147,15 @@ def test_no_logits_at_a_step(rng):
 @pytest.mark.parametrize("size", [1e38, 3e38])
 def test_extreme_logits(rng, size):
     w = numbers(rng, MODEL, HEADS, DIM)
-    found = after(qk_clip(1e-3, projections=QUERY, alpha=1.0), w, jnp.zeros_like(w), np.full(HEADS, size, np.float32))
+    found = after(qk_clip(1e-3, projections=QUERY, alpha=1.0), w, zeros(w), np.full(HEADS, size, np.float32))
     assert np.all(np.isfinite(found))
     np.testing.assert_allclose(found, 0, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_narrow_weights(rng, dtype):
-    w, u = numbers(rng, MODEL, HEADS, DIM, dtype=dtype), 0.1 * numbers(rng, MODEL, HEADS, DIM, dtype=dtype)
-    tx = qk_clip(projections=QUERY, alpha=1.0)
-    found, _ = tx.update(u, tx.init(w), w, max_logits=jnp.asarray(LOGITS))
+    w, u = (numbers(rng, MODEL, HEADS, DIM, dtype=dtype, scale=scale) for scale in (1.0, 0.1))
+    found = compiled(qk_clip(projections=QUERY, alpha=1.0))(u, w, LOGITS)
     assert found.dtype == w.dtype
     expected = reference(np.float64(w) + np.float64(u), "query", LOGITS, 1, alpha=1.0)
     np.testing.assert_allclose(np.float64(w) + np.float64(found), expected, atol=4 * float(jnp.finfo(dtype).eps))
@@ -153,10 +164,11 @@ def test_narrow_weights(rng, dtype):
 def test_none_updates_are_left_and_a_chain_hands_the_logits_on(rng):
     params = {"q": numbers(rng, MODEL, HEADS, DIM), "k": numbers(rng, MODEL, HEADS, DIM)}
     tx = optax.chain(oc.clip_by_global_norm(1.0), optax.adam(0.1), qk_clip(projections={"q": QUERY, "k": KEY}))
-    grads = jax.tree.map(jnp.ones_like, params)
-    _, state = tx.update(grads, tx.init(params), params, max_logits=LOGITS)
-    step = jax.jit(lambda logits: tx.update(grads, state, params, max_logits=logits)[0])
-    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(step(jnp.asarray(LOGITS))))
+    grads = jax.tree.map(np.ones_like, params)
+    state, step = tx.init(params), jax.jit(lambda state, logits: tx.update(grads, state, params, max_logits=logits))
+    for _ in range(2):
+        updates, state = step(state, LOGITS)
+        assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(updates))
     alone = qk_clip(projections={"q": QUERY, "k": KEY})
     assert alone.update({"q": grads["q"], "k": None}, alone.init(params), params, max_logits=LOGITS)[0]["k"] is None
 
@@ -172,8 +184,8 @@ def test_in_shard_map(rng, split):
         in_specs=(spec, spec, logits),
         out_specs=spec,
     )
-    expected, _ = tx.update(u, tx.init(w), w, max_logits=LOGITS)
-    np.testing.assert_allclose(jax.jit(step)(u, w, LOGITS), expected, atol=1e-6)
+    expected = reference(np.float64(w) + u, "query", LOGITS, 1, alpha=1.0)
+    np.testing.assert_allclose(w + jax.jit(step)(u, w, LOGITS), expected, atol=1e-6)
 
 
 def test_logits_that_differ_between_devices_are_refused(rng):
@@ -186,20 +198,19 @@ def test_logits_that_differ_between_devices_are_refused(rng):
         out_specs=P(),
     )
     with pytest.raises(ValueError, match=r"max_logits differ between the devices along mesh axes \('data',\).*pmax"):
-        jax.eval_shape(step, w, jnp.ones(4 * HEADS))
+        jax.eval_shape(step, w, np.ones(4 * HEADS, np.float32))
 
 
 @pytest.mark.parametrize("on", [AUTO, EXPLICIT], ids=["auto", "explicit"])
 @pytest.mark.parametrize("logits_spec", [P(), P("data")], ids=str)
 def test_under_jit_on_a_mesh(rng, on, logits_spec):
     w, u = numbers(rng, MODEL, HEADS, DIM), numbers(rng, MODEL, HEADS, DIM)
-    tx = qk_clip(projections=QUERY, alpha=1.0)
-    expected, _ = tx.update(u, tx.init(w), w, max_logits=LOGITS)
     spec = P(None, "data")
-    laid_out = put((u, w, jnp.asarray(LOGITS)), (spec, spec, logits_spec), on)
+    laid_out = put((u, w, LOGITS), (spec, spec, logits_spec), on)
     with jax.set_mesh(on):
-        found = jax.jit(lambda u, w, logits: tx.update(u, tx.init(w), w, max_logits=logits)[0])(*laid_out)
-    np.testing.assert_allclose(found, expected, atol=1e-6)
+        found = compiled(qk_clip(projections=QUERY, alpha=1.0))(*laid_out)
+    expected = reference(np.float64(w) + u, "query", LOGITS, 1, alpha=1.0)
+    np.testing.assert_allclose(w + np.asarray(found), expected, atol=1e-6)
     assert found.sharding.is_equivalent_to(laid_out[0].sharding, 3)
 
 
@@ -321,7 +332,7 @@ def test_queries_or_keys_alone_need_all_of_the_factor(rng, names, alpha, words, 
         with pytest.raises(ValueError, match=words):
             once(tx, params)
     else:
-        found = after(tx, params, jax.tree.map(jnp.zeros_like, params), LOGITS)
+        found = after(tx, params, zeros(params), LOGITS)
         for name, kind in (("q", "query"), ("k", "key")):
             expected = reference(params[name], kind, LOGITS, 1, alpha=alpha) if name in names else params[name]
             np.testing.assert_allclose(found[name], expected, atol=1e-6)
@@ -373,31 +384,32 @@ def test_heads_that_fit(rng, name):
     logits = np.full(8 if name in ("grouped", "tails", "all tail") else 4, 400.0)
     logits = logits[:4] if name in ("tails", "all tail") else logits
     params = [numbers(rng, *shape) for shape in shapes]
-    assert jax.tree.map(jnp.shape, once(qk_clip(projections=specs, **options), params, logits=logits)) == shapes
+    tx = qk_clip(projections=specs, **options)
+    assert jax.tree.map(jnp.shape, jax.eval_shape(lambda params: once(tx, params, logits=logits), params)) == shapes
 
 
 @pytest.mark.parametrize(
     "dtypes", [("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "bfloat16")], ids=str
 )
-@pytest.mark.parametrize("moving", [0.0, 0.01])
-def test_no_head_rounds_to_0(rng, dtypes, moving):
+def test_no_head_rounds_to_0(rng, dtypes):
     """However large its logit. What is left of it is at most the precision of the weights, plus rounding."""
     kind, update_kind = dtypes
-    w = numbers(rng, MODEL, HEADS, DIM, dtype=kind)
-    u = (moving * numbers(rng, MODEL, HEADS, DIM)).astype(update_kind)
-    tx = qk_clip(projections=QUERY, alpha=1.0)
-    for factor in (1e-3, 1e-6, 1e-30):
-        found = once(tx, w, u, np.full(HEADS, 100 / factor, np.float32))
-        left = np.abs(np.float64(optax.apply_updates(w, found)))
-        assert np.all(np.max(left, axis=(0, 2)) > 0)
-        size = np.abs(np.float64(w) + np.float64(u))
-        assert np.all(left <= 2 * size / 128 + np.abs(np.float64(w)) / 256)
+    step = compiled(qk_clip(projections=QUERY, alpha=1.0))
+    for moving in (0.0, 0.01):
+        w = numbers(rng, MODEL, HEADS, DIM, dtype=kind)
+        u = numbers(rng, MODEL, HEADS, DIM, dtype=update_kind, scale=moving)
+        for factor in (1e-3, 1e-6, 1e-30):
+            found = np.asarray(step(u, w, np.full(HEADS, 100 / factor, np.float32)))
+            left = np.abs(np.float64((w + found).astype(w.dtype)))
+            assert np.all(np.max(left, axis=(0, 2)) > 0), (moving, factor)
+            size = np.abs(np.float64(w) + np.float64(u))
+            assert np.all(left <= 2 * size / 128 + np.abs(np.float64(w)) / 256), (moving, factor)
 
 
 def test_the_logits_of_the_last_micro_batch_count(rng):
     params = {name: numbers(rng, *shape) for name, shape in HEADED.items()}
     tx = optax.MultiSteps(qk_clip(projections=SPECS), 2)
-    zeros, state = jax.tree.map(jnp.zeros_like, params), tx.init(params)
+    state, step = tx.init(params), jax.jit(tx.update)
     for logits in (LOGITS, np.full(HEADS, 400.0, np.float32)):
-        updates, state = tx.update(zeros, state, params, max_logits=jnp.asarray(logits))
+        updates, state = step(zeros(params), state, params, max_logits=logits)
     np.testing.assert_allclose(params["q"] + updates["q"], 0.5 * params["q"], atol=1e-6)

@@ -21,6 +21,12 @@ def svd(matrix) -> Triple:
     return np.linalg.svd(wide, full_matrices=False)
 
 
+def norm(matrix) -> float:
+    """The largest singular value, by the eigenvalues of the Gram matrix: for large matrices much the fastest way."""
+    wide = np.asarray(matrix, np.float64)
+    return float(np.sqrt(max(np.linalg.eigvalsh(wide.T @ wide)[-1], 0)))
+
+
 def capped(triple: Triple, c, *, soft: bool) -> np.ndarray:
     """U min(S, c) V^T, or U S / sqrt(1 + (S / c)^2) V^T."""
     u, s, vh = triple

@@ -26,7 +26,7 @@ INNERS = {
 
 
 def tree(rng, dtype="float32", scale=1.0):
-    return {name: jnp.asarray(normal(rng, shape, jnp.dtype(dtype), scale)) for name, shape in SHAPES.items()}
+    return {name: normal(rng, shape, jnp.dtype(dtype), scale) for name, shape in SHAPES.items()}
 
 
 def wide(leaf):
@@ -36,14 +36,17 @@ def wide(leaf):
 
 def drive(tx, given):
     """Updates and states of all steps, stacked, and the last state; in one scan."""
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *given)
 
     def step(state, grads):
         out, state = tx.update(grads, state)
         return state, (out, state)
 
-    state, (outs, states) = jax.jit(lambda state: jax.lax.scan(step, state, stacked))(tx.init(given[0]))
+    state, (outs, states) = jax.jit(lambda stacked: jax.lax.scan(step, tx.init(given[0]), stacked))(stack(given))
     return outs, states, state
+
+
+def stack(trees):
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
 
 
 @pytest.mark.parametrize("name", slow_but(INNERS, "clip", "chain"))
@@ -120,16 +123,16 @@ def test_the_carry_of_complex_parameters_is_complex(rng, state_dtype):
 @pytest.mark.parametrize("name", slow_but(["clip", "clip_by_leaf_norm", "zclip"], "clip_by_leaf_norm"))
 def test_a_gradient_that_is_not_finite_never_enters_the_carry(rng, name):
     inner, tx = INNERS[name](), oc.with_carry(INNERS[name]())
-    step = jax.jit(tx.update)
+    step, step_alone = jax.jit(tx.update), jax.jit(inner.update)
     _, state = step(tree(rng, scale=10.0), tx.init(tree(rng)))
     for value in (np.nan, np.inf, -np.inf):
         grads = tree(rng, scale=0.1)
-        grads["w"] = grads["w"].at[1, 0].set(value)
+        grads["w"][1, 0] = value
         out, after = step(grads, state)
         assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(after.carry))
         assert float(after.carry["w"][1, 0]) == float(state.carry["w"][1, 0]) != 0
-        total = jax.tree.map(lambda g, c: g + c, grads, state.carry)
-        alone, _ = inner.update(total, state.inner_state)
+        total = jax.tree.map(lambda g, c: g + np.asarray(c), grads, state.carry)
+        alone, _ = step_alone(total, state.inner_state)
         np.testing.assert_array_equal(out["w"][1, 0], alone["w"][1, 0])
         # All the others balance.
         for key in SHAPES:
@@ -142,7 +145,7 @@ def test_inside_skip_nonfinite_the_whole_carry_stays(rng):
     tx = oc.skip_nonfinite(optax.chain(oc.with_carry(oc.clip_by_global_norm(1.0)), optax.sgd(0.1)))
     state, update = tx.init(tree(rng)), jax.jit(tx.update)
     _, state = update(tree(rng, scale=10.0), state)
-    bad = tree(rng) | {"s": jnp.float32(np.nan)}
+    bad = tree(rng) | {"s": np.float32(np.nan)}
     out, after = update(bad, state)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(out))
     assert_same_bits(after.inner_state, state.inner_state)
@@ -156,9 +159,8 @@ def test_finite_gradients_at_the_end_of_the_range_stay_finite(name, dtype):
     largest = float(jnp.finfo(dtype).max)
     tx = oc.with_carry(INNERS[name](), state_dtype=None)
     signs = [1, 1, 1, -1, -1, -1, -1, 1, 0, 0]
-    given = [{key: jnp.full(shape, sign * largest).astype(dtype) for key, shape in SHAPES.items()} for sign in signs]
-    if dtype == "complex64":
-        given = [jax.tree.map(lambda leaf: jax.lax.complex(leaf.real, leaf.real), grads) for grads in given]
+    one = largest * (1 + 1j) if dtype == "complex64" else largest
+    given = [{key: np.full(shape, sign * one, jnp.dtype(dtype)) for key, shape in SHAPES.items()} for sign in signs]
     outs, states, _ = drive(tx, given)
     for leaf in jax.tree.leaves((outs, states)):
         assert np.all(np.isfinite(wide(leaf)))
@@ -167,36 +169,39 @@ def test_finite_gradients_at_the_end_of_the_range_stay_finite(name, dtype):
 # Gradients and leaves of every kind.
 
 
+def floats(*values):
+    return np.array(values, np.float32)
+
+
 def test_a_missing_gradient_keeps_its_carry_and_counts_for_nothing():
     tx = oc.with_carry(oc.clip_by_global_norm(1.0))
-    weights = {"a": jnp.ones(1), "b": {"c": jnp.ones(1), "d": jnp.ones(2)}}
-    state = tx.init(weights)
-    _, state = tx.update(
-        {"a": jnp.array([0.0]), "b": {"c": jnp.array([60.0]), "d": jnp.array([80.0, 0.0])}}, state, weights
-    )
-    for missing in ({"a": jnp.array([0.5]), "b": None}, {"a": jnp.array([0.5]), "b": {"c": None, "d": None}}):
+    weights = {"a": floats(1), "b": {"c": floats(1), "d": floats(1, 1)}}
+    state, step = tx.init(weights), jax.jit(tx.update)
+    _, state = step({"a": floats(0), "b": {"c": floats(60), "d": floats(80, 0)}}, state, weights)
+    for missing in ({"a": floats(0.5), "b": None}, {"a": floats(0.5), "b": {"c": None, "d": None}}):
         for given in (weights, None):
-            out, after = tx.update(missing, state, given)
+            out, after = step(missing, state, given)
             assert jax.tree.structure(out) == jax.tree.structure(missing)
             # As if its gradient, and what it has to give back, were 0.
             np.testing.assert_allclose(out["a"], [0.5], rtol=1e-6)
             assert_same_bits(after.carry["b"], state.carry["b"])
-    out, _ = tx.update({"a": jnp.array([0.0]), "b": {"c": jnp.array([0.0]), "d": jnp.zeros(2)}}, after, weights)
+    out, _ = step({"a": floats(0), "b": {"c": floats(0), "d": floats(0, 0)}}, after, weights)
     np.testing.assert_allclose(out["b"]["c"], [0.6], rtol=1e-5)
 
 
 def test_what_a_clip_makes_of_a_missing_gradient_is_not_taken_from_its_carry():
     tx = oc.with_carry(oc.clip_by_value(0.5, 1.0))  # 0 becomes 0.5
-    _, state = tx.update([jnp.array([3.0])], tx.init([jnp.ones(1)]))
-    out, state = tx.update([None], state)
+    step = jax.jit(tx.update)
+    _, state = step([floats(3)], tx.init([floats(1)]))
+    out, state = step([None], state)
     assert out == [None]
     np.testing.assert_array_equal(state.carry[0], [2.0])
 
 
 def test_leaves_of_other_kinds_pass():
     given = {
-        "w": jnp.array([3.0]), "steps": jnp.arange(3), "flag": jnp.asarray(True), "masked": optax.MaskedNode(),
-        "no_gradient": np.zeros(2, jax.dtypes.float0), "key": jax.random.key(0), "empty": jnp.zeros((0, 2)),
+        "w": floats(3), "steps": np.arange(3, dtype=np.int32), "flag": jnp.asarray(True), "masked": optax.MaskedNode(),
+        "no_gradient": np.zeros(2, jax.dtypes.float0), "key": jax.random.key(0), "empty": np.zeros((0, 2), np.float32),
     }  # fmt: skip
     tx = oc.with_carry(oc.clip(1.0))
     state = tx.init(given)
@@ -221,12 +226,12 @@ def test_a_chain_in_a_donated_scan_equals_a_loop(rng):
     def run(state, stacked):
         return jax.lax.scan(lambda state, grads: tx.update(grads, state)[::-1], state, stacked)
 
-    state, outs = run(tx.init(given[0]), jax.tree.map(lambda *leaves: jnp.stack(leaves), *given))
+    state, outs = run(jax.jit(tx.init)(given[0]), stack(given))
     step, expected_state, expected = jax.jit(tx.update), tx.init(given[0]), []
     for grads in given:
         out, expected_state = step(grads, expected_state)
         expected.append(out)
-    chex.assert_trees_all_close(outs, jax.tree.map(lambda *leaves: jnp.stack(leaves), *expected), rtol=1e-6)
+    chex.assert_trees_all_close(outs, stack(expected), rtol=1e-6)
     chex.assert_trees_all_close(state, expected_state, rtol=1e-6)
 
 
@@ -248,13 +253,13 @@ def test_around_a_clipper_with_state_and_extra_arguments(rng):
 
     tx = oc.with_carry(optax.GradientTransformationExtraArgs(lambda _: (), update))
     grads = tree(rng)
-    out, state = tx.update(grads, tx.init(grads), factor=0.25)
+    out, state = jax.jit(functools.partial(tx.update, factor=0.25))(grads, tx.init(grads))
     assert seen == [0.25]
     chex.assert_trees_all_close(state.carry, jax.tree.map(lambda leaf: 0.75 * leaf, grads), rtol=1e-6)
     scheduled = oc.with_carry(oc.clip_by(oc.norms.leaf_norm(), thresholds.constant(lambda step: 1.0 / (1.0 + step))))
-    state = scheduled.init({"w": jnp.zeros(1)})
+    state, step = scheduled.init({"w": floats(0)}), jax.jit(scheduled.update)
     for expected in (1.0, 0.5, 1 / 3):
-        out, state = scheduled.update({"w": jnp.array([9.0])}, state)
+        out, state = step({"w": floats(9)}, state)
         np.testing.assert_allclose(out["w"], [expected], rtol=1e-6)
 
 

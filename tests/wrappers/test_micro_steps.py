@@ -14,16 +14,18 @@ from tests.reference.trees import assert_same_bits
 from tests.support.meshes import AUTO, P
 
 SHAPES = {"w": (3, 2), "b": (3,), "s": ()}
+GLOBAL = norms.global_norm()
 
 
 def grads(seed, scale=1.0):
     rng = np.random.default_rng(seed)
-    return {name: jnp.asarray(scale * rng.normal(size=shape), jnp.float32) for name, shape in SHAPES.items()}
+    return {name: np.asarray(scale * rng.normal(size=shape), np.float32) for name, shape in SHAPES.items()}
 
 
 def with_one(seed, value):
     tree = grads(seed)
-    return tree | {"b": tree["b"].at[1].set(value)}
+    tree["b"][1] = value
+    return tree
 
 
 PARAMS = grads(100)
@@ -37,7 +39,7 @@ def accumulate(multi, given):
         updates, state = multi.update(each, state, params)
         return optax.apply_updates(params, updates), state
 
-    params, state = PARAMS, multi.init(PARAMS)
+    params, state = PARAMS, jax.jit(multi.init)(PARAMS)
     for each in given:
         params, state = step(params, state, each)
     return params, state
@@ -61,9 +63,19 @@ def test_one_bad_micro_batch_costs_one_micro_batch(value, use_grad_mean):
     assert (int(state.gradient_step), int(state.mini_step)) == (2, 1)
 
 
-def verdict(given, *args, step=0, params=None, **options):
+@functools.cache  # numbers and trees alike share a program
+def judging(norm, schedule=None):
+    def run(given, bound, step, params):
+        most = {} if schedule is None and bound is None else {"max_norm": schedule or bound}
+        return oc.skip_micro_steps(**most, norm=norm)(given, step, params)
+
+    return jax.jit(run)
+
+
+def verdict(given, bound=None, *, step=0, params=None, norm=GLOBAL):
     """What the rule says: "" for a good micro-batch, else "norm" or "nonfinite"."""
-    skipped, state = oc.skip_micro_steps(*args, **options)(given, step, params)
+    run, bound = (judging(norm, bound), None) if callable(bound) else (judging(norm), bound)
+    skipped, state = run(given, bound, step, params)
     assert (skipped.dtype, skipped.shape) == (jnp.bool_, ())
     assert bool(state.micro_skipped) == bool(skipped)
     return {(False, False): "", (True, False): "norm", (True, True): "nonfinite"}[
@@ -71,8 +83,8 @@ def verdict(given, *args, step=0, params=None, **options):
     ]
 
 
-def full(*values):
-    return [jnp.full(2, value, jnp.float32) for value in values]
+def full(*values, dtype="float32"):
+    return [np.full(2, value, jnp.dtype(dtype)) for value in values]
 
 
 def test_over_the_whole_range():
@@ -81,14 +93,18 @@ def test_over_the_whole_range():
     assert verdict(full(1e25), 1e25) == "norm"
     assert verdict(full(1e-30), 1e-30) == "norm"
     assert verdict(full(1e-40, 0.0), 0.0) == ""
-    assert verdict([jnp.full(2, 300.0, jnp.float16)], 500.0) == ""
-    assert verdict([jnp.full(2, np.nan, jnp.bfloat16)]) == "nonfinite"
-    assert verdict([jnp.asarray([complex(1, np.inf)])]) == "nonfinite"
-    assert verdict([jnp.float32(2.0)], 1.0) == "norm"
-    for empty in ({}, [], [jnp.zeros((0, 2))]):
+    assert verdict(full(300.0, dtype="float16"), 500.0) == ""
+    assert verdict(full(np.nan, dtype="bfloat16")) == "nonfinite"
+    assert verdict(full(complex(1, np.inf), dtype="complex64")) == "nonfinite"
+    assert verdict([np.float32(2.0)], 1.0) == "norm"
+    for empty in ({}, [], [np.zeros((0, 2), np.float32)]):
         assert verdict(empty, 0.0) == ""
     # What those of optax make of the first.
-    assert bool(optax.skip_large_updates(full(1e25), 0, None, 1e30)[0])
+    assert bool(jax.jit(lambda given: optax.skip_large_updates(given, 0, None, 1e30)[0])(full(1e25)))
+
+
+def ones(number, dtype="float32"):
+    return np.ones(number, dtype)
 
 
 def test_bounds_of_every_kind():
@@ -96,25 +112,25 @@ def test_bounds_of_every_kind():
     assert verdict(full(1.0), jnp.float32(1.0)) == "norm"
     schedule = lambda step: jnp.where(step < 5, 1.0, 2.0)  # noqa: E731 -- as users write it
     assert verdict(full(1.0), schedule, step=4) == "norm"
-    assert verdict(full(1.0), schedule, step=jnp.int32(5)) == ""
+    assert verdict(full(1.0), schedule, step=np.int32(5)) == ""
     each = {"norm": norms.leaf_norm()}
-    assert verdict({"a": jnp.ones(4), "b": jnp.ones(9)}, {"a": 2.0, "b": None}, **each) == ""
-    assert verdict({"a": jnp.ones(4), "b": jnp.ones(9)}, {"a": None, "b": 2.0}, **each) == "norm"
+    assert verdict({"a": ones(4), "b": ones(9)}, {"a": 2.0, "b": None}, **each) == ""
+    assert verdict({"a": ones(4), "b": ones(9)}, {"a": None, "b": 2.0}, **each) == "norm"
 
 
 def test_only_what_the_norm_measures():
     some = norms.global_norm(include=lambda path: path == "w")
     assert verdict(with_one(0, np.nan), norm=some) == ""
-    assert verdict(with_one(0, np.nan) | {"w": jnp.full(2, np.inf)}, norm=some) == "nonfinite"
-    mixed = {"float": jnp.ones(1), "steps": jnp.arange(3), "key": jax.random.key(0), "masked": optax.MaskedNode()}
+    assert verdict(with_one(0, np.nan) | {"w": np.full((3, 2), np.float32(np.inf))}, norm=some) == "nonfinite"
+    mixed = {"float": ones(1), "steps": ones(3, "int32"), "key": jax.random.key(0), "masked": optax.MaskedNode()}
     assert verdict(mixed, 1.0) == ""
-    missing = {"w": None, "b": jnp.ones(3), "s": jnp.float32(1.0)}
+    missing = {"w": None, "b": ones(3), "s": np.float32(1.0)}
     assert verdict(missing, 2.0, params=PARAMS) == ""
     assert verdict(missing, 2.0, params=PARAMS, norm=norms.leaf_norm()) == ""
     relative = norms.relative_change(0.5, 0.0)
-    assert verdict(jnp.ones(2), 1.0, params=jnp.full(2, 3.0), norm=relative) == ""
+    assert verdict(ones(2), 1.0, params=np.full(2, np.float32(3)), norm=relative) == ""
     with pytest.raises(ValueError, match="params"):
-        verdict(jnp.ones(2), 1.0, norm=relative)
+        verdict(ones(2), 1.0, norm=relative)
 
 
 def test_a_schedule_counts_gradient_steps():
@@ -125,30 +141,35 @@ def test_a_schedule_counts_gradient_steps():
     assert bool(state.skip_state.micro_skipped)
 
 
-@pytest.mark.parametrize("norm", [norms.global_norm(), norms.leaf_norm(), norms.unit_norm("io")], ids=str)
-def test_all_devices_leave_out_the_same_micro_batches(norm):
+def test_all_devices_leave_out_the_same_micro_batches():
     specs = {"rows": P("data", "model"), "whole": P()}
     params = {"rows": np.ones((8, 4), np.float32), "whole": np.ones(2, np.float32)}
-    multi = optax.MultiSteps(optax.sgd(1.0), 2, should_skip_update_fn=oc.skip_micro_steps(100.0, norm=norm, axes=specs))
-    state_specs = jax.tree.map(lambda _: P(), multi.init(params))._replace(acc_grads=specs)
+    rules = [
+        oc.skip_micro_steps(100.0, norm=norm, axes=specs) for norm in (GLOBAL, norms.leaf_norm(), norms.unit_norm("io"))
+    ]
+    multis = [optax.MultiSteps(optax.sgd(1.0), 2, should_skip_update_fn=rule) for rule in rules]
+    states = jax.jit(lambda params: [multi.init(params) for multi in multis])(params)
+    state_specs = [jax.tree.map(lambda _: P(), state)._replace(acc_grads=specs) for state in states]
+    out_specs = [(specs, each) for each in state_specs]
 
     @jax.jit
-    @functools.partial(jax.shard_map, mesh=AUTO, in_specs=(specs, state_specs, specs), out_specs=(specs, state_specs))
-    def step(grads, state, params):
-        return multi.update(grads, state, params)
+    @functools.partial(jax.shard_map, mesh=AUTO, in_specs=(specs, state_specs, specs), out_specs=out_specs)
+    def step(grads, states, params):
+        return [multi.update(grads, state, params) for multi, state in zip(multis, states, strict=True)]
 
     def with_one(value):
         rows = params["rows"].copy()
         rows[7, 3] = value  # on the last device
         return params | {"rows": rows}
 
-    state = multi.init(params)
     for each in (params, with_one(np.nan), with_one(1e6), with_one(np.inf), with_one(3.0)):
-        updates, state = step(each, state, params)
-        counts = [[np.asarray(piece.data) for piece in leaf.addressable_shards] for leaf in (state.mini_step,)]
-        assert all(len(set(map(int, each))) == 1 for each in counts)
-    assert int(state.gradient_step) == 1
-    np.testing.assert_array_equal(updates["rows"][7], [-1, -1, -1, -2])
+        found = step(each, states, params)
+        states = [state for _, state in found]
+        for state in states:
+            assert len({int(piece.data) for piece in state.mini_step.addressable_shards}) == 1
+    for updates, state in found:
+        assert int(state.gradient_step) == 1
+        np.testing.assert_array_equal(updates["rows"][7], [-1, -1, -1, -2])
 
 
 def test_around_or_inside():
