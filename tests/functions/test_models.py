@@ -292,9 +292,9 @@ def test_keys_of_any_characters_are_paths(key):
 
 
 def test_keys_with_a_slash_do_not_hide_other_leaves():
-    tree = {"a/b": jnp.full(1, 9.0), "a": {"b": jnp.ones(1)}}
+    tree = {"a/b": np.float32([9]), "a": {"b": np.float32([1])}}
     tx = oc.clip_by_leaf_norm(1.0, record=1)
-    found = oc.clip_stats(tx.update(tree, tx.init(tree))[1], per_group=True)
+    found = oc.clip_stats(jax.jit(lambda tree: tx.update(tree, tx.init(tree))[1])(tree), per_group=True)
     assert (found["clip_norm/['a/b']"], found["clip_norm/['a']['b']"]) == (9.0, 1.0)
     chain = optax.named_chain(("x/0", oc.clip_by_leaf_norm(1.0, record=1)), ("x", optax.chain(tx)))
     assert len([name for name in oc.clip_stats(chain.init(tree)) if name.endswith("clip_limit")]) == 2
