@@ -45,12 +45,13 @@ def adagc(
       ValueError: if an argument is out of range.
 
     Example:
+      >>> import jax
       >>> import jax.numpy as jnp
       >>> import optaxclip
       >>> tx = optaxclip.adagc(warmup_steps=2)
-      >>> state = tx.init(jnp.zeros(1))
+      >>> update, state = jax.jit(tx.update), tx.init(jnp.zeros(1))
       >>> for norm in (2.0, 8.0):
-      ...     updates, state = tx.update(jnp.array([norm]), state)
+      ...     updates, state = update(jnp.array([norm]), state)
       ...     print(updates)
       [1.]
       [2.1]

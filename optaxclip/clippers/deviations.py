@@ -57,12 +57,13 @@ def zclip(
       ValueError: if an argument is out of range.
 
     Example:
+      >>> import jax
       >>> import jax.numpy as jnp
       >>> import optaxclip
       >>> tx = optaxclip.zclip(warmup_steps=4)
-      >>> state = tx.init(jnp.zeros(1))
+      >>> update, state = jax.jit(tx.update), tx.init(jnp.zeros(1))
       >>> for norm in (1.0, 1.2, 0.8, 1.0, 3.0):
-      ...     updates, state = tx.update(jnp.array([norm]), state)
+      ...     updates, state = update(jnp.array([norm]), state)
       >>> print(f"{updates[0]:.4f}")  # mean 1, deviation 0.1414, z 14.14
       1.0625
 
@@ -151,12 +152,13 @@ def clip_by_history(
       ValueError: if an argument is out of range, or `warmup_steps` is larger than `window`.
 
     Example:
+      >>> import jax
       >>> import jax.numpy as jnp
       >>> import optaxclip
       >>> tx = optaxclip.clip_by_history(2.0, window=4, warmup_steps=2)
-      >>> state = tx.init(jnp.zeros(1))
+      >>> update, state = jax.jit(tx.update), tx.init(jnp.zeros(1))
       >>> for norm in (1.0, 3.0, 9.0):  # mean 2, deviation 1
-      ...     updates, state = tx.update(jnp.array([norm]), state)
+      ...     updates, state = update(jnp.array([norm]), state)
       >>> print(updates)
       [4.]
 

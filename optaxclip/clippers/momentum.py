@@ -50,13 +50,14 @@ def clipped_momentum(
       ValueError: if an argument is out of range.
 
     Example:
+      >>> import jax
       >>> import jax.numpy as jnp
       >>> import optaxclip
       >>> tx = optaxclip.clipped_momentum(1.0)
       >>> params = jnp.zeros(2)
-      >>> state = tx.init(params)
+      >>> update, state = jax.jit(tx.update), tx.init(params)
       >>> for grads in ([3.0, 4.0], [30.0, 40.0]):
-      ...     updates, state = tx.update(jnp.array(grads), state, params)
+      ...     updates, state = update(jnp.array(grads), state, params)
       ...     print(updates.round(3))
       [0.3 0.4]
       [0.6 0.8]

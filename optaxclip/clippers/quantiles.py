@@ -46,12 +46,13 @@ def autoclip(
       ValueError: if an argument is out of range; at init, without a window and with more than 1,024 groups.
 
     Example:
+      >>> import jax
       >>> import jax.numpy as jnp
       >>> import optaxclip
       >>> tx = optaxclip.autoclip(10.0)
-      >>> state = tx.init(jnp.zeros(1))
+      >>> update, state = jax.jit(tx.update), tx.init(jnp.zeros(1))
       >>> for norm in (1.0, 2.0, 0.5, 4.0):
-      ...     updates, state = tx.update(jnp.array([norm]), state)
+      ...     updates, state = update(jnp.array([norm]), state)
       >>> print(f"{updates[0]:.2f}")  # three tenths of the way from 0.5 to 1
       0.65
 

@@ -93,12 +93,14 @@ def qk_clip(
         queries or only keys, while `alpha` splits the factor between both; if heads of queries and keys differ in size.
 
     Example:
+      >>> import jax
       >>> import jax.numpy as jnp
       >>> from optaxclip.contrib import Projection, qk_clip
       >>> params = {"query": jnp.full((1, 2, 1), 8.0), "key": jnp.full((1, 2, 1), 2.0), "out": jnp.ones(2)}
       >>> tx = qk_clip(projections={"query": Projection("query"), "key": Projection("key"), "out": None})
       >>> updates = {"query": jnp.full((1, 2, 1), 1.0), "key": jnp.zeros((1, 2, 1)), "out": jnp.ones(2)}
-      >>> updates, _ = tx.update(updates, tx.init(params), params, max_logits=jnp.array([400.0, 50.0]))
+      >>> max_logits = jnp.array([400.0, 50.0])
+      >>> updates, _ = jax.jit(tx.update)(updates, tx.init(params), params, max_logits=max_logits)
       >>> print((params["query"] + updates["query"]).ravel())  # 9 * (100 / 400) ** 0.5 in the first head
       [4.5 9. ]
       >>> print((params["key"] + updates["key"]).ravel())

@@ -54,12 +54,13 @@ def aggc(
       ValueError: if an argument is out of range, or no leaf has a label.
 
     Example:
+      >>> import jax
       >>> import jax.numpy as jnp
       >>> import optaxclip
       >>> tx = optaxclip.contrib.aggc({"body": "body", "head": "head"}, 2.0)
-      >>> state = tx.init({"body": jnp.zeros(1), "head": jnp.zeros(1)})
+      >>> update, state = jax.jit(tx.update), tx.init({"body": jnp.zeros(1), "head": jnp.zeros(1)})
       >>> for norm in (1.0, 5.0):
-      ...     updates, state = tx.update({"body": jnp.array([norm]), "head": jnp.array([1.0])}, state)
+      ...     updates, state = update({"body": jnp.array([norm]), "head": jnp.array([1.0])}, state)
       >>> print(updates["body"], updates["head"])
       [2.] [1.]
 
@@ -109,12 +110,13 @@ def clip_norm_growth(
       ValueError: if `ratio` is not positive.
 
     Example:
+      >>> import jax
       >>> import jax.numpy as jnp
       >>> import optaxclip
       >>> tx = optaxclip.contrib.clip_norm_growth(1.01)
-      >>> state = tx.init(jnp.zeros(1))
+      >>> update, state = jax.jit(tx.update), tx.init(jnp.zeros(1))
       >>> for norm in (1.0, 2.0):
-      ...     updates, state = tx.update(jnp.array([norm]), state)
+      ...     updates, state = update(jnp.array([norm]), state)
       >>> print(updates)
       [1.01]
 

@@ -54,13 +54,14 @@ def centered_clip(
       ValueError: if an argument is out of range.
 
     Example:
+      >>> import jax
       >>> import jax.numpy as jnp
       >>> import optaxclip
       >>> tx = optaxclip.contrib.centered_clip(1.0)
       >>> params = jnp.zeros(2)
-      >>> state = tx.init(params)
+      >>> update, state = jax.jit(tx.update), tx.init(params)
       >>> for grads in ([0.0, 0.5], [30.0, 0.5], [0.5, 0.5]):  # the second is a spike
-      ...     updates, state = tx.update(jnp.array(grads), state, params)
+      ...     updates, state = update(jnp.array(grads), state, params)
       ...     print(updates)
       [0.  0.5]
       [1.  0.5]

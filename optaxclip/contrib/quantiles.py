@@ -40,12 +40,13 @@ def percentile_clip(
       ValueError: if `percentile` or `window` is out of range.
 
     Example:
+      >>> import jax
       >>> import jax.numpy as jnp
       >>> import optaxclip
       >>> tx = optaxclip.contrib.percentile_clip(25.0, window=4)
-      >>> state = tx.init(jnp.zeros(1))
+      >>> update, state = jax.jit(tx.update), tx.init(jnp.zeros(1))
       >>> for norm in (2.0, 1.0, 4.0):  # the window is 1, 2, 2, 4
-      ...     updates, state = tx.update(jnp.array([norm]), state)
+      ...     updates, state = update(jnp.array([norm]), state)
       >>> print(updates)
       [2.]
 
@@ -99,12 +100,13 @@ def clip_by_tracked_quantile(
       ValueError: if an argument is out of range.
 
     Example:
+      >>> import jax
       >>> import jax.numpy as jnp
       >>> import optaxclip
       >>> tx = optaxclip.contrib.clip_by_tracked_quantile(0.5)
-      >>> state = tx.init(jnp.zeros(1))
+      >>> update, state = jax.jit(tx.update), tx.init(jnp.zeros(1))
       >>> for norm in (2.0, 2.0):
-      ...     updates, state = tx.update(jnp.array([norm]), state)
+      ...     updates, state = update(jnp.array([norm]), state)
       >>> print(f"{updates[0]:.4f}")  # the exponential of 0.2 times 0.5
       1.1052
 

@@ -50,14 +50,15 @@ def reset_state_every(
       ValueError: if `period` is less than 1, or `warmup_steps` is negative; at update, without `params`.
 
     Example:
+      >>> import jax
       >>> import jax.numpy as jnp
       >>> import optax
       >>> import optaxclip
       >>> tx = optaxclip.contrib.reset_state_every(optax.ema(0.9, debias=False), 4, warmup_steps=2)
       >>> params = jnp.zeros(1)
-      >>> state = tx.init(params)
+      >>> update, state = jax.jit(tx.update), tx.init(params)
       >>> for _ in range(6):
-      ...     updates, state = tx.update(jnp.ones(1), state, params)
+      ...     updates, state = update(jnp.ones(1), state, params)
       ...     print(f"{updates[0]:.3f}", end=" ")
       0.100 0.190 0.271 0.001 0.049 0.271
 

@@ -161,13 +161,14 @@ def scale_by_stable_adam(
       ValueError: if an argument is out of range.
 
     Example:
+      >>> import jax
       >>> import jax.numpy as jnp
       >>> import optaxclip
       >>> tx = optaxclip.contrib.scale_by_stable_adam()
       >>> params = jnp.zeros(2)
-      >>> state = tx.init(params)
+      >>> update, state = jax.jit(tx.update), tx.init(params)
       >>> for grads in ([1.0, -1.0], [1.0, 1.0], [10.0, 0.1]):
-      ...     updates, state = tx.update(jnp.array(grads), state, params)
+      ...     updates, state = update(jnp.array(grads), state, params)
       >>> print(f"{updates[0]:.4f} {updates[1]:.4f}")
       0.6095 0.0710
 

@@ -63,13 +63,14 @@ def spam_clip(
       ValueError: if an argument is out of range.
 
     Example:
+      >>> import jax
       >>> import jax.numpy as jnp
       >>> import optaxclip
       >>> tx = optaxclip.contrib.spam_clip(4.0, decay=0.9, warmup_steps=2)
       >>> params = jnp.zeros(1)
-      >>> state = tx.init(params)
+      >>> update, state = jax.jit(tx.update), tx.init(params)
       >>> for grad in (1.0, 1.0, 3.0):
-      ...     updates, state = tx.update(jnp.array([grad]), state, params)
+      ...     updates, state = update(jnp.array([grad]), state, params)
       >>> print(updates)  # the root of 4 times 0.19
       [0.8718]
 
@@ -154,13 +155,14 @@ def adaptive_spike_clip(
       ValueError: if `decay` is out of range.
 
     Example:
+      >>> import jax
       >>> import jax.numpy as jnp
       >>> import optaxclip
       >>> tx = optaxclip.contrib.adaptive_spike_clip(0.5)
       >>> params = jnp.zeros(2)
-      >>> state = tx.init(params)
+      >>> update, state = jax.jit(tx.update), tx.init(params)
       >>> for grads in ([3.0, 4.0], [1.0, 16.0]):
-      ...     updates, state = tx.update(jnp.array(grads), state, params)
+      ...     updates, state = update(jnp.array(grads), state, params)
       >>> print(updates)  # a third of 4 and two thirds of 16
       [ 1. 12.]
 

@@ -129,12 +129,13 @@ def from_state(opt_state: Tree, *, place: str = "", group: str = "", history: st
       ValueError: if there is no record, or if there are several and `place` or `group` does not name one of them.
 
     Example:
+      >>> import jax
       >>> import jax.numpy as jnp
       >>> import optaxclip
       >>> tx = optaxclip.clip_by_global_norm(1.0, record=100)
-      >>> state = tx.init(jnp.zeros(2))
+      >>> update, state = jax.jit(tx.update), tx.init(jnp.zeros(2))
       >>> for grads in ([0.3, 0.4], [3.0, 4.0]):
-      ...     _, state = tx.update(jnp.array(grads), state)
+      ...     _, state = update(jnp.array(grads), state)
       >>> print(optaxclip.diagnostics.from_state(state))
       [0.5 5. ]
 

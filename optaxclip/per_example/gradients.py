@@ -74,12 +74,14 @@ def clipped_value_and_grad(
         name, or if "two_pass" is not possible (the message says why).
 
     Example:
+      >>> import jax
       >>> import jax.numpy as jnp
       >>> import optaxclip
       >>> from optaxclip import per_example
       >>> def loss(w, x):
       ...     return jnp.vdot(w, x)  # so that the gradient is x
-      >>> step = per_example.clipped_value_and_grad(loss, optaxclip.clip_by_global_norm(1.0), return_norms=True)
+      >>> clip = optaxclip.clip_by_global_norm(1.0)
+      >>> step = jax.jit(per_example.clipped_value_and_grad(loss, clip, return_norms=True))
       >>> examples = jnp.array([[3.0, 4.0], [0.3, 0.4], [jnp.nan, 0.0], [0.0, 0.0]])
       >>> value, grads, norms = step(jnp.ones(2), examples)
       >>> print(value, grads, norms)  # (7 + 0.7) / 4, ([0.6, 0.8] + [0.3, 0.4]) / 4

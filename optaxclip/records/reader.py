@@ -82,14 +82,15 @@ def clip_stats(
         function, or if the states of several replicas are stacked.
 
     Example:
+      >>> import jax
       >>> import jax.numpy as jnp
       >>> import optax
       >>> import optaxclip
       >>> tx = optax.chain(optaxclip.clip_by_global_norm(1.0, record=True), optax.adam(1e-3))
       >>> params = {"w": jnp.ones(2)}
-      >>> state = tx.init(params)
+      >>> update, state = jax.jit(tx.update), tx.init(params)
       >>> for grads in ([0.3, 0.4], [3.0, 4.0]):
-      ...     updates, state = tx.update({"w": jnp.array(grads)}, state, params)
+      ...     updates, state = update({"w": jnp.array(grads)}, state, params)
       >>> for name, value in optaxclip.clip_stats(state, numeric=True).items():
       ...     print(f"{name}: {value:.1f}" if isinstance(value, float) else f"{name}: {value!r}")
       clip_steps: 2

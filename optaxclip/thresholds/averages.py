@@ -57,12 +57,13 @@ def ema_ratio(
       ValueError: if an argument is out of range.
 
     Example:
+      >>> import jax
       >>> import jax.numpy as jnp
       >>> from optaxclip import clip_by, norms, thresholds
       >>> tx = clip_by(norms.leaf_norm(), thresholds.ema_ratio(1.5, warmup_steps=2))
-      >>> state = tx.init(jnp.zeros(1))
+      >>> update, state = jax.jit(tx.update), tx.init(jnp.zeros(1))
       >>> for norm in (1.0, 8.0):
-      ...     updates, state = tx.update(jnp.array([norm]), state)
+      ...     updates, state = update(jnp.array([norm]), state)
       >>> print(updates)
       [1.5]
 
@@ -148,12 +149,13 @@ def ema_band(
       ValueError: if an argument is out of range.
 
     Example:
+      >>> import jax
       >>> import jax.numpy as jnp
       >>> from optaxclip import clip_by, norms, thresholds
       >>> tx = clip_by(norms.leaf_norm(), thresholds.ema_band(2.0, min_ratio=0.5))
-      >>> state = tx.init(jnp.zeros(1))
+      >>> update, state = jax.jit(tx.update), tx.init(jnp.zeros(1))
       >>> for norm in (1.0, 8.0):
-      ...     updates, state = tx.update(jnp.array([norm]), state)
+      ...     updates, state = update(jnp.array([norm]), state)
       >>> print(updates)
       [2.]
 
@@ -233,12 +235,13 @@ def average(decay: Number = 0.999) -> Threshold:
       ValueError: if `decay` is out of range.
 
     Example:
+      >>> import jax
       >>> import jax.numpy as jnp
       >>> from optaxclip import clip_by, norms, thresholds
       >>> tx = clip_by(norms.leaf_norm(), thresholds.average(0.5))
-      >>> state = tx.init(jnp.zeros(1))
+      >>> update, state = jax.jit(tx.update), tx.init(jnp.zeros(1))
       >>> for norm in (4.0, 16.0):
-      ...     updates, state = tx.update(jnp.array([norm]), state)
+      ...     updates, state = update(jnp.array([norm]), state)
       >>> print(updates)  # a third of 4 and two thirds of 16
       [12.]
 
@@ -285,12 +288,13 @@ def growth(ratio: Number = 1.01) -> Threshold:
       ValueError: if `ratio` is not positive.
 
     Example:
+      >>> import jax
       >>> import jax.numpy as jnp
       >>> from optaxclip import clip_by, norms, thresholds
       >>> tx = clip_by(norms.leaf_norm(), thresholds.growth(1.5))
-      >>> state = tx.init(jnp.zeros(1))
+      >>> update, state = jax.jit(tx.update), tx.init(jnp.zeros(1))
       >>> for norm in (1.0, 8.0):
-      ...     updates, state = tx.update(jnp.array([norm]), state)
+      ...     updates, state = update(jnp.array([norm]), state)
       >>> print(updates)
       [1.5]
 

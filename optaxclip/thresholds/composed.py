@@ -98,12 +98,13 @@ def times(k: bounds.Bound, threshold: Threshold) -> Threshold:
     Example:
       Twice the median of the last three norms:
 
+      >>> import jax
       >>> import jax.numpy as jnp
       >>> from optaxclip import clip_by, norms, thresholds
       >>> tx = clip_by(norms.global_norm(), thresholds.times(2.0, thresholds.quantile(0.5, window=3)))
-      >>> state = tx.init(jnp.zeros(1))
+      >>> update, state = jax.jit(tx.update), tx.init(jnp.zeros(1))
       >>> for norm in (1.0, 2.0, 9.0):
-      ...     updates, state = tx.update(jnp.array([norm]), state)
+      ...     updates, state = update(jnp.array([norm]), state)
       >>> print(updates)
       [4.]
 
@@ -148,12 +149,13 @@ def at_least(min_limit: bounds.Bound, threshold: Threshold) -> Threshold:
       ValueError: if `min_limit` is negative or NaN, or `threshold` is not a Threshold.
 
     Example:
+      >>> import jax
       >>> import jax.numpy as jnp
       >>> from optaxclip import clip_by, norms, thresholds
       >>> tx = clip_by(norms.leaf_norm(), thresholds.at_least(0.5, thresholds.growth(2.0)))
-      >>> state = tx.init(jnp.zeros(1))
+      >>> update, state = jax.jit(tx.update), tx.init(jnp.zeros(1))
       >>> for norm in (1e-6, 1.0):  # growth alone permits 2e-6
-      ...     updates, state = tx.update(jnp.array([norm]), state)
+      ...     updates, state = update(jnp.array([norm]), state)
       >>> print(updates)
       [0.5]
 

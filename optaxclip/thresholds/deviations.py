@@ -111,12 +111,13 @@ def zscore(
       ValueError: if an argument is out of range.
 
     Example:
+      >>> import jax
       >>> import jax.numpy as jnp
       >>> from optaxclip import clip_by, norms, thresholds
       >>> tx = clip_by(norms.global_norm(), thresholds.zscore(warmup_steps=4))
-      >>> state = tx.init(jnp.zeros(1))
+      >>> update, state = jax.jit(tx.update), tx.init(jnp.zeros(1))
       >>> for norm in (1.0, 1.2, 0.8, 1.0, 3.0):
-      ...     updates, state = tx.update(jnp.array([norm]), state)
+      ...     updates, state = update(jnp.array([norm]), state)
       >>> print(f"{updates[0]:.4f}")
       1.0625
 
@@ -331,12 +332,13 @@ def mean_std(
       ValueError: if an argument is out of range.
 
     Example:
+      >>> import jax
       >>> import jax.numpy as jnp
       >>> from optaxclip import clip_by, norms, thresholds
       >>> tx = clip_by(norms.leaf_norm(), thresholds.mean_std(2.0, window=4, warmup_steps=2))
-      >>> state = tx.init(jnp.zeros(1))
+      >>> update, state = jax.jit(tx.update), tx.init(jnp.zeros(1))
       >>> for norm in (1.0, 3.0, 9.0):  # mean 2, deviation 1
-      ...     updates, state = tx.update(jnp.array([norm]), state)
+      ...     updates, state = update(jnp.array([norm]), state)
       >>> print(updates)
       [4.]
 

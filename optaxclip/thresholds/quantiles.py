@@ -54,12 +54,13 @@ def quantile(
       ValueError: if an argument is out of range; at init, without a window and with more than 1,024 groups.
 
     Example:
+      >>> import jax
       >>> import jax.numpy as jnp
       >>> from optaxclip import clip_by, norms, thresholds
       >>> tx = clip_by(norms.leaf_norm(), thresholds.quantile(0.5, window=3))
-      >>> state = tx.init(jnp.zeros(1))
+      >>> update, state = jax.jit(tx.update), tx.init(jnp.zeros(1))
       >>> for norm in (1.0, 2.0, 4.0):
-      ...     updates, state = tx.update(jnp.array([norm]), state)
+      ...     updates, state = update(jnp.array([norm]), state)
       >>> print(updates)
       [2.]
 
@@ -116,12 +117,13 @@ def order_statistic(percentile: Number = 5.0, *, window: int = 100) -> Threshold
       ValueError: if an argument is out of range.
 
     Example:
+      >>> import jax
       >>> import jax.numpy as jnp
       >>> from optaxclip import clip_by, norms, thresholds
       >>> tx = clip_by(norms.leaf_norm(), thresholds.order_statistic(25.0, window=4))
-      >>> state = tx.init(jnp.zeros(1))
+      >>> update, state = jax.jit(tx.update), tx.init(jnp.zeros(1))
       >>> for norm in (2.0, 1.0, 4.0):  # 1, 2, 2, 4
-      ...     updates, state = tx.update(jnp.array([norm]), state)
+      ...     updates, state = update(jnp.array([norm]), state)
       >>> print(updates)
       [2.]
 
@@ -183,12 +185,13 @@ def tracked_quantile(quantile: Number = 0.5, *, learning_rate: Number = 0.2, ini
       ValueError: if an argument is out of range.
 
     Example:
+      >>> import jax
       >>> import jax.numpy as jnp
       >>> from optaxclip import clip_by, norms, thresholds
       >>> tx = clip_by(norms.leaf_norm(), thresholds.tracked_quantile(0.5))
-      >>> state = tx.init(jnp.zeros(1))
+      >>> update, state = jax.jit(tx.update), tx.init(jnp.zeros(1))
       >>> for norm in (2.0, 2.0):
-      ...     updates, state = tx.update(jnp.array([norm]), state)
+      ...     updates, state = update(jnp.array([norm]), state)
       >>> print(updates.round(3))  # the exponential of 0.1
       [1.105]
 

@@ -50,12 +50,13 @@ def with_carry(
         inside `shard_map` has not been reduced yet.
 
     Example:
+      >>> import jax
       >>> import jax.numpy as jnp
       >>> import optaxclip
       >>> tx = optaxclip.with_carry(optaxclip.clip(2.0))
-      >>> state = tx.init(jnp.zeros(1))
+      >>> update, state = jax.jit(tx.update), tx.init(jnp.zeros(1))
       >>> for grad in (5.0, -1.0, -1.0, -1.0):
-      ...     updates, state = tx.update(jnp.array([grad]), state)
+      ...     updates, state = update(jnp.array([grad]), state)
       ...     print(updates[0], state.carry[0])
       2.0 3.0
       2.0 0.0

@@ -49,14 +49,15 @@ def skip_micro_steps(
       ValueError: if `max_norm` is negative or NaN, `norm` is not a Norm, or `axes` is of the wrong kind.
 
     Example:
+      >>> import jax
       >>> import jax.numpy as jnp
       >>> import optax
       >>> import optaxclip
       >>> tx = optax.MultiSteps(optax.sgd(1.0), 2, should_skip_update_fn=optaxclip.skip_micro_steps())
       >>> params = jnp.zeros(1)
-      >>> state = tx.init(params)
+      >>> update, state = jax.jit(tx.update), tx.init(params)
       >>> for grad in (1.0, jnp.nan, 3.0):  # the mean of 1 and 3
-      ...     updates, state = tx.update(jnp.array([grad]), state, params)
+      ...     updates, state = update(jnp.array([grad]), state, params)
       ...     print(updates[0], state.skip_state.micro_skipped)
       0.0 False
       0.0 True

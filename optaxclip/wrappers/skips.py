@@ -54,14 +54,15 @@ def skip_nonfinite(
       ValueError: if `inner` is not a transformation, or `axes` is of the wrong kind.
 
     Example:
+      >>> import jax
       >>> import jax.numpy as jnp
       >>> import optax
       >>> import optaxclip
       >>> tx = optaxclip.skip_nonfinite(optax.sgd(0.1))
       >>> params = jnp.ones(2)
-      >>> state = tx.init(params)
+      >>> update, state = jax.jit(tx.update), tx.init(params)
       >>> for grads in ([1.0, 2.0], [jnp.nan, 2.0], [3.0, 4.0]):
-      ...     updates, state = tx.update(jnp.array(grads), state, params)
+      ...     updates, state = update(jnp.array(grads), state, params)
       ...     print(updates, end=" ")
       [-0.1 -0.2] [0. 0.] [-0.3 -0.4]
       >>> print(optaxclip.clip_stats(state)["skipped_nonfinite"])
@@ -136,15 +137,16 @@ def skip_spikes(
         scalar, or differs between the devices of a `shard_map`.
 
     Example:
+      >>> import jax
       >>> import jax.numpy as jnp
       >>> import optax
       >>> import optaxclip
       >>> from optaxclip import thresholds
       >>> tx = optaxclip.skip_spikes(optax.sgd(0.1), thresholds.growth(2.0), max_consecutive=2)
       >>> params = jnp.zeros(1)
-      >>> state = tx.init(params)
+      >>> update, state = jax.jit(tx.update), tx.init(params)
       >>> for norm in (1.0, 1.5, 50.0, 2.0, 50.0, 50.0, 50.0, 60.0):  # a spike, then a new level
-      ...     updates, state = tx.update(jnp.array([norm]), state, params)
+      ...     updates, state = update(jnp.array([norm]), state, params)
       ...     print(updates[0].round(2), end=" ")
       -0.1 -0.15 0.0 -0.2 0.0 0.0 -5.0 -6.0
 

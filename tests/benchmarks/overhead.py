@@ -136,7 +136,7 @@ def compile_step(clip: Any, shapes: Any, shared: Any = ADAM_ALONE) -> Program:
 
 def program(compiled: Any, own_state: Any) -> Program:
     """A compiled step, with zeros for a state of these shapes."""
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), own_state)
+    zeros = jax.tree.map(lambda leaf: jnp.asarray(np.zeros(leaf.shape, leaf.dtype)), own_state)
     return Program(compiled, zeros, compiled.memory_analysis().temp_size_in_bytes)
 
 

@@ -12,7 +12,7 @@ CHARACTERS = 11
 
 def params():
     """Every leaf random, so that none is left out unseen."""
-    made = decoder.init(jax.random.key(0), CHARACTERS)
+    made = jax.jit(decoder.init, static_argnums=1)(jax.random.key(0), CHARACTERS)
     leaves, structure = jax.tree.flatten(made)
     rng = np.random.default_rng(0)
     return structure.unflatten([np.asarray(leaf) + np.float32(0.1) * rng.normal(size=leaf.shape) for leaf in leaves])

@@ -58,6 +58,12 @@ def trained(*lines):
     return runs(RNN.optimizers, lines)
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Figures are written as empty files: rendering takes longer than all else."""
+    monkeypatch.setattr(Figure, "savefig", lambda _figure, path, **_kwargs: Path(path).touch())
+
+
 # A whole job.
 
 
@@ -66,7 +72,8 @@ def finished(tmp_path_factory):
     """A job with two rows: its exit code, output, and folder."""
     out = tmp_path_factory.mktemp("demo") / "new" / "folder"
     stdout, stderr = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timing, "ROUNDS", 5)
         names = "optax.clip_by_global_norm,clip_by_global_norm"
         code = DEMO.main("--model", "rnn", "--steps", 12, "--clippers", names, "--seed", 1, "--out", out)
     return SimpleNamespace(code=code, out=stdout.getvalue(), err=stderr.getvalue(), folder=out)
@@ -169,6 +176,7 @@ def test_as_a_process_on_a_text_with_warnings_as_errors(tmp_path):
     assert {each["limit"] for each in read(tmp_path / "out" / "steps.csv")} == {""}
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_without_out_the_picture_is_written_to_the_working_folder(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(job, "train", lambda *_args, **_kwargs: result())
@@ -298,7 +306,7 @@ def test_an_out_without_permission_gives_one_line(capsys, monkeypatch, tmp_path)
 
 
 @pytest.fixture
-def trains(monkeypatch):
+def trains(monkeypatch, undrawn):
     """Makes that many rows train, in no time, before Ctrl-C."""
 
     def patch(count):
@@ -531,6 +539,7 @@ def test_step_times_are_paired_within_a_round_and_the_first_does_not_count(monke
     assert {tuple(turn) for turn in turns[:-1]} == {("none", "other"), ("other", "none")}
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_step_times_need_no_row_without_clipping(capsys, monkeypatch, tmp_path):
     asked = {}
 
@@ -705,18 +714,18 @@ def test_norms_come_with_limit_and_clipped_steps_on_a_logarithmic_axis(drawn):
     assert legend(norms) == ["norm", "limit", "clipped steps"]
 
 
-@pytest.mark.parametrize("guess", [6.0, 0.0])  # 0: the text has one character only
 @pytest.mark.parametrize(
-    "steps",
+    ("guess", "steps"),
     [
-        history([6.0], norm=[1.0]),
-        history([0.0] * 3, norm=[0.0] * 3, limit=[0.0] * 3, clipped=[False] * 3),
-        history([np.nan] * 3, norm=[np.inf] * 3, limit=[np.inf] * 3, clipped=[True] * 3),
-        history([3.4e38] * 3, norm=[3.4e38, 1e-38, 1e-45], limit=[3.4e38] * 3),
+        (6.0, history([6.0], norm=[1.0])),
+        (0.0, history([0.0] * 3, norm=[0.0] * 3, limit=[0.0] * 3, clipped=[False] * 3)),
+        (0.0, history([np.nan] * 3, norm=[np.inf] * 3, limit=[np.inf] * 3, clipped=[True] * 3)),
+        (6.0, history([3.4e38] * 3, norm=[3.4e38, 1e-38, 1e-45], limit=[3.4e38] * 3)),
     ],
     ids=["one step", "zeros", "nothing finite", "whole range"],
 )
-def test_any_history_can_be_drawn(drawn, steps, guess):
+def test_any_history_can_be_drawn(drawn, guess, steps):
+    """A guess takes 0 bits where the text has one character only."""
     for figure in drawn([line(steps=steps)], guess):
         low, high = figure.axes[0].get_ylim()
         assert -np.inf < low < high < np.inf

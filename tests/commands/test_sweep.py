@@ -107,6 +107,7 @@ def test_figures_are_pngs_of_a_readable_size(finished):
         assert np.all(np.frombuffer(start[16:], ">u4") > 200)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_second_sweep_trains_nothing_and_prints_the_same(capsys, monkeypatch, finished):
     before = contents(finished.folder)
     for name in ("train", "prepare"):
@@ -131,7 +132,13 @@ def test_other_settings_are_refused_and_nothing_is_changed(capsys, monkeypatch, 
 
 
 @pytest.fixture
-def trained(monkeypatch):
+def undrawn(monkeypatch):
+    """Figures are written as empty files: rendering takes longer than all else."""
+    monkeypatch.setattr(Figure, "savefig", lambda _figure, path, **_kwargs: Path(path).touch())
+
+
+@pytest.fixture
+def trained(monkeypatch, undrawn):
     """The names of the methods that were trained, in order; the losses depend on the method's name."""
     names = []
 
@@ -560,10 +567,10 @@ def test_a_seed_sees_the_same_again_and_beside_more_seeds():
 
 def test_one_step_in_so_many_is_bad_and_only_where_there_are_spikes():
     prepared = programs.prepare(SPIKY._replace(rates=(0.1,)), seeds=2, steps=12)
-    bad = np.asarray(prepared.seen.bad)
+    data, _, places, bad = map(np.asarray, (*prepared.seen._replace(params=0),))
     np.testing.assert_array_equal(bad[:, :10].reshape(2, 2, 5).sum(axis=-1), 1)
     found = programs.train(prepared, METHODS["none"])
-    seen = prepared.seen.data[jnp.arange(2)[:, None, None], prepared.seen.places].mean(axis=-1)
+    seen = data[np.arange(2)[:, None, None], places].mean(axis=-1)
     np.testing.assert_allclose(found.unspiked[0], -0.1 * seen.sum(axis=1), rtol=1e-5)
     np.testing.assert_allclose(found.held_out[0], -0.1 * (seen * np.where(bad, -100.0, 1.0)).sum(axis=1), rtol=1e-5)
 
@@ -579,25 +586,29 @@ def test_what_is_not_finite_is_nan():
 
 
 def test_the_convolution_is_that_of_jax(rng):
-    images = jnp.asarray(rng.normal(size=(2, 8, 8, 3)), jnp.float32)
-    layer = {"kernel": jnp.asarray(rng.normal(size=(3, 3, 3, 4)), jnp.float32), "bias": jnp.arange(4.0)}
-    expected = jax.lax.conv_general_dilated(
-        images, layer["kernel"], (2, 2), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
-    expected = jax.nn.relu(expected + layer["bias"][None, None, None])
-    np.testing.assert_allclose(digits._convolved(images, layer), expected, rtol=1e-4, atol=1e-5)
+    images = np.float32(rng.normal(size=(2, 8, 8, 3)))
+    layer = {"kernel": np.float32(rng.normal(size=(3, 3, 3, 4))), "bias": np.arange(4, dtype=np.float32)}
+
+    @jax.jit
+    def both(images, layer):
+        expected = jax.lax.conv_general_dilated(
+            images, layer["kernel"], (2, 2), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return digits._convolved(images, layer), jax.nn.relu(expected + layer["bias"][None, None, None])
+
+    np.testing.assert_allclose(*both(images, layer), rtol=1e-4, atol=1e-5)
 
 
 def test_the_network_predicts_each_character_from_those_before_it():
     data = {"train": np.arange(100) % 5, "held_out": np.arange(90) % 5, "alphabet": np.arange(5)}
     params = jax.tree.map(jnp.asarray, characters._init(np.random.default_rng(0), data))
-    batch = characters.CHARACTERS.batch(jnp.array([3, 0]), jax.tree.map(jnp.asarray, data))
+    batch = np.asarray(jax.jit(characters.CHARACTERS.batch)(np.array([3, 0]), jax.tree.map(jnp.asarray, data)))
     assert batch[:, :3].tolist() == [[3, 4, 0], [0, 1, 2]]
     assert batch.shape == (2, characters.SEQUENCE + 1)
-    loss = characters._objective(params, batch)
+    loss, gradient = jax.jit(jax.value_and_grad(characters._objective))(params, batch)
     assert float(loss) == pytest.approx(np.log(5), rel=1e-3)  # it has learnt nothing
     # The last character is predicted, and read by none.
-    gradient = jax.grad(lambda read: characters._objective(params | {"read": read}, batch[:1, :3]))(params["read"])
+    gradient = jax.jit(jax.grad(characters._objective))(params, batch[:1, :3])["read"]
     assert np.flatnonzero(np.abs(gradient).sum(axis=1)).tolist() == [3, 4]
 
 
@@ -681,11 +692,10 @@ def test_the_csv_has_them_unrounded(mixed, tmp_path):
 def drawn(monkeypatch, tmp_path):
     """The figures that are drawn, by the name of the file."""
     saved = {}
-    save = Figure.savefig
 
-    def saving(figure, path, **kwargs):
+    def saving(figure, path, **_kwargs):
         saved[Path(path).name] = figure
-        save(figure, path, **kwargs)
+        figure.draw_without_rendering()
 
     monkeypatch.setattr(Figure, "savefig", saving)
 

@@ -135,9 +135,14 @@ def test_zeros_and_infinite_norms_are_gaps(rng):
     [([1.0], 2.0), ([0.0, np.nan, 2.0, np.inf], 0.0), (np.full(100, 2.0), math.inf), ([1e-40, 3e38], 1e-30)],
     ids=["one", "gaps", "constant", "wide"],
 )
-def test_every_history_with_a_norm_can_be_drawn(norms, bound, tmp_path):
+def test_every_history_with_a_norm_can_be_drawn(norms, bound):
     figure = diagnostics.plot(norms, optaxclip.clip_by_global_norm(bound))
-    figure.savefig(tmp_path / "norms.png")
+    figure.draw_without_rendering()
+    assert figure.canvas.get_width_height() == (1440, 1120)
+
+
+def test_a_figure_is_saved_in_its_size(tmp_path):
+    diagnostics.plot([1.0, 2.0], optaxclip.clip_by_global_norm(2.0)).savefig(tmp_path / "norms.png")
     width, height = np.frombuffer((tmp_path / "norms.png").read_bytes()[16:24], ">u4")
     assert (width, height) == (1440, 1120)
 

@@ -95,7 +95,7 @@ def test_groups_may_be_in_another_order():
     """A record keeps the order of the tree that it saw, and nested dicts that of their keys."""
     grads = [{"w": jnp.array([5.0])} for _ in range(11)]  # layers 0 to 10: as words, 10 comes before 2
     tx = optaxclip.clip_by_leaf_norm([{"w": float(bound)} for bound in range(11)], record=1)
-    _, state = tx.update(grads, tx.init(grads))
+    _, state = jax.jit(lambda grads: tx.update(grads, tx.init(grads)))(grads)
     by_path = optaxclip.clip_by_leaf_norm({str(bound): {"w": float(bound)} for bound in range(11)})
     found = diagnostics.replay(state, by_path)
     assert found.groups == tuple(trees.paths(grads))

@@ -1,5 +1,6 @@
 """Bad arguments raise where they are given, and the message says which argument, which value, which leaf."""
 
+import functools
 import inspect
 import math
 
@@ -246,6 +247,7 @@ TRACED = [
 ]
 
 
+@functools.cache
 def stepped(build):
     """The first updates as a function of the bound."""
     weights = params("float32")

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import compiling
+
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
@@ -41,14 +43,15 @@ def test_there_are_notebooks():
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
-def test_a_notebook_runs_in_a_fresh_interpreter(notebook, tmp_path):
+def test_a_notebook_runs_in_a_fresh_interpreter(notebook, tmp_path, request):
     for name in NEEDS.get(notebook.stem, []):
         if importlib.util.find_spec(name) is None:
             pytest.skip(f"{name} is needed: pip install 'optaxclip[notebooks]'")
     script = tmp_path / "notebook.py"
     script.write_text("\n\n".join(text_of(cell["source"]) for cell in code_cells(notebook)))
     plain = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
-    environment = plain | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "agg", "OPTAXCLIP_SHORT": "1"}
+    flags = "" if request.config.option.as_users_compile else compiling.as_flags(compiling.QUICK)
+    environment = plain | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "agg", "OPTAXCLIP_SHORT": "1", "XLA_FLAGS": flags}
     done = subprocess.run(
         [sys.executable, script],
         env=environment,

@@ -25,7 +25,7 @@ SHAPES = {"kernel": (3, 2), "bias": (2,), "scale": ()}
 def tree(rng, dtypes=("float32",) * 3, scale=1.0):
     def numbers(shape, dtype):
         x = rng.normal(size=shape) + (1j * rng.normal(size=shape) if dtype == "complex64" else 0)
-        return jnp.asarray(np.asarray(x * scale), dtype)
+        return jnp.asarray(np.asarray(x * scale).astype(jnp.dtype(dtype)))
 
     return {name: numbers(shape, dtype) for (name, shape), dtype in zip(SHAPES.items(), dtypes, strict=True)}
 
@@ -35,6 +35,11 @@ def pulled_back(tx, x, cotangent, way=lambda f: f, tap=None):
     if tap is None:
         return jax.vjp(way(lambda x: oc.clip_cotangents(x, tx)), x)[1](cotangent)[0]
     return jax.vjp(way(lambda x, tap: oc.clip_cotangents(x, tx, tap=tap)), x, tap)[1](cotangent)
+
+
+def pulled_back_at_once(tx, x, cotangent, tap=None):
+    """The same in one compiled program."""
+    return jax.jit(lambda *args: pulled_back(tx, *args[:2], tap=args[2]))(x, cotangent, tap)
 
 
 def wide(tree):
@@ -94,7 +99,7 @@ TRANSFORMATIONS = {
 def test_the_cotangent_goes_through_the_transformation(rng, name):
     tx, reference = TRANSFORMATIONS[name]
     x, cotangent = tree(rng), tree(rng)
-    clipped = pulled_back(tx, x, cotangent, jax.jit)
+    clipped = pulled_back_at_once(tx, x, cotangent)
     assert_close(clipped, reference(wide(cotangent)), RTOL)
     if name == "inside":
         assert_same_bits(clipped, cotangent)
@@ -139,9 +144,10 @@ def test_a_traced_bound_in_every_kind_of_program(rng, way):
 
         return WAYS[way](clipped)(x, bound)
 
+    both = jax.jit(lambda bound: (outside(bound), inside(bound)))
     for bound in (jnp.asarray(0.5), jnp.asarray(1)):
-        for call in (outside, jax.jit(outside), jax.jit(inside)):
-            assert_close(call(bound), fixed.clip(wide(cotangent), float(bound)), RTOL)
+        for clipped in both(bound):
+            assert_close(clipped, fixed.clip(wide(cotangent), float(bound)), RTOL)
 
 
 # What a cotangent may hold.
@@ -155,7 +161,7 @@ DTYPES = [*MIXED, ("bfloat16",) * 3, ("float16",) * 3, ("complex64",) * 3]
 def test_dtypes_are_kept(rng, dtypes, strict_promotion):
     x, cotangent = tree(rng, dtypes), tree(rng, dtypes)
     for tx, reference in (TRANSFORMATIONS["global norm"], TRANSFORMATIONS["values"]):
-        clipped = pulled_back(tx, x, cotangent, jax.jit)
+        clipped = pulled_back_at_once(tx, x, cotangent)
         assert [leaf.dtype for leaf in jax.tree.leaves(clipped)] == [leaf.dtype for leaf in jax.tree.leaves(x)]
         assert_close(clipped, reference(wide(cotangent)), RTOL)
 
@@ -186,7 +192,7 @@ def clipped_to_one(cotangent):
 )
 def test_extremes(cotangent, expected, norms):
     """What is inside the bound, or has no finite norm, comes back bit for bit."""
-    cotangent = jnp.array(cotangent, jnp.float32)
+    cotangent = np.float32(cotangent)
     clipped, tapped = clipped_to_one(cotangent)
     if expected is None:
         assert_same_bits(clipped, cotangent)
@@ -204,7 +210,7 @@ def test_a_norm_past_the_largest_number():
 def test_holes_and_values_alone():
     holes = jnp.array([jnp.nan, -jnp.inf, 3.0, 4.0])
     cleaned = optax.chain(oc.zero_nonfinite(), ONE)
-    clipped, norms = pulled_back(cleaned, jnp.ones(4), holes, jax.jit, tap=jnp.zeros(2))
+    clipped, norms = pulled_back_at_once(cleaned, jnp.ones(4), holes, jnp.zeros(2))
     np.testing.assert_allclose(clipped, [0, 0, 0.6, 0.8], rtol=RTOL)
     np.testing.assert_allclose(norms, [np.nan, 1.0], rtol=RTOL)
     np.testing.assert_array_equal(pulled_back(oc.clip(1.0), jnp.ones(4), holes), [np.nan, -1, 1, 1])
@@ -232,7 +238,7 @@ def test_empty_scalar_and_python_leaves():
         assert_same_bits(oc.clip_cotangents(nothing, ONE, tap=jnp.zeros(2)), nothing)
     x = {"empty": jnp.zeros((0, 3)), "scalar": jnp.float32(1.0), "numpy": np.ones(1, np.float32)}
     cotangent = {"empty": jnp.zeros((0, 3)), "scalar": jnp.float32(-3.0), "numpy": jnp.array([4.0])}
-    clipped, norms = pulled_back(ONE, x, cotangent, jax.jit, tap=jnp.zeros(2))
+    clipped, norms = pulled_back_at_once(ONE, x, cotangent, jnp.zeros(2))
     assert clipped["empty"].shape == (0, 3)
     np.testing.assert_allclose([clipped["scalar"], clipped["numpy"][0], *norms], [-0.6, 0.8, 5, 1], rtol=RTOL)
     assert jax.grad(lambda x: 5.0 * oc.clip_cotangents(x, ONE))(2.0) == 1.0
@@ -246,10 +252,10 @@ def test_relative_to_the_array_itself(rng):
     x_with_more, more = x | {"count": jnp.arange(3)}, {"count": np.zeros(3, jax.dtypes.float0)}
     expected = fixed.adaptive_grad_clip(wide(cotangent), wide(x), 0.1)
     tx = oc.adaptive_grad_clip(0.1)
-    assert_close(pulled_back(tx, x, cotangent, jax.jit), expected, RTOL)
+    assert_close(pulled_back_at_once(tx, x, cotangent), expected, RTOL)
     clipped = pulled_back(optax.chain(oc.zero_nonfinite(), tx), x_with_more, cotangent | more, jax.jit)
     assert_close({name: clipped[name] for name in x}, expected, RTOL)
-    decayed = pulled_back(optax.add_decayed_weights(0.5), x, cotangent)
+    decayed = pulled_back_at_once(optax.add_decayed_weights(0.5), x, cotangent)
     assert_close(decayed, {name: leaf + 0.5 * wide(x)[name] for name, leaf in wide(cotangent).items()}, RTOL)
 
 
@@ -287,19 +293,18 @@ def test_under_vmap_each_example_is_clipped_by_itself(rng):
     def total(*args):
         return jnp.sum(jax.vmap(loss)(*args))
 
-    args = jnp.ones((5, 3)), jnp.asarray(rows), jnp.asarray(bounds), jnp.zeros((5, 2))
-    for by_x_and_tap in (
-        jax.jit(jax.vmap(jax.grad(loss, (0, 3)))),
-        jax.grad(total, (0, 3)),
-        jax.jit(jax.grad(total, (0, 3))),
-    ):
-        clipped, tapped = by_x_and_tap(*args)
+    @jax.jit
+    def all_of(*args):
+        each, together = jax.vmap(jax.grad(loss, (0, 3)))(*args), jax.grad(total, (0, 3))(*args)
+        # One tap for all examples gets the sum; whole bounds are mapped as well.
+        summed = jax.grad(lambda tap: total(*args[:3], jnp.broadcast_to(tap, (5, 2))))(jnp.zeros(2))
+        return each, together, summed, jax.grad(total)(*args[:2], jnp.arange(5), args[3])
+
+    *pairs, summed, whole = all_of(np.ones((5, 3), np.float32), rows, bounds, np.zeros((5, 2), np.float32))
+    for clipped, tapped in pairs:
         np.testing.assert_allclose(clipped, expected, rtol=RTOL, atol=1e-30)
         np.testing.assert_allclose(tapped, norms, rtol=RTOL, atol=1e-30)
-    # One tap for all examples gets the sum; whole bounds are mapped as well.
-    summed = jax.jit(jax.grad(lambda tap: total(*args[:3], jnp.broadcast_to(tap, (5, 2)))))(jnp.zeros(2))
     np.testing.assert_allclose(summed, np.sum(norms, axis=0), rtol=RTOL)
-    whole = jax.jit(jax.grad(total))(*args[:2], jnp.arange(5), args[3])
     right = [fixed.clip_by_global_norm([row], bound)[0] for bound, row in enumerate(rows)]
     np.testing.assert_allclose(whole, right, rtol=RTOL)
 
@@ -327,7 +332,7 @@ class Recurrence:
         self.matrix = np.float32(growth * orthogonal)
         self.weights = np.float32(rng.normal(size=(steps, size)) * 0.1)
         self.start = np.float32(rng.normal(size=size))
-        self.taps = jnp.zeros((steps, 2))
+        self.taps = np.zeros((steps, 2), np.float32)
 
     def loss(self, h, taps, clip, body=lambda f: f):
         """The loss, and the state before each step. `clip` is applied to that, with the row of the taps."""
@@ -374,21 +379,29 @@ SCANS = {
 def test_an_exploding_recurrence(rng, way):
     model = Recurrence(rng, steps=300)
 
-    def run(h, taps, bound, tx):
+    def run(h, taps, bound):
         def clip(h, tap):
-            return oc.clip_cotangents(h, tx(bound), tap=tap)
+            return oc.clip_cotangents(h, oc.clip_by_global_norm(bound), tap=tap)
 
         return model.loss(h, taps, clip, SCANS[way])
 
-    gradient = jax.jit(jax.grad(run, argnums=(0, 1), has_aux=True), static_argnums=3)
+    gradient = jax.jit(jax.grad(run, argnums=(0, 1), has_aux=True))
     for bound in (jnp.asarray(1.5), jnp.asarray(2)):
-        (clipped, norms), states = gradient(model.start, model.taps, bound, oc.clip_by_global_norm)
+        (clipped, norms), states = gradient(model.start, model.taps, bound)
         expected, right = model.backward(states, by_norm(float(bound)))
         np.testing.assert_allclose(clipped, expected, rtol=1e-4)
         np.testing.assert_allclose(norms, right, rtol=1e-4)
         assert np.all(norms[:, 1] <= float(bound) * (1 + RTOL))
         assert np.sum(norms[:, 0] > float(bound)) > 100
-    (lost, norms), _ = gradient(model.start, model.taps, jnp.asarray(1.5), lambda _: optax.identity())
+
+
+def test_without_a_clip_it_explodes(rng):
+    model = Recurrence(rng, steps=300)
+
+    def run(h, taps):
+        return model.loss(h, taps, lambda h, tap: oc.clip_cotangents(h, optax.identity(), tap=tap))
+
+    (lost, norms), states = jax.jit(jax.grad(run, argnums=(0, 1), has_aux=True))(model.start, model.taps)
     assert not np.all(np.isfinite(lost))
     assert not np.all(np.isfinite(norms))
     # In float64 it is finite, and far outside the range of float32.
@@ -400,7 +413,7 @@ def test_an_exploding_recurrence_clipped_by_value(rng):
     gradient = jax.grad(
         lambda h: model.loss(h, model.taps, lambda h, _: oc.clip_cotangents(h, oc.clip(0.5))), has_aux=True
     )
-    clipped, states = gradient(model.start)
+    clipped, states = jax.jit(gradient)(model.start)
     expected, _ = model.backward(states, lambda x: np.clip(x, -0.5, 0.5))
     np.testing.assert_allclose(clipped, expected, rtol=1e-4)
 
@@ -458,14 +471,14 @@ SECOND = {
 }
 
 
-@pytest.mark.parametrize("way", SECOND)
-def test_hessian(way):
+def test_hessian():
     x, weights = np.array([0.5, -1.0, 2.0]), np.array([1.0, -0.5, 0.25])
-    second = jax.jit(SECOND[way](cubic))
+    second = jax.jit(lambda *args: {name: way(cubic)(*args) for name, way in SECOND.items()})
     for bound in (0.5, 100.0):
         by_gradient, _ = jacobian_of_clip(weights * x**2, bound)
-        got = second(jnp.float32(x), jnp.float32(weights), jnp.float32(bound))
-        np.testing.assert_allclose(got, by_gradient @ np.diag(2 * weights * x), rtol=1e-5, atol=1e-6)
+        for name, got in second(*map(np.float32, (x, weights, bound))).items():
+            right = by_gradient @ np.diag(2 * weights * x)
+            np.testing.assert_allclose(got, right, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
 def test_grad_of_grad_by_all_arguments():
@@ -474,15 +487,16 @@ def test_grad_of_grad_by_all_arguments():
 
     @jax.jit
     def derivatives(*args):
-        return jax.grad(lambda *args: jnp.vdot(jnp.float32(v), jax.grad(cubic)(*args)), (0, 1, 2))(*args)
+        second = jax.grad(lambda *args: jnp.vdot(jnp.float32(v), jax.grad(cubic)(*args)), (0, 1, 2))(*args)
+        return second, jax.grad(cubic, 2)(*args)
 
     for bound in (0.5, 100.0):
-        args = jnp.float32(x), jnp.float32(weights), jnp.float32(bound)
+        second, by_bound_alone = derivatives(*map(np.float32, (x, weights, bound)))
         by_gradient, by_bound = jacobian_of_clip(weights * x**2, bound)
         expected = 2 * weights * x * (by_gradient.T @ v), x**2 * (by_gradient.T @ v), by_bound @ v
-        for got, right in zip(derivatives(*args), expected, strict=True):
+        for got, right in zip(second, expected, strict=True):
             np.testing.assert_allclose(got, right, rtol=1e-5, atol=1e-6)
-        assert jax.grad(cubic, 2)(*args) == 0
+        assert by_bound_alone == 0
 
 
 def test_hessian_by_value():
@@ -602,9 +616,10 @@ def test_what_is_no_tap(tap):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_the_tap_keeps_its_dtype(dtype, strict_promotion):
     tap = jnp.zeros(2, dtype)
-    _, norms = pulled_back(ONE, jnp.ones(2, jnp.bfloat16), jnp.array([3.0, 4.0], jnp.bfloat16), jax.jit, tap=tap)
+    x, cotangent = (jnp.asarray(np.array(values, jnp.bfloat16)) for values in ([1, 1], [3, 4]))
+    _, norms = pulled_back_at_once(ONE, x, cotangent, tap)
     assert norms.dtype == dtype
-    np.testing.assert_allclose(norms.astype(jnp.float32), [5, 1], rtol=1e-2)
+    np.testing.assert_allclose(np.float32(norms), [5, 1], rtol=1e-2)
 
 
 def test_taps_of_several_places():
@@ -617,9 +632,9 @@ def test_taps_of_several_places():
         return jnp.vdot(second, jnp.array([3.0, 4.0]))
 
     zero = jnp.zeros(2)
-    norms = jax.grad(loss, 1)(jnp.ones(2), {"first": zero, "second": zero, "unused": zero})
+    norms = jax.jit(jax.grad(loss, 1))(jnp.ones(2), {"first": zero, "second": zero, "unused": zero})
     np.testing.assert_allclose([norms["second"], norms["first"], norms["unused"]], [[5, 3], [6, 1], [0, 0]], rtol=RTOL)
-    shared = jax.grad(lambda tap: loss(jnp.ones(2), {"first": tap, "second": tap, "unused": tap}))(zero)
+    shared = jax.jit(jax.grad(lambda tap: loss(jnp.ones(2), {"first": tap, "second": tap, "unused": tap})))(zero)
     np.testing.assert_allclose(shared, [11, 4], rtol=RTOL)
 
 

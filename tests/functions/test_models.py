@@ -1,5 +1,8 @@
 """Models of Equinox and Flax as parameters, labels and bounds, without a line for them in the library."""
 
+import functools
+import itertools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -31,13 +34,15 @@ class Model(eqx.Module):
         return self.activation(x @ self.dense["kernel"] + self.dense["bias"]) * self.scale
 
 
+@functools.cache
 def model():
     dense = {"kernel": jnp.full((4, 3), 0.5), "bias": jnp.ones(3)}
     return Model(dense, jnp.asarray(2.0), eqx.nn.Dropout(0.5), jax.nn.relu, jnp.arange(3), "a name", None)
 
 
-def gradient(x=3.0):
-    return eqx.filter_grad(lambda model: jnp.sum(model(jnp.full(4, x))))(model())
+@functools.cache
+def gradient():
+    return eqx.filter_jit(eqx.filter_grad(lambda model: jnp.sum(model(jnp.full(4, 3.0)))))(model())
 
 
 def wrapped(inner):
@@ -75,8 +80,8 @@ def test_what_is_frozen_in_an_equinox_model_counts_as_zero_and_stays_none():
     grads = eqx.tree_at(lambda tree: tree.dense["bias"], gradient(), None)
     for params in (model(), eqx.filter(model(), eqx.is_array)):
         tx = oc.clip_by(norms.leaf_norm(), thresholds.zscore(warmup_steps=1), record=2)
-        state = tx.init(eqx.filter(model(), eqx.is_array))
-        updates, state = tx.update(grads, state, params)
+        state = jax.jit(tx.init)(eqx.filter(model(), eqx.is_array))
+        updates, state = jax.jit(lambda *args, tx=tx, params=params: tx.update(*args, params))(grads, state)
         assert updates.dense["bias"] is None
         assert oc.clip_stats(state, per_group=True)["clip_norm/dense/bias"] == 0.0
 
@@ -100,11 +105,12 @@ def test_a_callable_model_of_values_is_a_pytree():
 
     assert callable(values(1, 1, 1))
     grads = gradient()
-    size = {name: float(jnp.linalg.norm(leaf)) for name, leaf in (*grads.dense.items(), ("scale", grads.scale))}
+    size = {name: np.linalg.norm(leaf) for name, leaf in (*grads.dense.items(), ("scale", grads.scale))}
 
     def clipped(tx):
-        updates, _ = tx.update(grads, tx.init(eqx.filter(model(), eqx.is_array)), model())
-        return [float(jnp.linalg.norm(leaf)) for leaf in (*updates.dense.values(), updates.scale)]
+        state = tx.init(eqx.filter(model(), eqx.is_array))
+        updates, _ = jax.jit(lambda grads, state: tx.update(grads, state, model()))(grads, state)
+        return [np.linalg.norm(leaf) for leaf in (*updates.dense.values(), updates.scale)]
 
     bounds = clipped(oc.clip_by_leaf_norm(values(1.0, 0.5, None)))
     np.testing.assert_allclose(bounds, [0.5, 1.0, size["scale"]], rtol=1e-6)
@@ -146,11 +152,21 @@ NONE_IN_BOUNDS = {
 }
 
 
+@functools.cache
+def bounded():
+    """What comes out of each of them, in one program."""
+
+    @jax.jit
+    def all_of(grads):
+        return {case: tx.update(grads, tx.init(grads), grads)[0] for case, (tx, *_) in NONE_IN_BOUNDS.items()}
+
+    return all_of({name: np.float32([3, 4]) for name in "ab"})
+
+
 @pytest.mark.parametrize("case", NONE_IN_BOUNDS)
 def test_none_in_a_pytree_of_bounds_is_no_bound_for_that_leaf(case):
-    tx, a, b = NONE_IN_BOUNDS[case]
-    grads = {"a": jnp.array([3.0, 4.0]), "b": jnp.array([3.0, 4.0])}
-    updates, _ = jax.jit(tx.update)(grads, tx.init(grads), grads)
+    _, a, b = NONE_IN_BOUNDS[case]
+    updates = bounded()[case]
     np.testing.assert_allclose([updates["a"], updates["b"]], [a, b], rtol=1e-6)
 
 
@@ -188,26 +204,51 @@ def unboxed():
     return {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}
 
 
-@pytest.mark.parametrize("grads", [nnx_state, boxed, unboxed])
-@pytest.mark.parametrize("seen_by_init", [boxed, unboxed])
-def test_flax_boxes_are_on_no_path_and_plain_dicts_fit_them(grads, seen_by_init):
-    seen = grads() if grads is nnx_state else seen_by_init()
+TREES = list(itertools.product([nnx_state, boxed, unboxed], [boxed, unboxed]))
+
+
+def clips_of(seen_by_init):
+    """By a function of the path, a dict, and a tree in boxes."""
     chosen = {
         "a function": norms.global_norm(include=lambda path: path.endswith("kernel")),
         "a dict": norms.global_norm(include={"kernel": True, "bias": False}),
         "boxed values": norms.global_norm(include=jax.tree.map(lambda x: x.ndim == 2, seen_by_init())),
     }
-    for norm in chosen.values():
-        tx = oc.clip_by(norm, thresholds.constant(1.0), record=1)
-        updates, state = tx.update(grads(), tx.init(seen))
-        np.testing.assert_allclose([jnp.linalg.norm(leaf) for leaf in jax.tree.leaves(updates)], [3**0.5, 1.0])
-        assert oc.clip_stats(state)["clip_norm"] == pytest.approx(6**0.5)
-    bounds = oc.clip_by_leaf_norm({"kernel": 1.0, "bias": 0.5}, record=1)
-    updates, state = bounds.update(grads(), bounds.init(seen))
-    np.testing.assert_allclose([jnp.linalg.norm(leaf) for leaf in jax.tree.leaves(updates)], [0.5, 1.0], rtol=1e-6)
-    assert oc.clip_stats(state, per_group=True)["clip_limit/kernel"] == 1.0
-    by_label = contrib.aggc({"kernel": "a", "bias": "b"}, 2.0)
-    by_label.update(grads(), by_label.init(seen))
+    clips = {name: oc.clip_by(norm, thresholds.constant(1.0), record=1) for name, norm in chosen.items()}
+    clips["bounds"] = oc.clip_by_leaf_norm({"kernel": 1.0, "bias": 0.5}, record=1)
+    clips["labels"] = contrib.aggc({"kernel": "a", "bias": "b"}, 2.0)
+    return clips
+
+
+@functools.cache
+def clipped():
+    """What each clip makes of each two trees; XLA sees the same arrays in all of them."""
+
+    def update(tx, grads, seen, leaves):
+        return tx.update(jax.tree.unflatten(jax.tree.structure(grads), leaves), tx.init(seen))
+
+    @jax.jit
+    def all_of(leaves):
+        return [
+            {
+                name: update(tx, grads(), grads() if grads is nnx_state else seen_by_init(), leaves)
+                for name, tx in clips_of(seen_by_init).items()
+            }
+            for grads, seen_by_init in TREES
+        ]
+
+    return all_of([jnp.ones(3), jnp.ones((2, 3))])
+
+
+@pytest.mark.parametrize(("grads", "seen_by_init"), TREES)
+def test_flax_boxes_are_on_no_path_and_plain_dicts_fit_them(grads, seen_by_init):
+    done = clipped()[TREES.index((grads, seen_by_init))]
+    length = {name: [np.linalg.norm(leaf) for leaf in jax.tree.leaves(each)] for name, (each, _) in done.items()}
+    for name in ("a function", "a dict", "boxed values"):
+        np.testing.assert_allclose(length[name], [3**0.5, 1.0], rtol=1e-6)
+        assert oc.clip_stats(done[name][1])["clip_norm"] == pytest.approx(6**0.5)
+    np.testing.assert_allclose(length["bounds"], [0.5, 1.0], rtol=1e-6)
+    assert oc.clip_stats(done["bounds"][1], per_group=True)["clip_limit/kernel"] == 1.0
 
 
 def test_a_dict_that_does_not_fit_an_nnx_state_is_named():
@@ -227,33 +268,44 @@ def test_a_dict_that_does_not_fit_an_nnx_state_is_named():
 # Keys of any characters.
 
 
-@pytest.mark.parametrize("key", ["\0", "a\0b", "", "/", "ключ", "\ud800"])
-def test_keys_of_any_characters_are_paths(key):
+KEYS = ["\0", "a\0b", "", "/", "ключ", "\ud800"]
+
+
+@functools.cache
+def recorded():
+    """The state after a step with each of them."""
     tx = oc.clip_by_leaf_norm(1.0, record=1)
-    grads = {key: jnp.array([3.0, jnp.nan]), "other": jnp.ones(1)}
-    _, state = tx.update(grads, tx.init(grads))
-    found = oc.clip_stats(state, per_group=True)
+
+    @jax.jit
+    def all_of(bad, other):
+        trees = {key: {key: bad, "other": other} for key in KEYS}
+        return [tx.update(tree, tx.init(tree))[1] for tree in trees.values()]
+
+    return all_of(np.float32([3, np.nan]), np.ones(1, np.float32))
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_keys_of_any_characters_are_paths(key):
+    found = oc.clip_stats(recorded()[KEYS.index(key)], per_group=True)
     assert found["first_nonfinite_leaf"] == key
     assert {f"clip_norm/{key}", "clip_norm/other"} <= set(found)
 
 
 def test_keys_with_a_slash_do_not_hide_other_leaves():
-    tree = {"a/b": jnp.full(1, 9.0), "a": {"b": jnp.ones(1)}}
+    tree = {"a/b": np.float32([9]), "a": {"b": np.float32([1])}}
     tx = oc.clip_by_leaf_norm(1.0, record=1)
-    found = oc.clip_stats(tx.update(tree, tx.init(tree))[1], per_group=True)
+    found = oc.clip_stats(jax.jit(lambda tree: tx.update(tree, tx.init(tree))[1])(tree), per_group=True)
     assert (found["clip_norm/['a/b']"], found["clip_norm/['a']['b']"]) == (9.0, 1.0)
     chain = optax.named_chain(("x/0", oc.clip_by_leaf_norm(1.0, record=1)), ("x", optax.chain(tx)))
     assert len([name for name in oc.clip_stats(chain.init(tree)) if name.endswith("clip_limit")]) == 2
 
 
 def test_parameters_in_other_containers_than_the_gradients_fit_by_their_keys():
+    update = jax.jit(oc.adaptive_grad_clip(0.1, units="leaf").update)
     for grads, params in ((unboxed(), boxed()), (nnx_state(), unboxed()), (unboxed(), nnx_state())):
-        updates, _ = oc.adaptive_grad_clip(0.1, units="leaf").update(grads, optax.EmptyState(), params)
-        np.testing.assert_allclose(
-            sorted(float(jnp.linalg.norm(leaf)) for leaf in jax.tree.leaves(updates)),
-            [0.1 * 3**0.5, 0.1 * 6**0.5],
-            rtol=1e-6,
-        )
+        updates, _ = update(grads, optax.EmptyState(), params)
+        lengths = sorted(np.linalg.norm(leaf) for leaf in jax.tree.leaves(updates))
+        np.testing.assert_allclose(lengths, [0.1 * 3**0.5, 0.1 * 6**0.5], rtol=1e-6)
 
 
 def test_none_among_partition_specs_is_a_leaf_that_is_whole():

@@ -300,7 +300,7 @@ def pairs(trees_of, methods=tuple(METHODS)):
 # In the quick part every method meets one tree, and every tree some method.
 @pytest.mark.parametrize(("name", "tree"), pairs(lambda i: [WIDE[(2 + i) % len(WIDE)]]))
 def test_some(name, tree):
-    check(name, tree, range(30))
+    check(name, tree, range(15))
 
 
 @pytest.mark.xla
@@ -361,7 +361,7 @@ def test_norms_are_raised_to_near_the_largest_float(ends):
     def step(c, x):
         return oc.clip_by(norms.leaf_norm(), ends(c)).update(x, optax.EmptyState())[0]
 
-    for _ in range(300):
+    for _ in range(100):
         x = (rng.uniform(0.1, 1, 1) * 10.0 ** rng.uniform(-30, 38)).astype(np.float32)
         c = np.float32(inputs.LARGEST * rng.choice([0.9999, 1 - 2.0**-24, 1.0]))
         after = step(c, x)
@@ -384,7 +384,7 @@ def capped(x, c, soft):
 def test_singular_values(shape, soft):
     rng = np.random.default_rng(0)
     step = jax.jit(lambda c, x: oc.clip_singular_values(c, smooth=soft).update(x, optax.EmptyState())[0])
-    for _ in range(100):
+    for _ in range(50):
         x = inputs.numbers(rng, shape, "float32", str(rng.choice(["one scale", "all scales", "special"])))
         top = capped(x, np.inf, False)[1]
         with np.errstate(over="ignore"):
@@ -435,7 +435,7 @@ def test_forms_of_bounds(name, form):
         tree = {name: inputs.numbers(rng, (2, 3), "float32", kind) for name in "ab"}
         bound, meant = BY_LEAF[form](c) if form in BY_LEAF else (ONE[form](c), [c, c])
         tx = build(bound)
-        (updates,) = as_arrays(tree)
+        updates = jax.tree.map(jnp.asarray, tree)
         after, _ = tx.update(updates, tx.init(updates), updates)
         each = list(tree.values())
         wanted = [method.expect(each, each, number, np.float32(1e-3))[i] for i, number in enumerate(meant)]

@@ -76,9 +76,9 @@ def test_a_state_from_a_file_is_worth_as_much_as_a_live_one(name, form, tmp_path
 
 def test_a_window_in_a_checkpoint_changes_its_length(tmp_path):
     old, new = (oc.clip_by_history(window=window, warmup_steps=1, take_in="raw") for window in (4, 2))
-    state = old.init(jnp.zeros(1))
-    for norm in (1.0, 2.0, 3.0):
-        _, state = old.update(jnp.array([norm]), state)
+    update, state = jax.jit(old.update), old.init(jnp.zeros(1))
+    for norm in np.float32([1, 2, 3]):
+        _, state = update(norm[None], state)
     state, report = oc.migrate(new, jnp.zeros(1), by_orbax(state, tmp_path))
     np.testing.assert_array_equal(state.window_norms, [[3.0, 2.0]])  # the third norm is in the first place
     assert report.kept["window_norms"] == "4 norms, now 2"

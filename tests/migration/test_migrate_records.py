@@ -20,21 +20,23 @@ def clip(length):
 
 
 @functools.cache
-def steps_of(length):
-    """Compiled: a step for each of some numbers, which are their norms."""
+def compiled(length):
+    """The first state, and a step for each number of a range, which are their norms."""
     tx = clip(length)
 
-    def step(carry, number):
-        state, bad = carry
-        size = jnp.where(number == bad, jnp.nan, number.astype(jnp.float32))
-        return (tx.update({"a": size[None], "b": 2 * size[None]}, state)[1], bad), None
+    def run(state, start, stop, bad):
+        def step(number, state):
+            size = jnp.where(number == bad, jnp.nan, number.astype(jnp.float32))
+            return tx.update({"a": size[None], "b": 2 * size[None]}, state)[1]
 
-    return jax.jit(lambda state, numbers, bad: jax.lax.scan(step, (state, bad), numbers)[0][0])
+        return jax.lax.fori_loop(start, stop, step, state)
+
+    return jax.jit(tx.init)(PARAMS), jax.jit(run)
 
 
 def run(length, state, steps, bad):
-    state = clip(length).init(PARAMS) if state is None else state
-    return steps_of(length)(state, jnp.asarray(steps), bad)
+    first, run_ = compiled(length)
+    return run_(first if state is None else state, steps.start, steps.stop, bad)
 
 
 def as_it_comes(state, how):
@@ -44,9 +46,8 @@ def as_it_comes(state, how):
     return serialization.msgpack_restore(serialization.to_bytes(state))
 
 
-@pytest.mark.parametrize("how", ["live", "msgpack"])
-@pytest.mark.parametrize("bad", [0, 3, 27])
-@pytest.mark.parametrize(("before", "after"), [(1, 4), (4, 1), (4, 40), (40, 4), (40, 10), (10, 40), (10, 10)])
+@pytest.mark.parametrize(("bad", "how"), [(0, "live"), (3, "msgpack"), (27, "live"), (27, "msgpack")])
+@pytest.mark.parametrize(("before", "after"), [(4, 1), (4, 40), (40, 10), (10, 40), (10, 10)])
 def test_every_step_that_is_there_goes_into_a_ring_of_another_length(before, after, bad, how):
     done = 29
     old = run(before, None, range(1, done + 1), bad)

@@ -8,6 +8,7 @@ import warnings
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -54,15 +55,16 @@ def words_of(entries):
     return {note.split(",")[0] if note else path.rsplit("/", 1)[-1] for path, note in entries.items()}
 
 
-# Of all pairs of a row every fifth, of its neighbour others: what goes wrong with a pair goes wrong with many rows.
+# Of all pairs of a row some, of its neighbour others: what goes wrong with a pair goes wrong with many rows.
 @pytest.mark.parametrize("row", BY_NAME)
 def test_a_method_keeps_its_state_under_every_record_and_wrapping(row):
-    variants = list(itertools.product(records_of(row), WRAPPINGS))
+    pairs = list(itertools.product(itertools.product(records_of(row), WRAPPINGS), repeat=2))
+    pairs = pairs[ROWS.index(row) % len(pairs) :: 20]
+    variants = {variant for pair in pairs for variant in pair}
     built = {variant: make(row, *variant) for variant in variants}
     initial = {variant: tx.init(PARAMS) for variant, tx in built.items()}
     states = {variant: numbered(state) for variant, state in initial.items()}
-    pairs = list(itertools.product(variants, variants))
-    for old, new in pairs[ROWS.index(row) % 5 :: 5]:
+    for old, new in pairs:
         with optimizers_may_be_dropped():
             state, report = oc.migrate(built[new], PARAMS, states[old])
         assert_reported(initial[new], states[old], state, report)
@@ -79,14 +81,16 @@ def test_every_method_goes_into_every_other():
     of_its_kind = {str(jax.tree.structure(state)): name for name, state in initial.items()}  # one each
     initial = {name: initial[name] for name in of_its_kind.values()}
     states = {name: numbered(state) for name, state in initial.items()}
-    for old, new in itertools.permutations(initial, 2):
+    for i, pair in enumerate(itertools.combinations(initial, 2)):
+        old, new = pair[:: 1 if i % 2 else -1]  # each two in one direction
         with optimizers_may_be_dropped():
             state, report = oc.migrate(built[new], PARAMS, states[old])
         assert_reported(initial[new], states[old], state, report)
         assert report.kept["1/0"] == "ScaleByAdamState", (old, new)
 
 
-GRADS = [{"dense": {"kernel": x * jnp.ones((4, 3)), "bias": jnp.full(3, x)}, "scale": 2 * x} for x in (0.5, 0.3, 4.0)]
+ONES = {"kernel": np.ones((4, 3), np.float32), "bias": np.ones(3, np.float32)}
+GRADS = [{"dense": {name: x * ones for name, ones in ONES.items()}, "scale": 2 * x} for x in (0.5, 0.3, 4.0)]
 
 
 # Of each kind of statistics one; more would take minutes to compile.

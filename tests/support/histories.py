@@ -1,7 +1,6 @@
 """Histories of norms, and the states of clippers that saw them."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 
@@ -22,9 +21,9 @@ def recorded(norms, tx):
     rows = np.asarray(norms, np.float32).reshape(len(norms), -1)
 
     def grads(row):
-        return {chr(ord("a") + column): jnp.atleast_1d(norm) for column, norm in enumerate(row)}
+        return {chr(ord("a") + column): norm[None] for column, norm in enumerate(row)}
 
-    update, state = jax.jit(tx.update), tx.init(grads(jnp.zeros(rows.shape[1])))
+    update, state = jax.jit(tx.update), tx.init(grads(np.zeros_like(rows[0])))
     for row in rows:
         _, state = update(grads(row), state)
     return state

@@ -15,7 +15,7 @@ def numbered(state):
 
 def _number(i, leaf):
     away = np.arange(leaf.size).reshape(leaf.shape) / max(leaf.size, 1)
-    return jnp.asarray(1000 + 8 * i + 4 * away, leaf.dtype)
+    return jnp.asarray((1000 + 8 * i + 4 * away).astype(leaf.dtype))
 
 
 def by_path(tree):

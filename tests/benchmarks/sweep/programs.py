@@ -77,7 +77,7 @@ def prepare(task: Task, *, seeds: int, steps: int) -> Prepared:
     """
     loaded = task.load()
     each_seed = [_seen(task, loaded, seed, steps) for seed in range(seeds)]
-    seen: Seen = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each_seed)
+    seen: Seen = jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *each_seed)
     over_seeds = jax.vmap(task.measure)
     over_rates = jax.vmap(over_seeds, in_axes=(0, None))
     initial = _finite(jax.jit(over_seeds)(seen.params, seen.data).held_out)
@@ -136,9 +136,9 @@ def _seen(task: Task, loaded: Any, seed: int, steps: int) -> Seen:
     return Seen(*narrow)
 
 
-def _narrow(array: Any) -> jax.Array:
+def _narrow(array: Any) -> np.ndarray:
     """As jax would have it: 32 bits."""
-    return jnp.asarray(array, jax.dtypes.canonicalize_dtype(np.asarray(array).dtype))
+    return np.asarray(array, jax.dtypes.canonicalize_dtype(np.asarray(array).dtype))
 
 
 def _run(task: Task, method: Method) -> Callable[[jax.Array, jax.Array, Seen], Any]:
