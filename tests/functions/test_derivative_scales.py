@@ -124,7 +124,7 @@ def slope_of_the_soft_cap(gradient, cap):
     return oc.clip_singular_values(cap, smooth=True).update(gradient, optax.EmptyState())[0][0]
 
 
-@pytest.mark.parametrize("scale", np.float32([1e-30, 1e-20, 1.0, 1e20, 1e30]))
+@pytest.mark.parametrize("scale", np.float32([1e-30, 1e-20, 1.0, 1e20, 1e30]), ids=str)
 def test_the_soft_cap_of_a_vector_has_the_slope_of_its_scale(scale):
     np.testing.assert_allclose(slope_of_the_soft_cap(1.5 * scale[None], scale), [(1 + 1.5**2) ** -1.5], rtol=1e-5)
     np.testing.assert_allclose(slope_of_the_soft_cap(0 * scale[None], scale), [1.0])
