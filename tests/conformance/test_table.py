@@ -31,6 +31,11 @@ def defined_in(module):
     return {name: f for name, f in members if f.__module__.startswith(module.__name__) and not name.startswith("_")}
 
 
+def test_a_group_of_tests_stays_on_one_worker(request, worker_id):
+    """Else every worker would compile every row, and nothing would show it but the time (pytest-xdist, issue 1386)."""
+    assert worker_id == "master" or request.node.nodeid.endswith(f"@{request.path.stem}")
+
+
 def test_every_public_callable_has_a_row_or_a_reason_to_have_none():
     assert public_callables() - COVERED - set(NOT_TRANSFORMATIONS) == set()
 
