@@ -11,6 +11,22 @@ import pytest
 from tests.table import ROWS, by_path, numbers, params, tree
 
 
+# The rows that are run on every dtype and tree without jit, too: norms of all kinds, statistics of leaves and of one norm,
+# a skip. Eagerly, every operation is a program.
+EAGER = (
+    "clip_by_global_norm-recorded",
+    "adaptive_grad_clip",
+    "clip_by_spectral_norm",
+    "adagc",
+    "scale_by_stable_adam",
+    "skip_spikes",
+)
+
+
+def is_run_eagerly(row):
+    return row.name in EAGER
+
+
 def rows(*, where=lambda row: True):
     return pytest.mark.parametrize("row", [pytest.param(row, id=row.name) for row in ROWS if where(row)])
 
@@ -20,6 +36,11 @@ def rows_and_dtypes(*, where=lambda row: True):
     return pytest.mark.parametrize(
         ("row", "dtype"), [pytest.param(row, dtype, id=f"{row.name}-{dtype}") for row, dtype in cases]
     )
+
+
+def dtypes_apart(row):
+    """The dtypes that the code tells apart: float16 takes the way of bfloat16."""
+    return [dtype for dtype in row.dtypes if dtype != "float16"]
 
 
 def takes_record(row):

@@ -6,23 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.conformance.rows import assert_finite, first_step, rows
+from tests.conformance.rows import assert_finite, first_step, is_run_eagerly, rows
 from tests.conformance.ways import LITTLE, MISSING, Outcome, odd_leaves, outcomes, ways
 from tests.table import by_path, params, tree
-
-# The rows on which the same is done without jit: norms of all kinds, statistics of leaves and of one norm, a skip.
-EAGER = (
-    "clip_by_global_norm-recorded",
-    "adaptive_grad_clip",
-    "clip_by_spectral_norm",
-    "adagc",
-    "scale_by_stable_adam",
-    "skip_spikes",
-)
-
-
-def is_eager(row):
-    return row.name in EAGER
 
 
 def eagerly(row, name):
@@ -55,7 +41,7 @@ def test_a_missing_gradient_stays_missing_and_counts_for_nothing(row, missing):
     assert_missing(row, missing, outcomes(row)[f"no {missing}"])
 
 
-@rows(where=is_eager)
+@rows(where=is_run_eagerly)
 def test_a_missing_gradient_without_jit(row):
     assert_missing(row, "dense/bias", eagerly(row, "no dense/bias"))
 
@@ -80,7 +66,7 @@ def test_leaves_that_are_not_numbers_pass_untouched_and_uncounted(row):
     assert_untouched(row, outcomes(row)["odd leaves"])
 
 
-@rows(where=is_eager)
+@rows(where=is_run_eagerly)
 def test_leaves_that_are_not_numbers_without_jit(row):
     assert_untouched(row, eagerly(row, "odd leaves"))
 
@@ -100,6 +86,6 @@ def test_trees_with_little_in_them(row, few):
 
 
 @pytest.mark.parametrize("few", LITTLE)
-@rows(where=is_eager)
+@rows(where=is_run_eagerly)
 def test_trees_with_little_in_them_without_jit(row, few):
     assert_little(eagerly(row, few))

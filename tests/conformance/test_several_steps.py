@@ -11,6 +11,7 @@ import optax
 from tests.conformance.rows import (
     assert_finite,
     compiled,
+    dtypes_apart,
     first_step,
     rows,
     takes_record,
@@ -31,7 +32,7 @@ def test_one_trace_serves_calls_in_a_row_a_scan_and_a_branch_of_cond(row):
         carry, _ = jax.lax.scan(lambda carry, _: (step(*carry, weights), None), (updates, state), length=3)
         return jax.lax.cond(go, lambda: step(*carry, weights), lambda: carry)
 
-    for dtype in (dtype for dtype in row.dtypes if dtype != "float16"):  # which takes the way of bfloat16
+    for dtype in dtypes_apart(row):
         chex.clear_trace_counter()
         step = jax.jit(chex.assert_max_traces(transformation(row).update, n=1))
         jax.eval_shape(functools.partial(steps, step), True, tree(0, dtype), params(dtype))

@@ -15,6 +15,7 @@ from tests.conformance.rows import (
     abstract,
     assert_finite,
     compiled,
+    dtypes_apart,
     parameters_dtype,
     rows,
     transformation,
@@ -131,15 +132,10 @@ def test_a_step_transfers_nothing(row):
     assert "callback" not in str(jax.make_jaxpr(transformation(row).update)(updates, state, weights))
 
 
-def of_two_dtypes(row):
-    """The dtypes that differ from float32, without float16, which takes the way of bfloat16."""
-    return [dtype for dtype in row.dtypes if dtype in ("bfloat16", "complex64")] or row.dtypes[:1]
-
-
 @pytest.mark.usefixtures("strict_promotion")
 @rows()
 def test_no_dtype_is_promoted_in_passing(row):
-    for dtype in of_two_dtypes(row):
+    for dtype in [dtype for dtype in dtypes_apart(row) if dtype != "float32"] or row.dtypes:
         updates, weights = abstract((tree(0, dtype), params(parameters_dtype(row, dtype))))
         new_updates = jax.eval_shape(functools.partial(first_updates, row), updates, weights)
         chex.assert_trees_all_equal_shapes_and_dtypes(new_updates, updates)
