@@ -82,6 +82,7 @@ def allowed(c, top, relative=1e-3):
 WIDE = (33, 64)
 SHAPES = [(7, 1), WIDE, (1, 1), (5, 3), (256, 100), (512, 512), (1024, 256)]
 CAPS = (1.0, 0.3, 0.1, 0.04, 0.03, 0.01, 0.003, 0.001)
+CAPS_OF_LARGE = (0.04, 0.001)  # from 100 rows or columns on
 
 
 BIG = 256  # from which on float64 takes seconds: the hardest spectra alone
@@ -116,7 +117,7 @@ each_shape = pytest.mark.parametrize("shape", slow_but(SHAPES, *SHAPES[:2]), ids
 def test_the_cap_is_that_of_float64(shape, way):
     for matrix, triple in decomposed(shape):
         top = triple[1][0]
-        for part in CAPS if max(shape) < 100 else (0.04, 0.001):
+        for part in CAPS if max(shape) < 100 else CAPS_OF_LARGE:
             for soft, ours in caps_of(way, matrix, part * top).items():
                 error = spectral.norm(ours - spectral.capped(triple, part * top, soft=soft))
                 assert error <= allowed(part * top, top), (part, soft, triple[1][:3], error / top)
@@ -131,11 +132,12 @@ def test_the_largest_singular_value_is_that_of_float64(shape, way):
 
 
 @each_way
-def test_complex_numbers_of_both_precisions(rng, way):
+def test_complex_numbers_and_float64(rng, way):
     with jax.enable_x64(True):
         for shape, dtype, within in (
             ((4, 6), np.complex64, 1e-5),
             ((5, 5), np.complex128, 1e-12),
+            ((5, 5), np.float64, 1e-12),
         ):
             matrix = rng.normal(size=shape).astype(dtype)
             matrix = matrix + 1j * matrix[::-1] if np.iscomplexobj(matrix) else matrix
@@ -229,13 +231,14 @@ def test_zeros_infinities_and_nan():
     }
     ones = np.ones((3, 2), np.float32)
 
-    @jax.jit
-    def run(c):
-        tree = left | {"ones": ones}
+    def run(c, tree):
         return [update(oc.clip_by_spectral_norm(c), tree), *both_clips(c, tree).values()]
 
-    for c in (0.5, 0.0, np.inf):
-        for ours in run(np.float32(c)):
+    traced = jax.jit(run)
+    steps = [(c, functools.partial(traced, np.float32(c))) for c in (0.5, 0.0, np.inf)]
+    steps += [(c, jax.jit(functools.partial(run, c))) for c in (0.0, np.inf)]  # with a Python number
+    for c, step in steps:
+        for ours in step(left | {"ones": ones}):
             clipped = ours.pop("ones")
             assert_same_bits(ours, left)
             assert c != 0.0 or not np.any(clipped)

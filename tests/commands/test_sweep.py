@@ -567,7 +567,7 @@ def test_a_seed_sees_the_same_again_and_beside_more_seeds():
 
 def test_one_step_in_so_many_is_bad_and_only_where_there_are_spikes():
     prepared = programs.prepare(SPIKY._replace(rates=(0.1,)), seeds=2, steps=12)
-    data, _, places, bad = map(np.asarray, (*prepared.seen._replace(params=0),))
+    data, places, bad = (np.asarray(getattr(prepared.seen, name)) for name in ("data", "places", "bad"))
     np.testing.assert_array_equal(bad[:, :10].reshape(2, 2, 5).sum(axis=-1), 1)
     found = programs.train(prepared, METHODS["none"])
     seen = data[np.arange(2)[:, None, None], places].mean(axis=-1)

@@ -10,13 +10,15 @@ import pytest
 
 from tests.table import ROWS, by_path, numbers, params, tree
 
-# The rows that also run without jit on every dtype and tree: norms of all kinds, statistics of leaves and of one norm,
-# and a skip. Eagerly, every operation is a program.
+# The rows that also run without jit on every dtype and tree: values, norms of all kinds, coordinates, statistics of
+# leaves and of one norm, and a skip. Eagerly, every operation is a program.
 EAGER = (
+    "clip_by_value",
     "clip_by_global_norm-recorded",
     "adaptive_grad_clip",
     "clip_by_spectral_norm",
     "adagc",
+    "clippy",
     "scale_by_stable_adam",
     "skip_spikes",
 )

@@ -39,10 +39,16 @@ def test_the_main_job_still_does_that(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(job, "relative_step_times", lambda programs, *_, **__: dict.fromkeys(programs, 1.0))
     expected = bits(drawn())
-    for place, (optimizer, clippers) in enumerate(
-        {"sgd": "none,clip_by_global_norm", "adamw": "clip_by_global_norm"}.items()
-    ):
+    clip = "clip_by_global_norm(1.0)"
+    trained = (
+        ("sgd", "none,clip_by_global_norm", {"no clipping", clip}),
+        ("adamw", "clip_by_global_norm", {clip}),
+    )
+    for place, (optimizer, clippers, names) in enumerate(trained):
         code, out, _ = DEMO.run(capsys, "--optimizer", optimizer, "--clippers", clippers)
         assert code == 0
-        for name, (found, *_) in cells(out).items():
-            assert float(found) == pytest.approx(expected[name][place], abs=0.2)  # another processor rounds otherwise
+        found = cells(out)
+        assert set(found) == names
+        for name, (bits_per_character, *_) in found.items():
+            # Another processor rounds otherwise.
+            assert float(bits_per_character) == pytest.approx(expected[name][place], abs=0.2)

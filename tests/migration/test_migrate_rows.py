@@ -59,7 +59,9 @@ def words_of(entries):
 @pytest.mark.parametrize("row", BY_NAME)
 def test_a_method_keeps_its_state_under_every_record_and_wrapping(row):
     pairs = list(itertools.product(itertools.product(records_of(row), WRAPPINGS), repeat=2))
-    pairs = pairs[ROWS.index(row) % len(pairs) :: 20]
+    stride = min(19, len(pairs) // 3)  # of 9 pairs 3, of 81 four or five
+    pairs = pairs[ROWS.index(row) % stride :: stride]
+    assert any(old != new for old, new in pairs)
     variants = {variant for pair in pairs for variant in pair}
     built = {variant: make(row, *variant) for variant in variants}
     initial = {variant: tx.init(PARAMS) for variant, tx in built.items()}

@@ -16,7 +16,10 @@ TINY = float(jnp.finfo(jnp.float32).tiny)
 
 @contextlib.contextmanager
 def form_of(platform):
-    """Norms traced in it take the branches of this platform: "default" is what a GPU runs."""
+    """Norms traced in it take the branches of this platform: "default" is what a GPU runs.
+
+    Trace nothing else in it: another function that is jitted in the library would keep the branch for later tests.
+    """
 
     def chosen(*operands, **branches):
         return branches.get(platform, branches["default"])(*operands)

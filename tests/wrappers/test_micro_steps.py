@@ -66,8 +66,10 @@ def test_one_bad_micro_batch_costs_one_micro_batch(value, use_grad_mean):
 @functools.cache  # numbers and trees alike share a program
 def judging(norm, schedule=None):
     def run(given, bound, step, params):
-        most = {} if schedule is None and bound is None else {"max_norm": schedule or bound}
-        return oc.skip_micro_steps(**most, norm=norm)(given, step, params)
+        if schedule is not None:
+            bound = schedule
+        rule = oc.skip_micro_steps(norm=norm) if bound is None else oc.skip_micro_steps(bound, norm=norm)
+        return rule(given, step, params)
 
     return jax.jit(run)
 
@@ -108,6 +110,10 @@ def ones(number, dtype="float32"):
 
 
 def test_bounds_of_every_kind():
+    # Not traced: a number of Python, of NumPy and of jax.
+    for number in (1.0, np.float32(1.0), jnp.float32(1.0)):
+        assert bool(oc.skip_micro_steps(number)(full(1.0), 0, None)[0])
+        assert not bool(oc.skip_micro_steps(2 * number)(full(1.0), 0, None)[0])
     assert verdict(full(1.0), jnp.float32(2.0)) == ""
     assert verdict(full(1.0), jnp.float32(1.0)) == "norm"
     schedule = lambda step: jnp.where(step < 5, 1.0, 2.0)  # noqa: E731 -- as users write it
