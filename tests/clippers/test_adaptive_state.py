@@ -15,6 +15,7 @@ import optaxclip as oc
 from optaxclip import clip_by, contrib, norms, thresholds
 from tests.reference import adaptive, sequences, trees
 from tests.support import published
+from tests.support.driving import together
 
 pytestmark = pytest.mark.slow
 
@@ -51,19 +52,8 @@ def gradients(rng, steps=8):
 
 
 def all_of(names, axes="auto"):
-    """Several methods at once, each on the same gradients: one compilation for all."""
-    txs = {name: METHODS[name](axes) for name in names}
-
-    def init(params):
-        return {name: tx.init(params) for name, tx in txs.items()}
-
-    def update(updates, states, params=None):
-        results = {name: tx.update(updates, states[name], params) for name, tx in txs.items()}
-        return {name: result[0] for name, result in results.items()}, {
-            name: result[1] for name, result in results.items()
-        }
-
-    return optax.GradientTransformation(init, update)
+    """Several methods at once."""
+    return together({name: METHODS[name](axes) for name in names})
 
 
 ALL = all_of(METHODS)

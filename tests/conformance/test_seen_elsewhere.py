@@ -19,6 +19,7 @@ from optaxclip import contrib, norms, thresholds
 from tests.reference import fixed, spectral
 from tests.reference.trees import assert_same_bits
 from tests.support import published
+from tests.support.driving import together
 from tests.table import ROWS, halving
 
 EPS16 = float(jnp.finfo(jnp.float16).eps)
@@ -216,17 +217,13 @@ def test_one_of_several_stacked_layers_explodes():
 
 def runner(txs):
     """A scan over norms, each of a tensor of one number, for all transformations of a dict at once."""
+    tx = together(txs)
 
     def step(states, norm):
-        after = {name: tx.update({"w": norm[None]}, states[name]) for name, tx in txs.items()}
-        return {name: state for name, (_, state) in after.items()}, {
-            name: out["w"][0] for name, (out, _) in after.items()
-        }
+        outs, states = tx.update({"w": norm[None]}, states)
+        return states, {name: out["w"][0] for name, out in outs.items()}
 
-    def run(sequence):
-        return jax.lax.scan(step, {name: tx.init({"w": jnp.ones(1)}) for name, tx in txs.items()}, sequence)
-
-    return jax.jit(run)
+    return jax.jit(lambda sequence: jax.lax.scan(step, tx.init({"w": jnp.ones(1)}), sequence))
 
 
 def after_each(run, sequence):

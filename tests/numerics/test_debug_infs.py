@@ -8,6 +8,7 @@ import pytest
 import optaxclip as oc
 from optaxclip import thresholds
 from tests.conformance.rows import takes_record
+from tests.support.driving import together
 from tests.table import ROWS, params, tree
 
 THRESHOLDS = {
@@ -98,9 +99,8 @@ WEIGHTS = params("float32")
 
 
 def steps(update, state, scales):
-    weights = WEIGHTS
     for seed, scale in enumerate(scales):
-        updates, state = update(tree(seed, "float32", scale), state, weights)
+        updates, state = update(tree(seed, "float32", scale), state, WEIGHTS)
         assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((updates, state)))
 
 
@@ -113,15 +113,8 @@ def test_no_transformation_makes_one_under_jit(part):
     """
     # A record is given to all of them, so that the row which is another with a record is there already.
     rows = [row for row in ROWS if takes_record(row) and row.name != "clip_by_global_norm-recorded"]
-    all_of_them = {row.name: recorded(row) for row in rows[part::2]}
-
-    @jax.jit
-    def update(updates, state, weights):
-        both = {name: tx.update(updates, state[name], weights) for name, tx in all_of_them.items()}
-        return {name: one for name, (one, _) in both.items()}, {name: one for name, (_, one) in both.items()}
-
-    state = jax.jit(lambda weights: {name: tx.init(weights) for name, tx in all_of_them.items()})(WEIGHTS)
-    steps(update, state, (1.0, 2.0, 0.0, 3.0, 1e-3))
+    tx = together({row.name: recorded(row) for row in rows[part::2]})
+    steps(jax.jit(tx.update), jax.jit(tx.init)(WEIGHTS), (1.0, 2.0, 0.0, 3.0, 1e-3))
 
 
 @pytest.mark.usefixtures("infinities_are_errors")

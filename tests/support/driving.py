@@ -1,4 +1,4 @@
-"""Clippers over sequences of norms, each in one scan, and how soon they follow a shift that stays."""
+"""Clippers over sequences of norms, each in one scan or several in one program, and how soon they follow a shift."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -46,6 +46,21 @@ METHODS = {
     "clip_by_tracked_quantile": Method(contrib.clip_by_tracked_quantile, adaptive.tracked_quantile),
     "clip_norm_growth": Method(contrib.clip_norm_growth, adaptive.clip_norm_growth),
 }
+
+
+def together(txs):
+    """Several transformations as one, each on the same gradients: updates and states by name, one program for all."""
+
+    def init(params):
+        return {name: tx.init(params) for name, tx in txs.items()}
+
+    def update(updates, states, params=None):
+        results = {name: tx.update(updates, states[name], params) for name, tx in txs.items()}
+        return {name: result[0] for name, result in results.items()}, {
+            name: result[1] for name, result in results.items()
+        }
+
+    return optax.GradientTransformation(init, update)
 
 
 def driver(tx, observe=lambda state: ()):

@@ -9,6 +9,7 @@ import optaxclip as oc
 from optaxclip import contrib
 from optaxclip._numerics import averages
 from tests.reference import trees
+from tests.support.driving import together
 
 LONG = np.longdouble
 # From 0 to the last float64 below 1. 1e-9 is no float32 apart from 0 when it is taken from 1.
@@ -125,27 +126,17 @@ def driven(tx, gradients):
     return np.asarray(run(jnp.asarray(gradients)), np.float64)
 
 
-@jax.jit
-def forgetful_starts(gradient):
-    return {name: tx.init(gradient) for name, tx in FORGETFUL.items()}
-
-
-@jax.jit
-def forgetful_steps(gradient, states):
-    """(updates, states) by name."""
-    each = {name: tx.update(gradient, states[name]) for name, tx in FORGETFUL.items()}
-    return {name: out for name, (out, _) in each.items()}, {name: state for name, (_, state) in each.items()}
-
-
 @pytest.mark.parametrize("dtype", [np.float32, np.complex64])
 def test_without_memory_every_step_is_as_the_first(dtype):
     direction = trees.normal(np.random.default_rng(1), (3,), np.complex64)
     direction = (direction if dtype == np.complex64 else direction.real).astype(dtype)
     gradients = np.stack([direction * dtype(size) for size in SEQUENCE])
-    states = forgetful_starts(gradients[0])
+    tx = together(FORGETFUL)
+    start, step = jax.jit(tx.init), jax.jit(tx.update)
+    states = start(gradients[0])
     for each in gradients:
-        firsts, _ = forgetful_steps(each, forgetful_starts(each))
-        outs, states = forgetful_steps(each, states)
+        firsts, _ = step(each, start(each))
+        outs, states = step(each, states)
         for name, first in firsts.items():
             np.testing.assert_allclose(outs[name], first, rtol=4 * EPS, err_msg=name)
             assert np.all(np.asarray(first) != 0), name

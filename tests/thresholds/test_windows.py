@@ -5,11 +5,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import orbax.checkpoint as ocp
 import pytest
 
 from optaxclip import clip_by, norms, thresholds
+from tests.support.driving import together
 
 OLD = np.random.default_rng(0).lognormal(size=(14, 2)).astype(np.float32)
 NEW = np.random.default_rng(1).lognormal(size=(9, 2)).astype(np.float32)
@@ -30,14 +30,8 @@ ZEROS = [np.zeros(1, np.float32)] * 2
 
 @functools.cache
 def clips(window):
-    """A clip by each, side by side in one program for all tests."""
-    txs = {name: clip_by(norms.leaf_norm(), make(window)) for name, make in THRESHOLDS.items()}
-
-    def update(updates, states):
-        each = {name: tx.update(updates, states[name]) for name, tx in txs.items()}
-        return {name: out for name, (out, _) in each.items()}, {name: state for name, (_, state) in each.items()}
-
-    return optax.GradientTransformation(lambda params: {name: tx.init(params) for name, tx in txs.items()}, update)
+    """A clip by each, in one program for all tests."""
+    return together({name: clip_by(norms.leaf_norm(), make(window)) for name, make in THRESHOLDS.items()})
 
 
 def followed(tx, sizes, state=None):
