@@ -10,6 +10,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import gc
 import hashlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import jax
@@ -70,6 +71,12 @@ def strict_promotion() -> Iterator[None]:
     """Strict dtype promotion, for updates of ours alone: optax's Adam fails under it."""
     with jax.numpy_dtype_promotion("strict"):
         yield
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are written as empty files: rendering takes longer than all else."""
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda _figure, path, **_kwargs: Path(path).touch())
 
 
 @pytest.fixture

@@ -119,7 +119,7 @@ def test_histories_are_in_float32_whatever_the_gradients_are(rng, dtype):
 def test_a_scan_is_the_steps_one_by_one(rng):
     sequence = gradients(rng)
     updates, state = stepped(ALL, sequence)
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *sequence)
+    stacked = trees.stack(sequence)
 
     def step(state, each):
         out, state = ALL.update(each, state)

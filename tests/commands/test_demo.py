@@ -58,12 +58,6 @@ def trained(*lines):
     return runs(RNN.optimizers, lines)
 
 
-@pytest.fixture
-def undrawn(monkeypatch):
-    """Figures are written as empty files: rendering takes longer than all else."""
-    monkeypatch.setattr(Figure, "savefig", lambda _figure, path, **_kwargs: Path(path).touch())
-
-
 # A whole job.
 
 

@@ -132,12 +132,6 @@ def test_other_settings_are_refused_and_nothing_is_changed(capsys, monkeypatch, 
 
 
 @pytest.fixture
-def undrawn(monkeypatch):
-    """Figures are written as empty files: rendering takes longer than all else."""
-    monkeypatch.setattr(Figure, "savefig", lambda _figure, path, **_kwargs: Path(path).touch())
-
-
-@pytest.fixture
 def trained(monkeypatch, undrawn):
     """The names of the methods that were trained, in order; the losses depend on the method's name."""
     names = []

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from tests.benchmarks import overhead, trees
+from tests.support.marks import slow_but
 from tests.table import ROWS, spectral
 
 # The XLA of jax before 0.10 fuses not even a multiplication into Adam.
@@ -41,13 +42,14 @@ SAME_FACTORS = {
     "clip_by-leaf_rms-mean_std-quantile",
     "adaptive_grad_clip-scheduled-recorded",
 }
-LEAN = [pytest.param(row, id=row.name, marks=[pytest.mark.slow] * (row.name in SAME_FACTORS)) for row in LEAN]
 # XLA for CPUs (jax 0.10 and 0.12) does not fuse what a curve makes of each coordinate with what takes it.
 CURVES = {"tanh_clip": 1.1, "arcsinh_clip-scheduled": 3.1}
 
 
 @pytest.mark.skipif(not FUSES, reason="jax 0.8 writes the gradients anew for any multiplication")
-@pytest.mark.parametrize("row", LEAN)
+@pytest.mark.parametrize(
+    "row", slow_but(LEAN, *(row for row in LEAN if row.name not in SAME_FACTORS)), ids=lambda row: row.name
+)
 def test_temporary_memory_is_under_a_tenth_of_the_gradients(row):
     tx = row.make()
     program = overhead.compile_step(tx, TREE)

@@ -86,10 +86,6 @@ def abstract(tree):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
-def stack(trees):
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
-
-
 def poisoned(tree, value):
     kernel = tree["dense"]["kernel"]
     return tree | {"dense": tree["dense"] | {"kernel": kernel.at[0, 0].set(value)}}

@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from tests.conformance.rows import compiled, first_step, rows, rows_and_dtypes, stack, transformation
+from tests.conformance.rows import compiled, first_step, rows, rows_and_dtypes, transformation
 from tests.conformance.ways import compositions, outcomes
+from tests.reference.trees import stack
 from tests.table import params, tree
 
 

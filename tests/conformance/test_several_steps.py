@@ -17,7 +17,7 @@ from tests.conformance.rows import (
     takes_record,
     transformation,
 )
-from tests.reference.trees import assert_same_bits
+from tests.reference.trees import assert_same_bits, stack
 from tests.table import ROWS, params, tree
 
 
@@ -58,10 +58,6 @@ def classes_in(state):
             yield from classes_in(part)
 
 
-def stacked(trees):
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
-
-
 @rows(where=lambda row: row in one_of_each_state())
 def test_a_scan_with_everything_donated_twice_equals_a_loop(row):
     tx = transformation(row)
@@ -83,9 +79,9 @@ def test_a_scan_with_everything_donated_twice_equals_a_loop(row):
     weights = params("float32")
     state = tx.init(weights)
     for i, batch in enumerate(batches):
-        outs, state, weights = run(stacked(batch), state, weights)
+        outs, state, weights = run(stack(batch), state, weights)
         # Gradients are of order 1, and a carry added to one may cancel most of it.
-        chex.assert_trees_all_close(outs, stacked(expected[2 * i : 2 * i + 2]), rtol=1e-6, atol=1e-7)
+        chex.assert_trees_all_close(outs, stack(expected[2 * i : 2 * i + 2]), rtol=1e-6, atol=1e-7)
     # Norms are of order 1, and a standard deviation is a difference of them.
     chex.assert_trees_all_close(state, loop_state, rtol=1e-6, atol=1e-6)
 

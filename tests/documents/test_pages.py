@@ -1,11 +1,10 @@
 """The code in the README and on the pages runs, and prints what is said beside it or in the text below it."""
 
 import re
-from pathlib import Path
 
 import pytest
-from matplotlib.figure import Figure
 
+from tests.support.marks import slow_but
 from tests.support.pages import ROOT, blocks, is_missing, run, said
 
 NOTEBOOKS = ROOT / "notebooks"
@@ -13,7 +12,6 @@ FILES = [ROOT / "README.md", *sorted(NOTEBOOKS.glob("*.md")), *sorted(NOTEBOOKS.
 PAGES = {str(page.relative_to(ROOT)): page for page in FILES if blocks(page)}
 # Their calls are those of tests/per_example, tests/mesh, test_backward and test_models.
 SLOW = {"accumulation_and_precision", "backward", "libraries", "meshes", "per_example"}
-PARAMETERS = [pytest.param(name, marks=[pytest.mark.slow] * (page.stem in SLOW)) for name, page in PAGES.items()]
 
 
 def parts_of(text):
@@ -35,11 +33,10 @@ def test_there_are_pages_with_code():
 
 @pytest.mark.filterwarnings("ignore:optax.global_norm is deprecated:DeprecationWarning")  # which jax-privacy calls
 @pytest.mark.filterwarnings("ignore:jax.(array_ref|ArrayRef) is deprecated:DeprecationWarning")  # flax with jax 0.8
-@pytest.mark.parametrize("page", PARAMETERS)
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize("page", slow_but(PAGES, *(name for name, page in PAGES.items() if page.stem not in SLOW)))
 def test_a_page_runs_and_prints_what_it_says(page, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    # Rendering takes longer than all else.
-    monkeypatch.setattr(Figure, "savefig", lambda _figure, path, **_kwargs: Path(path).touch())
     namespace = {"__name__": page}
     for block in blocks(PAGES[page]):
         if not is_missing(block):

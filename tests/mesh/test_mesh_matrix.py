@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding
 
 import optaxclip as oc
 from optaxclip import contrib
+from tests.reference.trees import stack
 from tests.support.collectives import collectives, collectives_under_branches
 from tests.support.marks import slow_but
 from tests.support.meshes import AUTO, EXPLICIT, P, is_spec, over_steps, pieces, put, with_specs
@@ -62,7 +63,7 @@ def gradients():
     signs = jax.tree.map(np.sign, tree(0))
     grads = [jax.tree.map(lambda leaf, sign, size=size: np.abs(leaf) * sign * size, tree(10 * i), signs)
              for i, size in enumerate(sizes)]  # fmt: skip
-    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *grads)
+    stacked = stack(grads)
     stacked["dense"]["kernel"][3, 5, 6] = np.nan
     return stacked
 

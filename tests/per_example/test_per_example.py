@@ -14,6 +14,7 @@ from optaxclip import norms, per_example, thresholds
 from optaxclip._jaxprs import outer
 from optaxclip.per_example import two_pass
 from tests.reference.examples import f64, norm_of, one_by_one, row
+from tests.reference.trees import stack
 from tests.support.marks import slow_but
 
 B = 7
@@ -493,7 +494,7 @@ def test_the_derivative_is_finite_at_a_zero_gradient(rng, form):
 @two_passes
 def test_in_a_scan_and_under_vmap(rng, form):
     params, batches = layer_params(rng), [examples(rng) for _ in range(3)]
-    stacked = jax.tree.map(lambda *rows: np.stack(rows), *batches)
+    stacked = stack(batches)
     step = per_example.clipped_value_and_grad(loss, FORMS[form]())
 
     def moved(params, grads):

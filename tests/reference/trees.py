@@ -33,6 +33,11 @@ def normal(rng, shape, dtype, scale=1.0):
     return np.asarray(x * scale).astype(dtype)
 
 
+def stack(trees):
+    """Trees of one structure as one of NumPy arrays, whose first axis counts them."""
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
+
+
 def random_tree(rng, dtype, *, shapes=SHAPES, most=8, scale=1.0, spread=0.0):
     """1 to `most` leaves, a shape at most twice; a leaf's scale is `scale` times a power of 10 within +-`spread`."""
     twice = [*shapes, *shapes]

@@ -11,7 +11,7 @@ import pytest
 
 import optaxclip as oc
 from optaxclip import thresholds
-from tests.reference.trees import assert_same_bits, normal
+from tests.reference.trees import assert_same_bits, normal, stack
 from tests.support.marks import slow_but
 
 SHAPES = {"w": (3, 2), "b": (3,), "s": ()}
@@ -43,10 +43,6 @@ def drive(tx, given):
 
     state, (outs, states) = jax.jit(lambda stacked: jax.lax.scan(step, tx.init(given[0]), stacked))(stack(given))
     return outs, states, state
-
-
-def stack(trees):
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
 
 
 @pytest.mark.parametrize("name", slow_but(INNERS, "clip", "chain"))

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 import optaxclip as oc
 from optaxclip import clip_stats, norms, thresholds
-from tests.reference.trees import assert_same_bits
+from tests.reference.trees import assert_same_bits, stack
 from tests.support.marks import slow_but
 
 PARAMS = {"w": np.linspace(-1, 1, 6, dtype=np.float32).reshape(3, 2), "b": np.ones(3, np.float32), "s": np.float32(2.0)}
@@ -304,10 +304,6 @@ def expected_run():
         outs.append(out)
     assert clip_stats(state)["skipped_steps"] == 3
     return outs, state
-
-
-def stack(trees):
-    return jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *trees)
 
 
 def test_a_donated_scan_equals_a_loop():
