@@ -66,8 +66,8 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
 def set_aside_what_is_kept() -> None:
     """jax keeps every compiled program; the garbage collector need not walk through all of them again and again.
 
-    Before 0.12 it keeps with each the module that was compiled, 1.4 MB in a context of MLIR, and the more contexts there
-    are, the longer a lowering takes: at the end of all tests twice as long. No public function drops the modules alone.
+    Before 0.12 it keeps with each the module that was compiled, 1.4 MB in a context of MLIR, and the more contexts
+    there are, the longer a lowering takes: twice as long at the end of all tests. No public function drops them alone.
     """
     for modules in (pjit._pjit_lower, pxla._cached_lowering_to_hlo):
         modules.cache_clear()

@@ -183,6 +183,8 @@ class Row:
       bounds_weights: what it bounds is the weights after the step: nothing can be asked of the updates alone.
       counts_entries: a leaf of zeros changes the norm of its group, and so does a missing gradient.
       takes_zero: a zero gradient changes the statistics.
+      combines: a norm, a threshold, a schedule or a record that other rows have: what optax does around it, leaves of
+        other kinds and what differs without jit are tested of those.
       dtypes: which dtypes the method is for.
     """
 
@@ -210,6 +212,7 @@ class Row:
     bounds_weights: bool = False
     counts_entries: bool = False
     takes_zero: bool = False
+    combines: bool = False
     dtypes: tuple[str, ...] = DTYPES
 
     def make(self) -> Any:
@@ -567,6 +570,7 @@ ROWS = (
     ),
     Row(
         name="zclip-scheduled-recorded",
+        combines=True,
         dtypes=TWO,
         public="zclip",
         factory=oc.zclip,
@@ -634,6 +638,7 @@ ROWS = (
     ),
     Row(
         name="clip_by-unit_norm-zscore-ema_ratio",
+        combines=True,
         dtypes=TWO,
         public="clip_by",
         factory=lambda z, ratio: oc.clip_by(
@@ -652,6 +657,7 @@ ROWS = (
     ),
     Row(
         name="clip_by-spectral_norm-zscore",
+        combines=True,
         dtypes=TWO,
         public="clip_by",
         factory=lambda z, c: oc.clip_by(
@@ -667,6 +673,7 @@ ROWS = (
     ),
     Row(
         name="clip_by-leaf_rms-mean_std-quantile",
+        combines=True,
         dtypes=TWO,
         public="clip_by",
         factory=lambda k, q: oc.clip_by(
@@ -688,6 +695,7 @@ ROWS = (
     ),
     Row(
         name="clip_by-global_norm-ema_band-growth",
+        combines=True,
         dtypes=TWO,
         public="clip_by",
         factory=lambda high, growth: oc.clip_by(
@@ -926,6 +934,7 @@ ROWS = (
     ),
     Row(
         name="adaptive_grad_clip-scheduled-recorded",
+        combines=True,
         dtypes=TWO,
         public="adaptive_grad_clip",
         factory=oc.adaptive_grad_clip,

@@ -10,18 +10,19 @@ import pytest
 
 from tests.table import ROWS, by_path, numbers, params, tree
 
-# The rows that also run without jit on every dtype and tree: values, norms of all kinds, coordinates, statistics of
-# leaves and of one norm, and a skip. Eagerly, every operation is a program.
+# The rows that also run without jit on every dtype and tree, one for each mechanism: values, a norm and its record, norms
+# of units and of parameters, statistics of coordinates, and a skip. Eagerly, every operation is a program.
 EAGER = (
     "clip_by_value",
     "clip_by_global_norm-recorded",
     "adaptive_grad_clip",
-    "clip_by_spectral_norm",
-    "adagc",
-    "clippy",
     "scale_by_stable_adam",
     "skip_spikes",
 )
+
+
+def is_of_its_own(row):
+    return not row.combines
 
 
 def is_run_eagerly(row):
@@ -79,6 +80,12 @@ def of_several_dtypes():
 def first_step(row, updates, weights):
     """The jitted first step: the new updates and the new state."""
     return compiled(row)(updates, transformation(row).init(weights), weights)
+
+
+def first_updates(row, updates, weights):
+    """The new updates of the first step, as a function to trace."""
+    tx = transformation(row)
+    return tx.update(updates, tx.init(weights), weights)[0]
 
 
 def abstract(tree):

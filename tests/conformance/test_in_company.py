@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from tests.conformance.rows import compiled, first_step, rows, rows_and_dtypes, transformation
+from tests.conformance.rows import compiled, first_step, is_of_its_own, rows, rows_and_dtypes, transformation
 from tests.conformance.ways import compositions, outcomes
 from tests.reference.trees import stack
 from tests.table import params, tree
@@ -23,7 +23,7 @@ def test_dtypes_survive_composition(row, dtype, way):
     chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
 
 
-@rows()
+@rows(where=is_of_its_own)
 def test_chain_applies_one_after_the_other(row):
     clipped, _ = first_step(row, tree(0, "float32"), params("float32"))
     expected = jax.tree.map(lambda x: -0.5 * x, clipped)
@@ -31,7 +31,7 @@ def test_chain_applies_one_after_the_other(row):
 
 
 @pytest.mark.parametrize("way", ["masked", "partition"])
-@rows(where=lambda row: not row.counts_entries)
+@rows(where=lambda row: is_of_its_own(row) and not row.counts_entries)
 def test_masked_leaves_count_for_nothing(row, way):
     masked, alone = outcomes(row)[way].updates, outcomes(row)["no scale"].updates
     chex.assert_trees_all_close(masked["dense"], alone["dense"], rtol=1e-6)
@@ -39,7 +39,7 @@ def test_masked_leaves_count_for_nothing(row, way):
 
 
 @pytest.mark.slow
-@rows()
+@rows(where=is_of_its_own)
 def test_multi_steps_transforms_the_mean(row):
     weights = params("float32")
     one, two = tree(0, "float32"), tree(10, "float32")
@@ -52,7 +52,7 @@ def test_multi_steps_transforms_the_mean(row):
     chex.assert_trees_all_close(second, expected, rtol=1e-5)
 
 
-@rows()
+@rows(where=is_of_its_own)
 def test_injected_hyperparameters_act_like_plain_ones(row):
     updates, weights = tree(0, "float32"), params("float32")
     state = transformation(row).init(weights)
@@ -79,20 +79,20 @@ def test_map_params_finds_the_way_through_the_state(row):
     chex.assert_trees_all_equal(mapped[1].trace, jax.tree.map(lambda x: x + 1, state[1].trace))
 
 
-@rows()
+@rows(where=is_of_its_own)
 def test_unknown_extra_arguments_are_ignored(row):
     plain, _ = first_step(row, tree(0, "float32"), params("float32"))
     chex.assert_trees_all_close(outcomes(row)["unknown arguments"].updates, plain, rtol=1e-6)
 
 
-@rows(where=lambda row: not row.needs_params)
+@rows(where=lambda row: is_of_its_own(row) and not row.needs_params)
 def test_parameters_are_optional_where_they_are_not_needed(row):
     plain, _ = first_step(row, tree(0, "float32"), params("float32"))
     chex.assert_trees_all_close(outcomes(row)["no parameters"].updates, plain, rtol=1e-6)
 
 
 @pytest.mark.slow
-@rows()
+@rows(where=is_of_its_own)
 def test_vmap_equals_a_loop(row):
     weights = params("float32")
     state = transformation(row).init(weights)

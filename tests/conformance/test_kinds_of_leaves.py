@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.conformance.rows import assert_finite, first_step, is_run_eagerly, rows
+from tests.conformance.rows import assert_finite, first_step, is_of_its_own, is_run_eagerly, rows
 from tests.conformance.ways import LITTLE, MISSING, Outcome, odd_leaves, outcomes, ways
 from tests.table import by_path, params, tree
 
@@ -36,7 +36,7 @@ def keystr(path):
 
 
 @pytest.mark.parametrize("missing", MISSING)
-@rows()
+@rows(where=is_of_its_own)
 def test_a_missing_gradient_stays_missing_and_counts_for_nothing(row, missing):
     assert_missing(row, missing, outcomes(row)[f"no {missing}"])
 
@@ -61,7 +61,7 @@ def assert_untouched(row, found):
     chex.assert_trees_all_close(found.updates | {"dense": dense}, expected, rtol=1e-6)
 
 
-@rows()
+@rows(where=is_of_its_own)
 def test_leaves_that_are_not_numbers_pass_untouched_and_uncounted(row):
     assert_untouched(row, outcomes(row)["odd leaves"])
 
@@ -80,7 +80,7 @@ def assert_little(found):
 
 
 @pytest.mark.parametrize("few", LITTLE)
-@rows(where=lambda row: row.any_tree)
+@rows(where=lambda row: is_of_its_own(row) and row.any_tree)
 def test_trees_with_little_in_them(row, few):
     assert_little(outcomes(row)[few])
 

@@ -1,5 +1,7 @@
 """One step of every row: what is kept, what is bounded, what is not finite."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,8 @@ from tests.conformance.rows import (
     assert_inside,
     compiled,
     first_step,
+    first_updates,
+    is_of_its_own,
     is_run_eagerly,
     of_several_dtypes,
     parameters_dtype,
@@ -39,10 +43,11 @@ def test_structure_shapes_and_dtypes_are_kept(row, dtype):
     assert_finite(new_updates)
 
 
+@pytest.mark.usefixtures("strict_promotion")
 @rows_and_dtypes()
-def test_the_parameters_dtype_does_not_decide_the_updates(row, dtype):
+def test_the_parameters_dtype_does_not_decide_the_updates_and_nothing_is_promoted(row, dtype):
     updates, weights = abstract(tree(0, dtype)), abstract(params(parameters_dtype(row, dtype)))
-    new_updates, _ = jax.eval_shape(transformation(row).update, updates, transformation(row).init(weights), weights)
+    new_updates = jax.eval_shape(functools.partial(first_updates, row), updates, weights)
     chex.assert_trees_all_equal_shapes_and_dtypes(new_updates, updates)
 
 
@@ -64,7 +69,7 @@ def test_float64_is_kept(row):
     chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
 
 
-@rows()
+@rows(where=is_of_its_own)
 def test_eager_equals_jit(row):
     tx = transformation(row)
     for dtype in row.dtypes if is_run_eagerly(row) else row.dtypes[:1]:

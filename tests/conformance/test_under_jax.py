@@ -12,11 +12,10 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tests.conformance.rows import (
-    abstract,
     assert_finite,
     compiled,
-    dtypes_apart,
-    parameters_dtype,
+    first_updates,
+    is_of_its_own,
     rows,
     transformation,
 )
@@ -32,11 +31,6 @@ WEIGHTS, UPDATES, FIRST, SECOND = (
     two_leaves(one) for one in (params("float32"), *(tree(seed, "float32") for seed in (0, 20, 30)))
 )
 ZEROS = jax.tree.map(np.zeros_like, WEIGHTS)
-
-
-def first_updates(row, updates, weights):
-    tx = transformation(row)
-    return tx.update(updates, tx.init(weights), weights)[0]
 
 
 def number(row):
@@ -56,7 +50,7 @@ def test_derivatives_at_zero_parameters_are_finite(row):
     assert_finite(gradient(UPDATES, ZEROS))
 
 
-@rows()
+@rows(where=is_of_its_own)
 def test_a_step_has_second_derivatives(row):
     """Forward over reverse, as `jax.hessian` does; `jax.grad` linearizes."""
 
@@ -130,15 +124,6 @@ def test_a_step_transfers_nothing(row):
     with jax.transfer_guard("disallow"):
         jax.block_until_ready(compiled(row)(updates, state, weights))
     assert "callback" not in str(jax.make_jaxpr(transformation(row).update)(updates, state, weights))
-
-
-@pytest.mark.usefixtures("strict_promotion")
-@rows()
-def test_no_dtype_is_promoted_in_passing(row):
-    for dtype in [dtype for dtype in dtypes_apart(row) if dtype != "float32"] or row.dtypes:
-        updates, weights = abstract((tree(0, dtype), params(parameters_dtype(row, dtype))))
-        new_updates = jax.eval_shape(functools.partial(first_updates, row), updates, weights)
-        chex.assert_trees_all_equal_shapes_and_dtypes(new_updates, updates)
 
 
 @rows()
