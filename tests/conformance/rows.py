@@ -10,7 +10,7 @@ import pytest
 
 from tests.table import ROWS, by_path, numbers, params, tree
 
-# The rows that also run without jit on every dtype and tree, one for each mechanism: values, a norm and its record, norms
+# The rows that also run without jit on every dtype and tree, one of each mechanism: values, a norm with a record, norms
 # of units and of parameters, statistics of coordinates, and a skip. Eagerly, every operation is a program.
 EAGER = (
     "clip_by_value",
