@@ -58,7 +58,8 @@ def group(item: pytest.Item) -> str:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
     result = yield
-    if nextitem is None or group(item) != group(nextitem):
+    # On one worker a group is done before the next begins; without workers, a file.
+    if nextitem is None or (item.path != nextitem.path and group(item) != group(nextitem)):
         set_aside_what_is_kept()
     return result
 

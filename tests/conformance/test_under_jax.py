@@ -99,7 +99,7 @@ def vdot(tree, other):
 
 
 @pytest.mark.slow
-@rows()
+@rows(where=is_of_its_own)
 def test_what_is_exported_and_read_again_equals_what_runs_without_jit(row):
     """For every platform, and as flat arrays: jax.export writes no containers that it was not told of."""
     flat, treedef = jax.tree.flatten((UPDATES, transformation(row).init(WEIGHTS), WEIGHTS))
