@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy.special import stdtrit  # quantiles of the t-distribution; scipy.stats takes a second to import
 
 from tests.benchmarks.sweep.programs import Outcome
 
@@ -104,7 +104,9 @@ def differs(one: np.ndarray, other: np.ndarray) -> bool:
     difference = one - other
     if len(difference) < 2:
         return False
-    half = stats.t.ppf((1 + CONFIDENCE) / 2, len(difference) - 1) * stats.sem(difference)
+    degrees = len(difference) - 1
+    standard_error = difference.std(ddof=1) / np.sqrt(len(difference))
+    half = stdtrit(degrees, (1 + CONFIDENCE) / 2) * standard_error
     return bool(abs(difference.mean()) > max(half, ROUNDING))
 
 
