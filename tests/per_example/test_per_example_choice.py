@@ -284,9 +284,9 @@ def test_a_function_with_fields_of_the_same_names_keeps_its_own(rng):
 
     model = Model()
     model.form = model.reduce = "another"
-    step, same = (jax.jit(per_example.clipped_value_and_grad(fun, CLIP)) for fun in (model, dense))
+    step, same = (per_example.clipped_value_and_grad(fun, CLIP) for fun in (model, dense))
     args = arrays(rng, SIZE)
-    np.testing.assert_array_equal(step(*args)[1], same(*args)[1])
+    assert str(jax.make_jaxpr(step)(*args)) == str(jax.make_jaxpr(same)(*args))
 
 
 # How often the function runs.
