@@ -72,6 +72,11 @@ def largest(way):
     return jax.jit(run)
 
 
+def is_within(error, most):
+    """Whether the spectral norm is; the Frobenius norm, which is never smaller, is found much faster."""
+    return np.linalg.norm(error) <= most or spectral.norm(error) <= most
+
+
 def allowed(c, top, relative=1e-3):
     """How far, in the spectral norm, the result may be from that of float64."""
     return relative * c + 20 * EPS * top
@@ -119,8 +124,8 @@ def test_the_cap_is_that_of_float64(shape, way):
         top = triple[1][0]
         for part in CAPS if max(shape) < 100 else CAPS_OF_LARGE:
             for soft, ours in caps_of(way, matrix, part * top).items():
-                error = spectral.norm(ours - spectral.capped(triple, part * top, soft=soft))
-                assert error <= allowed(part * top, top), (part, soft, triple[1][:3], error / top)
+                error = ours - spectral.capped(triple, part * top, soft=soft)
+                assert is_within(error, allowed(part * top, top)), (part, soft, triple[1][:3])
 
 
 @each_way

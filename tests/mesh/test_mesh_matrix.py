@@ -28,16 +28,10 @@ each_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 
 # One of each kind of norm and each class of state, with its kind of threshold.
 OF_EACH_KIND = {
-    *("clip", "clip_by_global_norm", "clip_by-inf_norm-exactly", "clip_by_block_rms", "clippy"),
-    *(
-        "clip_by-unit_norm-relative_to_params",
-        "clip_by-group_norm-bound_per_group",
-        "clip_by-leaf_norm-mixed_bounds",
-        "zclip-scheduled-recorded",
-        "adagc",
-    ),
-    *("adaptive_grad_clip-scheduled-recorded", "autoclip-window", "mixed_clip", "scale_by_stable_adam"),
-    *("skip_spikes", "with_carry"),
+    *("clip", "clip_by_global_norm", "clip_by-inf_norm-exactly", "clip_by_block_rms", "clippy", "adagc"),
+    *("clip_by-unit_norm-relative_to_params", "clip_by-leaf_norm-mixed_bounds", "clip_by-group_norm-bound_per_group"),
+    *("adaptive_grad_clip-scheduled-recorded", "zclip-scheduled-recorded", "autoclip-window", "mixed_clip"),
+    *("scale_by_stable_adam", "skip_spikes", "with_carry"),
     # These are refused, before anything is compiled.
     *("clip_by_spectral_norm", "clip_by-unit_norm-zscore-ema_ratio", "clip_by-leaf_rms-mean_std-quantile"),
 }
@@ -434,9 +428,8 @@ def test_jit(row, mesh):
     assert_same(((), state), ((), wanted_state))
 
 
-# How the norms of the pieces are joined depends on the kind of the norm, and is the same in all of these ways. So all rows
-# take one of the ways without types and one with a name; the others are for a row of each kind. (The other rows have been
-# checked with the mixed layout.)
+# How the norms of pieces are joined depends on the kind of the norm alone. So all rows take one way without types, and
+# one with a name; the other ways are for a row of each kind. (All rows have been checked with the mixed layout.)
 FOR_EACH_KIND = ("checked", "partly manual", "vmap")
 
 
