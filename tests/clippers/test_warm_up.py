@@ -198,6 +198,7 @@ def test_a_bound_in_an_array_is_that_bound():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 def test_the_defaults_survive_the_recurrent_network_of_the_main_job(monkeypatch, tmp_path):
     """It explodes in its second step, by a factor of 1e25."""
     monkeypatch.chdir(tmp_path)
