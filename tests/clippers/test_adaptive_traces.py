@@ -5,27 +5,22 @@ import pytest
 
 from optaxclip import clip_by, contrib, norms, thresholds
 from tests.support import published
-from tests.support.driving import drive, driver, fields
+from tests.support.driving import drive, drive_all, driver, fields
 
 
-def close(ours, trace):
+def close(ours, trace, case=""):
     """To the six digits that the traces give, and what float32 adds to them."""
-    np.testing.assert_allclose(ours, trace, rtol=2e-6, atol=5e-7)
+    np.testing.assert_allclose(ours, trace, rtol=2e-6, atol=5e-7, err_msg=str(case))
 
 
 ZCLIP = [1, 1.2, 0.8, 1, 3, 1, 10, 0.1]
 
 
-@pytest.mark.parametrize(
-    ("clip_to", "after"),
-    [
-        ("mean", [1, 1.2, 0.8, 1, 1, 1, 1, 0.1]),
-        ("edge", [1, 1.2, 0.8, 1, 1.353553, 1, 1.383146, 0.1]),
-    ],
-)
-def test_zclip(clip_to, after):
-    ours, _ = drive(published.zclip(warmup_steps=4, max_norm=None, clip_to=clip_to), ZCLIP)
-    close(ours, after)
+def test_zclip():
+    traces = {"mean": [1, 1.2, 0.8, 1, 1, 1, 1, 0.1], "edge": [1, 1.2, 0.8, 1, 1.353553, 1, 1.383146, 0.1]}
+    txs = {clip_to: published.zclip(warmup_steps=4, max_norm=None, clip_to=clip_to) for clip_to in traces}
+    for clip_to, (ours, _) in drive_all(txs, ZCLIP).items():
+        close(ours, traces[clip_to], clip_to)
 
 
 def test_zclip_by_default_and_its_statistics():
@@ -47,16 +42,14 @@ def test_zclip_with_a_cap():
 AUTOCLIP = [1, 2, 0.5, 4, 1, 8, 0.25, 1]
 
 
-@pytest.mark.parametrize(
-    ("percentile", "window", "bounds"),
-    [
-        (10, 8, [1, 1.1, 0.6, 0.65, 0.7, 0.75, 0.4, 0.425]),
-        (50, 3, [1, 1.5, 1, 2, 1, 4, 1, 1]),
-    ],
-)
-def test_autoclip(percentile, window, bounds):
-    after, _ = drive(published.autoclip(percentile, window=window), AUTOCLIP)
-    close(after, np.minimum(AUTOCLIP, bounds))
+def test_autoclip():
+    traces = {  # by percentile and window
+        (10, 8): [1, 1.1, 0.6, 0.65, 0.7, 0.75, 0.4, 0.425],
+        (50, 3): [1, 1.5, 1, 2, 1, 4, 1, 1],
+    }
+    txs = {case: published.autoclip(case[0], window=case[1]) for case in traces}
+    for case, (after, _) in drive_all(txs, AUTOCLIP).items():
+        close(after, np.minimum(AUTOCLIP, traces[case]), case)
 
 
 def test_autoclip_of_the_whole_history():
@@ -77,13 +70,11 @@ def test_autoclip_beyond_the_norms_that_it_has_exactly(rng):
 PERCENTILE_CLIP = [2, 1, 4, 1, 1, 1, 1, 1, 3, 0.5]
 
 
-@pytest.mark.parametrize(
-    ("percentile", "window", "bounds"),
-    [(5, 100, [2] * 7 + [1] * 3), (25, 4, [2] * 3 + [1] * 7), (100, 100, [np.inf] * 10)],
-)
-def test_percentile_clip(percentile, window, bounds):
-    after, _ = drive(contrib.percentile_clip(percentile, window=window), PERCENTILE_CLIP)
-    close(after, np.minimum(PERCENTILE_CLIP, bounds))
+def test_percentile_clip():
+    traces = {(5, 100): [2] * 7 + [1] * 3, (25, 4): [2] * 3 + [1] * 7, (100, 100): [np.inf] * 10}
+    txs = {case: contrib.percentile_clip(case[0], window=case[1]) for case in traces}
+    for case, (after, _) in drive_all(txs, PERCENTILE_CLIP).items():
+        close(after, np.minimum(PERCENTILE_CLIP, traces[case]), case)
 
 
 def test_adagc():

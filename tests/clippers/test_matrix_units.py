@@ -91,7 +91,7 @@ def worst_errors(rng, unit, precision, shape=(64, 33), conditions=CONDITIONS):
         top = triple[1][0]
         for part in (0.3, 0.03, 0.001):
             c = np.float32(part * top)
-            *both, norm = measured(unit, precision)(matrix[None], c[None])
+            *both, norm = jax.device_get(measured(unit, precision)(matrix[None], c[None]))
             errors = [
                 spectral.norm(ours[0] - spectral.capped(triple, c, soft=soft)) / allowed(part * top, top)
                 for soft, ours in zip((False, True), both, strict=True)

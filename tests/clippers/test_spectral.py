@@ -59,8 +59,8 @@ def tall(stack):
 def caps_of(way, matrix, c):
     """For hard and for soft: the matrix with its cap."""
     dtype = np.finfo(matrix.dtype).dtype
-    found = capped(way)(matrix[None], np.asarray([c], dtype))
-    return {soft: np.asarray(matrices)[0] for soft, (matrices, _) in found.items()}
+    found = jax.device_get(capped(way)(matrix[None], np.asarray([c], dtype)))
+    return {soft: matrices[0] for soft, (matrices, _) in found.items()}
 
 
 @functools.cache
@@ -72,6 +72,11 @@ def largest(way):
     return jax.jit(run)
 
 
+def is_within(error, most):
+    """Whether the spectral norm is; the Frobenius norm, which is never smaller, is found much faster."""
+    return np.linalg.norm(error) <= most or spectral.norm(error) <= most
+
+
 def allowed(c, top, relative=1e-3):
     """How far, in the spectral norm, the result may be from that of float64."""
     return relative * c + 20 * EPS * top
@@ -80,7 +85,7 @@ def allowed(c, top, relative=1e-3):
 # Accuracy.
 
 WIDE = (33, 64)
-SHAPES = [(7, 1), WIDE, (1, 1), (5, 3), (256, 100), (512, 512), (1024, 256)]
+SHAPES = [(7, 1), WIDE, (1, 1), (5, 3), (256, 100), (512, 512)]
 CAPS = (1.0, 0.3, 0.1, 0.04, 0.03, 0.01, 0.003, 0.001)
 CAPS_OF_LARGE = (0.04, 0.001)  # from 100 rows or columns on
 
@@ -93,7 +98,8 @@ def spectra(number, conditions=CONDITIONS):
     """From 1 down to a condition: evenly by ratio, evenly by difference, and one that stands out."""
     for condition in conditions if number < BIG else (1e6,):
         yield np.geomspace(1, 1 / condition, number)
-        yield np.linspace(1, 1 / condition, number)
+        if number < BIG:
+            yield np.linspace(1, 1 / condition, number)
         yield np.r_[1.0, np.full(number - 1, 1 / condition)]
     yield np.r_[np.ones(number - number // 2), np.zeros(number // 2)]  # half of the rank
 
@@ -119,26 +125,22 @@ def test_the_cap_is_that_of_float64(shape, way):
         top = triple[1][0]
         for part in CAPS if max(shape) < 100 else CAPS_OF_LARGE:
             for soft, ours in caps_of(way, matrix, part * top).items():
-                error = spectral.norm(ours - spectral.capped(triple, part * top, soft=soft))
-                assert error <= allowed(part * top, top), (part, soft, triple[1][:3], error / top)
+                error = ours - spectral.capped(triple, part * top, soft=soft)
+                assert is_within(error, allowed(part * top, top)), (part, soft, triple[1][:3])
 
 
 @each_way
 @each_shape
 def test_the_largest_singular_value_is_that_of_float64(shape, way):
     for matrix, (_, values, _) in decomposed(shape):
-        ratio = float(largest(way)(matrix[None])[0]) / values[0]
+        ratio = np.asarray(largest(way)(matrix[None]))[0] / values[0]
         assert 1 - 3e-6 <= ratio <= 1 + (1e-5 if way == "iterations" else 3e-6), values[:3]
 
 
 @each_way
 def test_complex_numbers_and_float64(rng, way):
     with jax.enable_x64(True):
-        for shape, dtype, within in (
-            ((4, 6), np.complex64, 1e-5),
-            ((5, 5), np.complex128, 1e-12),
-            ((5, 5), np.float64, 1e-12),
-        ):
+        for shape, dtype in (((4, 6), np.complex128), ((5, 5), np.float64)):
             matrix = rng.normal(size=shape).astype(dtype)
             matrix = matrix + 1j * matrix[::-1] if np.iscomplexobj(matrix) else matrix
             triple = spectral.svd(matrix)
@@ -147,7 +149,7 @@ def test_complex_numbers_and_float64(rng, way):
                     assert ours.dtype == matrix.dtype
                     right = spectral.capped(triple, part * triple[1][0], soft=soft)
                     # Of the hard cap by iterations, next to its kink, half of the digits are right.
-                    room = max(within, 1e-8) if way == "iterations" and not soft else within
+                    room = 1e-8 if way == "iterations" and not soft else 1e-12
                     assert np.linalg.norm(ours - right, 2) <= room * triple[1][0]
 
 
@@ -218,11 +220,11 @@ def test_the_ends_of_the_range(way):
         for c in (0.0, 1e-45, 1e-30, 1.0, 3.4e38, np.inf):
             for ours in caps_of(way, np.float32(matrix), np.float32(c)).values():
                 assert np.all(np.isfinite(ours))
-    assert float(largest(way)(np.full((1, 3, 3), high))[0]) == np.finfo(np.float32).max
+    np.testing.assert_array_equal(largest(way)(np.full((1, 3, 3), high)), np.finfo(np.float32).max)
 
 
 def test_zeros_infinities_and_nan():
-    bad = np.float32([[1.0, np.nan], [0.0, 5.0]])
+    bad = np.float32([[1.0, np.nan], [0.0, 5.0], [2.0, 1.0]])
     left = {
         "zero": np.zeros((3, 2), np.float32),
         "nan": bad,
@@ -238,7 +240,7 @@ def test_zeros_infinities_and_nan():
     steps = [(c, functools.partial(traced, np.float32(c))) for c in (0.5, 0.0, np.inf)]
     steps += [(c, jax.jit(functools.partial(run, c))) for c in (0.0, np.inf)]  # with a Python number
     for c, step in steps:
-        for ours in step(left | {"ones": ones}):
+        for ours in jax.device_get(step(left | {"ones": ones})):
             clipped = ours.pop("ones")
             assert_same_bits(ours, left)
             assert c != 0.0 or not np.any(clipped)
@@ -294,7 +296,7 @@ def test_layers_and_leaves_of_one_shape_do_not_mix(rng):
 
     for each in ([0.5, 2.0, 3.0], 2.0):
         caps = np.broadcast_to(np.float32(each), (3,))
-        ours, scaled = run(np.float32(each), tree)
+        ours, scaled = jax.device_get(run(np.float32(each), tree))
         for i, c in enumerate(caps):
             right = spectral.capped(spectral.svd(stack[i]), c, soft=False)
             np.testing.assert_allclose(ours["kernel"][i], right, atol=3e-6)
@@ -310,8 +312,8 @@ def test_what_is_alike_is_one_call(rng, way):
     """And so is what vmap makes one call of."""
     stack = np.float32(rng.normal(size=(4, 6, 3)) * np.array([0.01, 1, 30, 1e20])[:, None, None])
     caps = np.float32([1.0, 0.5, 1.0, 1e3])
-    found = capped(way)(stack, caps)
-    mapped = jax.jit(jax.vmap(capped(way)))(stack[:, None], caps[:, None])
+    found = jax.device_get(capped(way)(stack, caps))
+    mapped = jax.device_get(jax.jit(jax.vmap(capped(way)))(stack[:, None], caps[:, None]))
     for soft, ours in found.items():
         np.testing.assert_array_equal(ours.kept, [not soft, False, False, False])
         for i, (c, matrix) in enumerate(zip(caps, stack, strict=True)):
@@ -327,7 +329,7 @@ def test_what_is_alike_is_one_call(rng, way):
 
 def test_thresholds_follow_the_spectral_norm():
     tx = oc.clip_by(oc.norms.spectral_norm(), oc.thresholds.growth(1.5))
-    state, step = tx.init(jnp.zeros((2, 2))), jax.jit(tx.update)
+    state, step = tx.init(np.zeros((2, 2), np.float32)), jax.jit(tx.update)
     for size, right in ((1.0, 1.0), (4.0, 1.5), (4.0, 2.25)):
         updates, state = step(np.float32(size * np.diag([1.0, 0.5])), state)
         assert float(np.linalg.norm(updates, 2)) == pytest.approx(right, rel=1e-5)
@@ -335,8 +337,9 @@ def test_thresholds_follow_the_spectral_norm():
 
 def test_a_record_holds_spectral_norms():
     tx = oc.clip_by_spectral_norm(1.0, record=2)
-    _, state = jax.jit(tx.update)({"w": np.diag(np.float32([3, 4]))}, tx.init({"w": jnp.zeros((2, 2))}))
-    assert float(state.clip_stats.clip_norm[0, 0]) == pytest.approx(4.0, rel=1e-5)
+    step = jax.jit(lambda grads: tx.update(grads, tx.init(grads))[1])
+    recorded = np.asarray(step({"w": np.diag(np.float32([3, 4]))}).clip_stats.clip_norm)
+    assert recorded[0, 0] == pytest.approx(4.0, rel=1e-5)
 
 
 def test_schedules_are_counted():
@@ -378,7 +381,7 @@ def test_the_derivative_of_the_cap(rng, complex_):
     def right(t, soft, matrix, change, cap, more):
         return spectral.capped(spectral.svd(matrix + t * change), cap + t * more, soft=soft)
 
-    shapes, step = ((5, 3), (3, 3)), 1e-5
+    shapes, step = ((5, 3),) if complex_ else ((5, 3), (3, 3)), 1e-5
     stacks = [
         np.stack([spectral.with_singular_values(rng, shape, values, complex_=complex_) for values in POINTS.values()])
         for shape in shapes
@@ -386,7 +389,7 @@ def test_the_derivative_of_the_cap(rng, complex_):
     changes = [rng.normal(size=x.shape) + (1j * rng.normal(size=x.shape) if complex_ else 0) for x in stacks]
     caps, more = np.full(len(POINTS), 1.1), np.full(len(POINTS), 0.3)
     with jax.enable_x64(True):
-        found = slopes(stacks, changes, caps, more)
+        found = jax.device_get(slopes(stacks, changes, caps, more))
     for shape, stack, change, ours in zip(shapes, stacks, changes, found, strict=True):
         for soft, each in ours.items():
             for name, one, *at in zip(POINTS, each, stack, change, caps, more, strict=True):
@@ -479,10 +482,9 @@ def test_matrices_split_over_devices_under_jit(rng, mesh):
     }
     # The two caps differ in what is done to the singular values alone. What a mesh of AUTO axes splits only XLA sees.
     for stack, names in (
-        (P("data"), ("norm", "smooth cap")),
         (P("data", None, "model"), ("norm", "cap")),
-        (P(None, "data", "model"), ("norm", "cap")),
-    )[: 2 if mesh is AUTO else 3]:
+        (P(None, "data", "model"), ("norm", "smooth cap")),
+    )[: 1 if mesh is AUTO else 2]:
         specs = {"stack": stack, "kernel": P("data", "model"), "whole": P()}
         run = jax.jit(functools.partial(clipped, names=names, stacked={"stack": 1, "kernel": 0, "whole": 0}))
         for name, ours in run(put(tree, specs, mesh)).items():
@@ -498,7 +500,8 @@ def in_shard_map(run, spec, **options):
 @each_way
 def test_layers_split_over_devices_in_shard_map(rng, way):
     stack = layers(rng)
-    for names, options in ((CLIPS, {}), (("norm", "cap"), {"check_vma": False}))[: 1 if way == "iterations" else 2]:
+    ways = ((("norm", "smooth cap"), {}), (("norm", "cap"), {"check_vma": False}))
+    for names, options in ways[: 1 if way == "iterations" else 2]:
         run = functools.partial(clipped, names=names, stacked=1, axes=P("data"))
         with by(way):
             for name, ours in in_shard_map(run, P("data"), **options)(stack).items():

@@ -73,13 +73,18 @@ def logits(params, x):
     return x @ params[-1]["w"] + params[-1]["b"]
 
 
+def squares(out, label):
+    """Of the distance from the label; cheaper to compile than a softmax, which is nothing to this library."""
+    return jnp.sum(jnp.square(out.astype(jnp.float32) - (np.arange(len(out)) == label))) / 16
+
+
 def loss(params, example):
     x, label = example
-    return -jax.nn.log_softmax(logits(params, x).astype(jnp.float32))[label]
+    return squares(logits(params, x), label)
 
 
 def examples(rng, number=B, dtype="float32"):
-    scale = np.logspace(-2, 0.5, number)[:, None]
+    scale = np.logspace(-2, 1, number)[:, None]
     return floats(scale * rng.normal(size=(number, SIZES[0])), dtype), np.int32(rng.integers(0, 3, number))
 
 
@@ -188,7 +193,7 @@ def with_dropout(params, x, label, key):
 
 def two_towers(left, scale, batch, right):
     out = logits(left, batch["x"]) * jnp.tanh(scale) + logits(right, batch["more"]["x"])
-    return -jax.nn.log_softmax(out)[batch["more"]["label"]]
+    return squares(out, batch["more"]["label"])
 
 
 def cases(rng):
@@ -209,9 +214,15 @@ def cases(rng):
 KINDS = ["aux", "several, keys", "old keys", "tuple", "tuple of one", "second"]
 
 
-@two_passes
 @pytest.mark.parametrize("name", slow_but(KINDS, "aux", "several, keys", "tuple"))
-@pytest.mark.parametrize("microbatch_size", slow_but([None, 3], None))
+@pytest.mark.parametrize(
+    ("form", "microbatch_size"),
+    [
+        ("two passes", None),
+        pytest.param("two passes", 3, marks=pytest.mark.slow),
+        pytest.param("one pass", 3, marks=pytest.mark.slow),
+    ],
+)
 def test_arguments_of_all_kinds(rng, form, name, microbatch_size, monkeypatch):
     fallback_fails(monkeypatch)
     case = cases(rng)[name]
@@ -272,14 +283,17 @@ def test_float16_inside_keeps_what_clipped_examples_have(rng, form):
 
 
 @two_passes
-@pytest.mark.parametrize("microbatch_size", slow_but([1, 2, 3, B, 100], 3))
+@pytest.mark.parametrize("microbatch_size", slow_but([1, 3, B, 100], 3))
 def test_microbatches(rng, form, microbatch_size):
     params, batch = layer_params(rng), examples(rng)
-    options = {"has_aux": True, "return_norms": True}
-    whole = step_of(with_aux, FORMS[form](), **options)(params, batch)
-    parts = step_of(with_aux, FORMS[form](), microbatch_size=microbatch_size, **options)(params, batch)
-    for ours, expected in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
-        assert_close(ours, expected)
+    options = {"has_aux": True, "return_norms": True, "microbatch_size": microbatch_size}
+    (value, aux), grads, sizes = step_of(with_aux, FORMS[form](), **options)(params, batch)
+    total, expected, by_size = by_hand(loss, params, batch)
+    np.testing.assert_allclose(value, total / B, rtol=2e-6)
+    assert_close(grads, jax.tree.map(lambda leaf: leaf / B, expected))
+    np.testing.assert_allclose(sizes, by_size, rtol=2e-6)
+    assert_close(aux["logits"], batch[0] @ params[0]["w"] + params[0]["b"])
+    np.testing.assert_array_equal(aux["label"], batch[1])
 
 
 # Other transformations.
@@ -430,30 +444,38 @@ def test_a_function_without_a_derivative_at_zero_inputs(rng, form):
 
 
 @two_passes
-def test_a_bound_of_zero_and_of_infinity(rng, form):
+def test_a_traced_bound_of_any_size(rng, form):
     params, batch = layer_params(rng), examples(rng)
     step = jax.jit(lambda bound: per_example.clipped_value_and_grad(loss, traced(form, bound))(params, batch))
-    _, none = step(jnp.float32(0.0))
-    assert not any(np.any(leaf) for leaf in jax.tree.leaves(none))
-    _, all_of_it = step(jnp.float32(np.inf))
-    assert_close(all_of_it, jax.tree.map(lambda leaf: leaf / B, by_hand(loss, params, batch, np.inf)[1]))
+    _, none = step(np.float32(0.0))
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(jax.device_get(none)))
+    for bound in (0.3, np.inf):
+        _, grads = step(np.float32(bound))
+        assert_close(grads, jax.tree.map(lambda leaf: leaf / B, by_hand(loss, params, batch, bound)[1]))
 
 
 @two_passes
 def test_one_example_removed_changes_the_sum_by_at_most_the_bound(rng, form):
-    params, batch = layer_params(rng), examples(rng)
-    step = step_of(loss, FORMS[form](), reduce="sum")
-    _, whole = step(params, batch)
-    for i in range(B):
-        _, rest = step(params, without(batch, i))
+    batch = matrix_examples(rng)
+    step = step_of(linear_in_a_matrix, FORMS[form](), reduce="sum", return_norms=True)
+    _, whole, sizes = jax.device_get(step(W, batch))
+    assert min(sizes) < BOUND < max(sizes)
+    for i in range(len(sizes)):
+        _, rest, _ = step(W, without(batch, i))
         assert norm_of(jax.tree.map(np.subtract, f64(whole), f64(rest))) <= BOUND * (1 + 1e-5)
 
 
 # Under the transformations of jax.
 
 
-@two_passes
-@pytest.mark.parametrize("microbatch_size", slow_but([None, 3], None))
+@pytest.mark.parametrize(
+    ("form", "microbatch_size"),
+    [
+        ("two passes", None),
+        pytest.param("two passes", 3, marks=pytest.mark.slow),
+        pytest.param("one pass", 3, marks=pytest.mark.slow),
+    ],
+)
 def test_it_can_be_differentiated(rng, form, microbatch_size):
     """Through a training step, by the bound and by the parameters."""
     params, batch = layer_params(rng), examples(rng)
@@ -506,23 +528,13 @@ def test_in_a_scan_and_under_vmap(rng, form):
 
     after, values = jax.jit(lambda params: jax.lax.scan(train, params, stacked))(params)
     at_once = jax.jit(jax.vmap(step, (None, 0)))(params, stacked)
-    expected, one = params, jax.jit(step)
+    expected, one = params, step_of(loss, FORMS[form]())
     for i, batch in enumerate(batches):
         value, grads = jax.device_get(one(expected, batch))
         expected = moved(expected, grads)
         np.testing.assert_allclose(values[i], value, rtol=1e-5)
     assert_close(after, expected)
     assert_close(row(jax.device_get(at_once), 1), one(params, batches[1]))
-
-
-def test_the_bound_may_be_traced(rng):
-    params, batch = layer_params(rng), examples(rng)
-
-    @jax.jit
-    def step(bound):
-        return per_example.clipped_value_and_grad(loss, oc.clip_by_global_norm(bound), reduce="sum")(params, batch)
-
-    assert_close(step(0.3)[1], by_hand(loss, params, batch, 0.3)[1])
 
 
 # Memory.
@@ -636,13 +648,13 @@ def test_norms_of_outer_products_over_the_whole_range(left, right, norm):
 @pytest.mark.parametrize("tx", [oc.zclip(), oc.clip_by_global_norm(1.0, record=True), optax.adam(1e-3)])
 def test_a_state_is_refused(rng, tx):
     with pytest.raises(ValueError, match=r"clipped_value_and_grad needs a transformation without state.*keeps \d+"):
-        per_example.clipped_value_and_grad(loss, tx)(mlp_params(rng), examples(rng))
+        jax.eval_shape(per_example.clipped_value_and_grad(loss, tx), mlp_params(rng), examples(rng))
 
 
 def test_a_schedule_is_a_state(rng):
     tx = oc.clip_by_global_norm(lambda step: 1.0 / (1 + step))
     with pytest.raises(ValueError, match="keeps 1 arrays"):
-        per_example.clipped_value_and_grad(loss, tx)(mlp_params(rng), examples(rng))
+        jax.eval_shape(per_example.clipped_value_and_grad(loss, tx), mlp_params(rng), examples(rng))
 
 
 @pytest.mark.parametrize(

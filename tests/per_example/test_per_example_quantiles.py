@@ -99,11 +99,11 @@ def test_the_bound_stays_a_normal_float():
 @pytest.mark.parametrize(
     ("bound", "norms"),
     [
-        (1.0, jnp.ones(2, jnp.bfloat16)),
-        (1.0, jnp.ones(2, jnp.float8_e4m3fn)),
-        (jnp.bfloat16(1.0), jnp.ones(2)),
-        (np.float64(1.0), jnp.ones(2)),
-        (1, jnp.ones(2)),
+        (1.0, np.ones(2, jnp.bfloat16)),
+        (1.0, np.ones(2, jnp.float8_e4m3fn)),
+        (jnp.bfloat16(1.0), np.ones(2, np.float32)),
+        (np.float64(1.0), np.ones(2, np.float32)),
+        (1, np.ones(2, np.float32)),
     ],
 )
 def test_the_bound_is_float32_at_least(bound, norms):
@@ -254,13 +254,19 @@ def test_noise_on_the_number_of_examples_is_a_factor(rng):
 WRONG = [
     ({"bound": 0.0}, "bound must be more than 0 and below inf, got 0.0"),
     ({"bound": np.inf}, "bound must be"),
-    ({"bound": jnp.ones(2)}, "bound must be one number"),
+    ({"bound": np.ones(2, np.float32)}, "bound must be one number"),
     ({"quantile": 1.5}, "quantile must be at least 0 and at most 1, got 1.5"),
     ({"learning_rate": -1.0}, "learning_rate must be at least 0"),
-    ({"norms": jnp.ones((2, 2))}, r"norms must be a vector of floats, one per example, got float32 of shape \(2, 2\)"),
-    ({"norms": jnp.arange(3)}, "norms must be a vector of floats, one per example, got int32"),
+    (
+        {"norms": np.ones((2, 2), np.float32)},
+        r"norms must be a vector of floats, one per example, got float32 of shape \(2, 2\)",
+    ),
+    ({"norms": np.arange(3, dtype=np.int32)}, "norms must be a vector of floats, one per example, got int32"),
     ({"norms": [1.0, 2.0]}, r"norms must be a vector of floats, one per example, got \[1.0, 2.0\]"),
-    ({"weights": jnp.ones(2)}, r"weights must be an array of 3 real numbers, one per example, got float32 of shape"),
+    (
+        {"weights": np.ones(2, np.float32)},
+        r"weights must be an array of 3 real numbers, one per example, got float32 of shape",
+    ),
     ({"axes": 3}, "axes must be"),
 ]
 
@@ -268,4 +274,4 @@ WRONG = [
 @pytest.mark.parametrize(("given", "message"), WRONG)
 def test_what_is_wrong_is_named(given, message):
     with pytest.raises(ValueError, match=message):
-        per_example.track_quantile(**({"bound": 1.0, "norms": jnp.ones(3)} | given))
+        per_example.track_quantile(**({"bound": 1.0, "norms": np.ones(3, np.float32)} | given))

@@ -61,7 +61,12 @@ def assert_close(ours, expected, rtol=5e-6):
 @functools.cache
 def step_of(tx, fun=loss, **options):
     """The jitted step: one for all tests that ask for the same."""
-    return jax.jit(per_example.clipped_value_and_grad(fun, tx, **options))
+    return jax.jit(per_example.clipped_value_and_grad(fun, tx, return_norms=True, **options))
+
+
+def in_microbatches(tx):
+    """The sum, by a step of another kind, for all tests of it."""
+    return step_of(tx, with_aux, reduce="sum", has_aux=True, microbatch_size=3)
 
 
 def one_by_one_fails(monkeypatch):
@@ -90,8 +95,7 @@ WEIGHTS = {
 def test_the_mean_divides_by_the_sum_of_the_weights(rng, form, name, monkeypatch):
     one_by_one_fails(monkeypatch)
     params, batch = trees(rng)
-    step = step_of(FORMS[form], return_norms=True)
-    value, grads, sizes = step(params, batch, weights=WEIGHTS[name])
+    value, grads, sizes = step_of(FORMS[form])(params, batch, weights=WEIGHTS[name])
     expected_value, expected, by_size = weighted(loss, params, batch, WEIGHTS[name])
     assert min(by_size.values()) < BOUND < max(by_size.values())
     np.testing.assert_allclose(value, expected_value, rtol=5e-6)
@@ -105,8 +109,7 @@ def test_the_mean_divides_by_the_sum_of_the_weights(rng, form, name, monkeypatch
 @pytest.mark.parametrize("name", slow_but([name for name in WEIGHTS if name != "large"], "both signs", "small"))
 def test_the_sum_and_microbatches(rng, form, name):
     params, batch = trees(rng)
-    options = {"reduce": "sum", "has_aux": True, "microbatch_size": 3}
-    (value, aux), grads = step_of(FORMS[form], with_aux, **options)(params, batch, weights=WEIGHTS[name])
+    (value, aux), grads, _ = in_microbatches(FORMS[form])(params, batch, weights=WEIGHTS[name])
     expected_value, expected, _ = weighted(loss, params, batch, WEIGHTS[name], "sum")
     np.testing.assert_allclose(value, expected_value, rtol=5e-6)
     assert_close(grads, expected)
@@ -117,8 +120,8 @@ def test_the_sum_and_microbatches(rng, form, name):
 def test_weights_of_one_change_nothing(rng, form):
     params, batch = trees(rng)
     step = step_of(FORMS[form])
-    value, grads = step(params, batch, weights=np.ones(B, np.float32))
-    expected_value, expected = step(params, batch)
+    value, grads, _ = step(params, batch, weights=np.ones(B, np.float32))
+    expected_value, expected, _ = step(params, batch)
     np.testing.assert_allclose(value, expected_value, rtol=1e-7)
     assert_close(grads, expected, 1e-7)
 
@@ -134,8 +137,8 @@ def test_a_padded_batch_gives_what_the_unpadded_one_does(rng, form, name):
     params, batch = trees(rng)
     padded = {"x": np.concatenate([batch["x"], np.full((2, 6), PADDING[name], np.float32)])}
     step = step_of(FORMS[form])
-    value, grads = step(params, padded, weights=np.arange(B + 2) < B)
-    expected_value, expected = step(params, batch)
+    value, grads, _ = step(params, padded, weights=np.arange(B + 2) < B)
+    expected_value, expected, _ = step(params, batch)
     np.testing.assert_allclose(value, expected_value, rtol=5e-6)
     assert_close(grads, expected)
 
@@ -147,7 +150,7 @@ def test_padding_in_front_and_a_bad_example_among_the_others(rng):
     bad["x"][0], bad["x"][3] = np.nan, np.inf
     weights = np.array([0, 1, 1, 2, 1, 1, 1], np.float32)
     for tx in FORMS.values():
-        value, grads = step_of(tx)(params, bad, weights=weights)
+        value, grads, _ = step_of(tx)(params, bad, weights=weights)
         without = np.array([0, 1, 1, 0, 1, 1, 1], np.float32)
         expected_value, expected, _ = weighted(loss, params, batch, without, "sum")
         np.testing.assert_allclose(value, expected_value / 7, rtol=5e-6)  # the weight of a bad example is counted
@@ -168,8 +171,9 @@ def test_a_weight_that_is_not_finite_or_subnormal_is_one_of_zero(rng, form, weig
 @pytest.mark.parametrize("weights", [np.zeros(B), np.full(B, np.nan), np.array([1.0, -1, 0, 0, 0, 0, 0])], ids=str)
 def test_weights_that_add_up_to_zero_give_no_nan(rng, form, weights):
     params, batch = trees(rng)
-    for reduce in ("mean", "sum"):
-        found = step_of(FORMS[form], reduce=reduce)(params, batch, weights=weights.astype(np.float32))
+    for step in (step_of(FORMS[form]), in_microbatches(FORMS[form])):  # the mean, and the sum
+        value, grads, _ = jax.device_get(step(params, batch, weights=weights.astype(np.float32)))
+        found = value[0] if isinstance(value, tuple) else value, grads
         assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(found))
         if not np.any(weights > 0):
             assert not any(np.any(leaf) for leaf in jax.tree.leaves(found))
@@ -189,7 +193,7 @@ def test_weights_too_far_apart_for_one_sum(spread):
     rows, weights = np.float32([[3.0, 0.0], [0.0, 4e20]]), np.array([1.0, spread], np.float32)
     for tx in FORMS.values():
         step = step_of(tx, linear, reduce="sum", batch_argnums=1)
-        _, grads = step(np.ones(2, np.float32), rows, weights=weights)
+        _, grads, _ = step(np.ones(2, np.float32), rows, weights=weights)
         np.testing.assert_allclose(grads, [BOUND, BOUND * spread], rtol=1e-5)
 
 
@@ -214,7 +218,8 @@ def test_derivatives_by_the_weights(rng, form):
         )
 
     weights = WEIGHTS["importance"]
-    ours, expected = jax.jit(lambda weights: [jax.grad(after)(weights, each) for each in (step, plain)])(weights)
+    derivatives = jax.jit(lambda weights: [jax.grad(after)(weights, each) for each in (step, plain)])
+    ours, expected = jax.device_get(derivatives(weights))
     used = weights != 0  # where the weight is 0 the example is not looked at
     np.testing.assert_allclose(ours[used], expected[used], rtol=1e-4, atol=1e-6)
 
@@ -232,7 +237,8 @@ def test_shard_map_gives_what_one_device_does(rng, form, microbatch_size):
 
     specs = P(), P("data"), P("data")
     sharded = jax.shard_map(call, mesh=AUTO, in_specs=specs, out_specs=P())
-    assert_close(jax.jit(sharded)(params, batch, weights), step_of(FORMS[form])(params, batch, weights=weights), 1e-5)
+    expected = step_of(FORMS[form])(params, batch, weights=weights)[:2]
+    assert_close(jax.jit(sharded)(params, batch, weights), expected, 1e-5)
 
 
 def test_weights_that_are_the_same_on_every_device(rng):
@@ -245,7 +251,7 @@ def test_weights_that_are_the_same_on_every_device(rng):
         in_specs=(P(), P("data")),
         out_specs=P(),
     )
-    expected = step_of(FORMS["two passes"])(params, batch, weights=np.tile(weights, 4))
+    expected = step_of(FORMS["two passes"])(params, batch, weights=np.tile(weights, 4))[:2]
     assert_close(jax.jit(sharded)(params, batch), expected, 1e-5)
 
 
@@ -275,10 +281,10 @@ def test_under_jit_with_a_batch_spread_over_the_mesh(rng, form, spec, on):
     batch["x"][3] = np.nan
     weights = np.float32(np.arange(16) % 3)
     step = step_of(FORMS[form])
-    expected = step(params, batch, weights=weights)
+    expected = step(params, batch, weights=weights)[:2]
     laid_out = put((params, batch, weights), ({"w": P(), "b": P()}, {"x": P("data")}, spec), on)
     with jax.set_mesh(on):
-        found = step(*laid_out[:2], weights=laid_out[2])
+        found = step(*laid_out[:2], weights=laid_out[2])[:2]
     assert_close(found, expected, 1e-5)
 
 

@@ -92,6 +92,36 @@ def drive(tx, norms, observe=lambda state: ()):
     return driver(tx, observe)(norms)
 
 
+def driver_of_all(txs, observe=lambda state: ()):
+    """`driver` for several transformations: norms -> what it says of each, by name, from one program."""
+    tx = together(txs)
+
+    def tensors(row):
+        return {str(i): row[i, None] for i in range(row.size)}
+
+    @jax.jit
+    def run(rows):
+        def step(states, row):
+            updates, states = tx.update(tensors(row), states)
+            after = {name: jnp.concatenate([each[key] for key in tensors(row)]) for name, each in updates.items()}
+            return states, {name: (after[name], observe(states[name])) for name in txs}
+
+        return jax.lax.scan(step, tx.init(tensors(np.zeros(rows.shape[1:], np.float32))), rows)[1]
+
+    def drive(norms):
+        norms = np.asarray(norms, np.float32)
+        found = run(norms.reshape(len(norms), -1))
+        return {
+            name: (wide(after).reshape(norms.shape), jax.tree.map(wide, seen)) for name, (after, seen) in found.items()
+        }
+
+    return drive
+
+
+def drive_all(txs, norms, observe=lambda state: ()):
+    return driver_of_all(txs, observe)(norms)
+
+
 def wide(array):
     array = np.asarray(array)
     return array.astype(np.float64) if array.dtype.kind == "f" else array
