@@ -156,7 +156,8 @@ def first_failure(root: Path, chosen: list[str], options: list[str], timeout: fl
     """Which of the chosen tests fails first in this tree."""
     report = root / "report.xml"
     report.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "1", *chosen, *options]
+    # Groups would be written into the names of tests, and those could not be found again.
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "1", "--dist=load", *chosen, *options]
     command += [f"--junitxml={report}", "--override-ini=junit_family=xunit1"]
     environment = os.environ | {"PYTHONPATH": str(root)}
     # In a session of its own, so that the workers can be stopped with it.
