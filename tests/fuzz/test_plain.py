@@ -238,7 +238,8 @@ class Step:
         updates, params, rng = inputs.example(tree, seed)
         flat, weights = floats(updates), floats(params)
         with np.errstate(all="ignore"):
-            c, d = (inputs.bound(rng, self.method.norm(flat)) for _ in range(2))
+            norm = self.method.norm(flat)
+            c, d = (inputs.bound(rng, norm) for _ in range(2))
         if tree == "double":  # in float32 a bound may be subnormal, and then it is none in float64
             c, d = np.float64(c), np.float64(d)
         try:
