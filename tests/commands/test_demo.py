@@ -450,7 +450,7 @@ def test_every_row_is_an_optimizer_whose_clip_is_seen_and_recorded(row):
 
 def test_watch_sees_what_changed_and_changes_nothing():
     clip = optaxclip.clip_by_global_norm(5.0)
-    watched, plain = (jax.jit(lambda updates, tx=tx: tx.update(updates, tx.init(updates))) for tx in (watch(clip), clip))
+    watched, plain = (jax.jit(lambda x, tx=tx: tx.update(x, tx.init(x))) for tx in (watch(clip), clip))
     for updates, expected in [([3.0, 4.0], False), ([6.0, 8.0], True), ([np.nan, 8.0], False), ([0.0, 0.0], False)]:
         before = np.array(updates, np.float32)
         after, state = watched(before)
