@@ -556,7 +556,8 @@ def test_one_after_the_other_gives_what_together_gives():
 
 def test_a_seed_sees_the_same_again_and_beside_more_seeds():
     few, many = (programs.prepare(TASKS["regression"], seeds=seeds, steps=5).seen for seeds in (1, 3))
-    jax.tree.map(lambda one, other: np.testing.assert_array_equal(one[0], other[0]), few, many)
+    first = [jax.tree.map(lambda leaf: np.asarray(leaf)[0], each) for each in (few, many)]
+    jax.tree.map(np.testing.assert_array_equal, *first)
 
 
 def test_one_step_in_so_many_is_bad_and_only_where_there_are_spikes():

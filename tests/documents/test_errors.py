@@ -248,6 +248,7 @@ TRACED = [
 
 
 @functools.cache
+@functools.cache
 def stepped(build):
     """The first updates as a function of the bound."""
     weights = params("float32")
