@@ -342,16 +342,21 @@ def test_queries_or_keys_alone_need_all_of_the_factor(rng, names, alpha, words, 
 def test_queries_alone_where_something_else_is_there(rng):
     """A rotary tail, keys that are frozen or another transformation's, and an alpha that is traced."""
     q = {"q": numbers(rng, *HEADED["q"])}
-    once(qk_clip(projections={"q": Projection("query", tail=2)}), q)
-    once(qk_clip(projections=SPECS.get), q | {"k": None})
-    once(qk_clip(projections=lambda path: SPECS["q"]), q | {"k": optax.MaskedNode()})
+    for projections, params in (
+        ({"q": Projection("query", tail=2)}, q),
+        (SPECS.get, q | {"k": None}),
+        (lambda path: SPECS["q"], q | {"k": optax.MaskedNode()}),
+    ):
+        tx = qk_clip(projections=projections)
+        jax.eval_shape(compiled(tx), params, params, LOGITS)
     jax.eval_shape(lambda alpha: once(qk_clip(projections={"q": QUERY}, alpha=alpha), q), 0.5)
 
 
 def test_entries_of_the_logits_may_be_as_fine_as_the_leaves(rng):
     params = {name: numbers(rng, *shape) for name, shape in HEADED.items()}
     tx = qk_clip(projections=SPECS)
-    one, each = once(tx, params), once(tx, params, logits={"q": LOGITS, "k": LOGITS.copy()})
+    step = compiled(tx)
+    one, each = step(params, params, LOGITS), step(params, params, {"q": LOGITS, "k": LOGITS.copy()})
     assert jax.tree.all(jax.tree.map(np.array_equal, one, each))
 
 
