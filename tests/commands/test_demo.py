@@ -464,8 +464,8 @@ AXES = jax.tree_util.GetAttrKey("norm_axes")
 def test_a_step_is_traced_once_donates_and_stays_on_the_device():
     optimizer = rows.ROWS["clip_by_global_norm"].around(optax.adam(0.01), 2)
     step = training._make_step(RNN, optimizer)
-    run_ = training._start(optimizer, RNN.init(jax.random.key(0), 4), 2)
-    text, key = jnp.arange(100) % 4, jax.random.key(1)
+    run_ = jax.jit(lambda key: training._start(optimizer, RNN.init(key, 4), 2))(jax.random.key(0))
+    text, key = jax.device_put(np.arange(100, dtype=np.int32) % 4), jax.random.key(1)
     with jax.transfer_guard("disallow"):
         for _ in range(3):  # one more than is logged
             before = run_

@@ -596,8 +596,8 @@ def test_the_convolution_is_that_of_jax(rng):
 
 def test_the_network_predicts_each_character_from_those_before_it():
     data = {"train": np.arange(100) % 5, "held_out": np.arange(90) % 5, "alphabet": np.arange(5)}
-    params = jax.tree.map(jnp.asarray, characters._init(np.random.default_rng(0), data))
-    batch = np.asarray(jax.jit(characters.CHARACTERS.batch)(np.array([3, 0]), jax.tree.map(jnp.asarray, data)))
+    params = jax.device_put(characters._init(np.random.default_rng(0), data))
+    batch = np.asarray(jax.jit(characters.CHARACTERS.batch)(np.array([3, 0]), jax.device_put(data)))
     assert batch[:, :3].tolist() == [[3, 4, 0], [0, 1, 2]]
     assert batch.shape == (2, characters.SEQUENCE + 1)
     loss, gradient = jax.jit(jax.value_and_grad(characters._objective))(params, batch)
