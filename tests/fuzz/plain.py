@@ -78,7 +78,9 @@ def power(x: np.ndarray, ord: float) -> np.ndarray:
 def norms_of(leaf: Any, ord: float = 2, dims: tuple[int, ...] | None = None, divisor: Any = 1) -> list[np.ndarray]:
     """What the norm of a leaf may be: as it is, without subnormals, and no larger than the largest float."""
     x, dtype = wide(leaf), np.asarray(leaf).dtype
-    exact = [norm_of(each, ord, dims) for each in (x, flushed(x, dtype))]
+    without = flushed(x, dtype)
+    exact = [norm_of(x, ord, dims)]
+    exact.append(exact[0] if np.array_equal(x, without) else norm_of(without, ord, dims))  # few leaves have subnormals
     top = L(info(dtype).max)
     exact += [np.where(np.isfinite(n) & (n > top * L(1 - ROUNDING)), top, n) for n in exact]
     exact = [n / divisor for n in exact]
