@@ -1,19 +1,19 @@
 """The main job's transformer, against the same written in NumPy."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from scipy.special import log_softmax
 
 from optaxclip.demo import decoder
 
 CHARACTERS = 11
+init = jax.jit(decoder.init, static_argnums=1)
+batch_loss = jax.jit(decoder.batch_loss)
 
 
 def params():
     """Every leaf random, so that none is left out unseen."""
-    made = jax.jit(decoder.init, static_argnums=1)(jax.random.key(0), CHARACTERS)
-    leaves, structure = jax.tree.flatten(made)
+    leaves, structure = jax.tree.flatten(init(jax.random.key(0), CHARACTERS))
     rng = np.random.default_rng(0)
     return structure.unflatten([np.asarray(leaf) + np.float32(0.1) * rng.normal(size=leaf.shape) for leaf in leaves])
 
@@ -64,14 +64,13 @@ def losses(params, characters):
 
 
 def test_the_loss_is_that_of_numpy():
-    batch = np.random.default_rng(1).integers(0, CHARACTERS, (3, 9))
+    batch = np.random.default_rng(1).integers(0, CHARACTERS, (3, 9), np.int32)
     given = params()
     expected = np.mean([losses(jax.tree.map(np.float64, given), sequence) for sequence in batch])
-    found = jax.jit(decoder.batch_loss)(given, jnp.asarray(batch))
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    np.testing.assert_allclose(batch_loss(given, batch), expected, rtol=1e-5)
 
 
 def test_a_new_model_guesses():
-    batch = jnp.arange(12).reshape(2, 6) % CHARACTERS
-    loss = jax.jit(decoder.batch_loss)(decoder.init(jax.random.key(1), CHARACTERS), batch)
+    batch = np.arange(27, dtype=np.int32).reshape(3, 9) % CHARACTERS
+    loss = batch_loss(init(jax.random.key(1), CHARACTERS), batch)
     np.testing.assert_allclose(loss, np.log(CHARACTERS), rtol=0.1)

@@ -556,7 +556,8 @@ def test_one_after_the_other_gives_what_together_gives():
 
 def test_a_seed_sees_the_same_again_and_beside_more_seeds():
     few, many = (programs.prepare(TASKS["regression"], seeds=seeds, steps=5).seen for seeds in (1, 3))
-    jax.tree.map(lambda one, other: np.testing.assert_array_equal(one[0], other[0]), few, many)
+    first = [jax.tree.map(lambda leaf: np.asarray(leaf)[0], each) for each in (few, many)]
+    jax.tree.map(np.testing.assert_array_equal, *first)
 
 
 def test_one_step_in_so_many_is_bad_and_only_where_there_are_spikes():
@@ -595,8 +596,8 @@ def test_the_convolution_is_that_of_jax(rng):
 
 def test_the_network_predicts_each_character_from_those_before_it():
     data = {"train": np.arange(100) % 5, "held_out": np.arange(90) % 5, "alphabet": np.arange(5)}
-    params = jax.tree.map(jnp.asarray, characters._init(np.random.default_rng(0), data))
-    batch = np.asarray(jax.jit(characters.CHARACTERS.batch)(np.array([3, 0]), jax.tree.map(jnp.asarray, data)))
+    params = jax.device_put(characters._init(np.random.default_rng(0), data))
+    batch = np.asarray(jax.jit(characters.CHARACTERS.batch)(np.array([3, 0]), jax.device_put(data)))
     assert batch[:, :3].tolist() == [[3, 4, 0], [0, 1, 2]]
     assert batch.shape == (2, characters.SEQUENCE + 1)
     loss, gradient = jax.jit(jax.value_and_grad(characters._objective))(params, batch)

@@ -165,12 +165,13 @@ def test_none_updates_are_left_and_a_chain_hands_the_logits_on(rng):
     params = {"q": numbers(rng, MODEL, HEADS, DIM), "k": numbers(rng, MODEL, HEADS, DIM)}
     tx = optax.chain(oc.clip_by_global_norm(1.0), optax.adam(0.1), qk_clip(projections={"q": QUERY, "k": KEY}))
     grads = jax.tree.map(np.ones_like, params)
-    state, step = tx.init(params), jax.jit(lambda state, logits: tx.update(grads, state, params, max_logits=logits))
+    step = jax.jit(lambda state, logits: tx.update(grads, state, params, max_logits=logits))
+    state = jax.jit(tx.init)(params)
     for _ in range(2):
         updates, state = step(state, LOGITS)
         assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(updates))
     alone = qk_clip(projections={"q": QUERY, "k": KEY})
-    assert alone.update({"q": grads["q"], "k": None}, alone.init(params), params, max_logits=LOGITS)[0]["k"] is None
+    assert jax.eval_shape(compiled(alone), {"q": grads["q"], "k": None}, params, LOGITS)["k"] is None
 
 
 @pytest.mark.parametrize("split", [True, False], ids=["heads on several devices", "the model"])
@@ -304,9 +305,9 @@ def test_named_leaves_may_be_missing(rng):
     frozen = {"layers": {"attn": {"q": None, "k": None, "out": out}}}
     hidden = optax.MaskedNode()
     trees = [{"layers": {"attn": {"q": hidden, "k": hidden, "out": out}}}, {"layers": hidden, "out": out}, {}]
-    for tree in [frozen, *trees]:
-        assert jax.tree.all(jax.tree.map(np.array_equal, once(tx, tree, logits=None), tree))
-    found = once(tx, params, frozen)
+    alone = jax.jit(lambda trees: [once(tx, tree, logits=None) for tree in trees])([frozen, *trees])
+    assert jax.tree.all(jax.tree.map(np.array_equal, alone, [frozen, *trees]))
+    found = compiled(tx)(frozen, params, LOGITS)
     assert found["layers"]["attn"]["q"] is None
     np.testing.assert_array_equal(found["layers"]["attn"]["out"], out)
 
@@ -341,16 +342,21 @@ def test_queries_or_keys_alone_need_all_of_the_factor(rng, names, alpha, words, 
 def test_queries_alone_where_something_else_is_there(rng):
     """A rotary tail, keys that are frozen or another transformation's, and an alpha that is traced."""
     q = {"q": numbers(rng, *HEADED["q"])}
-    once(qk_clip(projections={"q": Projection("query", tail=2)}), q)
-    once(qk_clip(projections=SPECS.get), q | {"k": None})
-    once(qk_clip(projections=lambda path: SPECS["q"]), q | {"k": optax.MaskedNode()})
+    for projections, params in (
+        ({"q": Projection("query", tail=2)}, q),
+        (SPECS.get, q | {"k": None}),
+        (lambda path: SPECS["q"], q | {"k": optax.MaskedNode()}),
+    ):
+        tx = qk_clip(projections=projections)
+        jax.eval_shape(compiled(tx), params, params, LOGITS)
     jax.eval_shape(lambda alpha: once(qk_clip(projections={"q": QUERY}, alpha=alpha), q), 0.5)
 
 
 def test_entries_of_the_logits_may_be_as_fine_as_the_leaves(rng):
     params = {name: numbers(rng, *shape) for name, shape in HEADED.items()}
     tx = qk_clip(projections=SPECS)
-    one, each = once(tx, params), once(tx, params, logits={"q": LOGITS, "k": LOGITS.copy()})
+    step = compiled(tx)
+    one, each = step(params, params, LOGITS), step(params, params, {"q": LOGITS, "k": LOGITS.copy()})
     assert jax.tree.all(jax.tree.map(np.array_equal, one, each))
 
 

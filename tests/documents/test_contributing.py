@@ -1,5 +1,6 @@
 """The code in CONTRIBUTING.md runs and does what is said beside it."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -21,7 +22,7 @@ def test_the_example_of_a_new_clipper_agrees_with_its_reference(new):
     assert row.factory.__name__ == row.public
     updates = {"a": np.array([0.5, -2.0], np.float32), "b": np.array([[0.25]], np.float32)}
     tx = row.make()
-    clipped, _ = tx.update(updates, tx.init(updates))
+    clipped, _ = jax.jit(tx.update)(updates, tx.init(updates))
     expected = new["reference"](updates, *row.args)
     for name, leaf in clipped.items():
         np.testing.assert_allclose(leaf, expected[name], rtol=1e-6)
@@ -32,10 +33,11 @@ def test_the_example_of_a_new_clipper_agrees_with_its_reference(new):
 def test_the_norm_and_the_threshold_written_there_clip(new):
     grads = {"a": np.array([0.5, -2.0], np.float32), "b": np.zeros(3, np.float32)}
     by_norm = oc.clip_by(new["leaf_max"], oc.thresholds.constant(1.0))
-    updates, _ = by_norm.update(grads, by_norm.init(grads))
+    updates, _ = jax.jit(by_norm.update)(grads, by_norm.init(grads))
     np.testing.assert_array_equal(updates["a"], [0.25, -1.0])
-    by_threshold, state = new["tx"], new["tx"].init(grads)  # the last one there
+    update, init = (jax.jit(function) for function in (new["tx"].update, new["tx"].init))  # the last one there
+    state = init(grads)
     for scale, kept in ((1, 1), (8, 2), (8, 4)):
-        updates, state = by_threshold.update({**grads, "a": scale * grads["a"]}, state)
+        updates, state = update({**grads, "a": scale * grads["a"]}, state)
         np.testing.assert_allclose(updates["a"], kept * grads["a"], rtol=1e-6)
     np.testing.assert_array_equal(updates["b"], 0)

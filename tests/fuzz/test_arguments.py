@@ -5,10 +5,11 @@ Each value is written as the expression that makes it, so that a failure can be 
 
 import decimal  # the expressions below use these
 import fractions
+import functools
 import inspect
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -35,6 +36,7 @@ optax.sgd; optax.sgd(0.1); norms.leaf_norm; norms.leaf_norm(); thresholds.consta
 EXPRESSIONS = [each.strip() for line in JUNK.strip().splitlines() for each in line.split(";")]
 
 
+@functools.cache
 def value_of(expression: str) -> Any:
     return eval(expression)  # one of ours
 
@@ -386,6 +388,11 @@ class Case(NamedTuple):
     parameter: str
 
 
+@functools.cache
+def parameters_of(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(function).parameters
+
+
 def functions() -> dict[str, Callable[..., Any]]:
     modules = {"": (oc, oc.__all__), "thresholds.": (thresholds, thresholds.__all__)}
     modules["contrib."] = (oc.contrib, oc.contrib.__all__)
@@ -406,7 +413,7 @@ DATA = {"grads", "old_state", "opt_state", "params", "tree", "x"}
 CASES = [
     Case(name, f, parameter)
     for name, f in functions().items()
-    for parameter in inspect.signature(f).parameters
+    for parameter in parameters_of(f)
     if parameter not in DATA
 ]
 
@@ -417,7 +424,7 @@ def kind_of(case: Case) -> Kind:
 
 def call(case: Case, value: Any) -> Any:
     """The function with a value for the parameter, and what it needs besides."""
-    parameters = inspect.signature(case.function).parameters
+    parameters = parameters_of(case.function)
     given = GIVEN[""] | GIVEN.get(case.name, {}) | GIVEN.get(f"{case.name}.{case.parameter}", {})
     positional = [n for n, p in parameters.items() if p.kind is p.VAR_POSITIONAL]
     special = GIVEN.get(case.name, {}).keys() | GIVEN.get(f"{case.name}.{case.parameter}", {}).keys()
@@ -472,11 +479,12 @@ FINE = {"accepted", "refused", "refused late"}
 
 def problem(case: Case, expression: str, *, is_used: bool = True) -> str:
     """What is wrong with how a value is met; "" if nothing is."""
-    wanted, found = kind_of(case)(value_of(expression)), outcome(case, value_of(expression), is_used)
+    value = value_of(expression)
+    wanted, found = kind_of(case)(value), outcome(case, value, is_used)
     shown = f"{case.name}({case.parameter}={expression})"
     if found not in FINE:
         # A function of the user's, called as documented, may raise or return what it likes.
-        is_users = wanted is None and callable(value_of(expression))
+        is_users = wanted is None and callable(value)
         return "" if is_users else f"{shown}: {found}"
     if wanted is True and found != "accepted":
         return f"{shown}: {found}, and must be accepted"
