@@ -29,6 +29,8 @@ def test_dtypes_are_kept_and_none_is_float64(row):
         given = grads if row.any_tree else tree(0, "float32")
         with context():
             updates, state = jax.eval_shape(lambda grads: tx.update(grads, tx.init(grads), grads), given)
-        assert [leaf.dtype for leaf in jax.tree.leaves(updates)] == [leaf.dtype for leaf in jax.tree.leaves(given)], case
+        assert [leaf.dtype for leaf in jax.tree.leaves(updates)] == [leaf.dtype for leaf in jax.tree.leaves(given)], (
+            case
+        )
         kinds = {leaf.dtype for leaf in jax.tree.leaves(state)}
         assert not kinds & {np.dtype(kind) for kind in ("float64", "complex128", "int64")}, case
