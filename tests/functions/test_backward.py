@@ -20,6 +20,7 @@ from tests.support.meshes import AUTO, EXPLICIT, P
 RTOL = 1e-5
 ONE = oc.clip_by_global_norm(1.0)
 NO_TAP = np.zeros(2, np.float32)
+ONES = np.ones(2, np.float32)
 SHAPES = {"kernel": (3, 2), "bias": (2,), "scale": ()}
 
 
@@ -175,7 +176,7 @@ def test_a_transformation_that_widens_is_cast_back():
 
 @jax.jit
 def clipped_to_one(cotangent):
-    return pulled_back(ONE, jnp.ones_like(cotangent), cotangent, tap=jnp.zeros(2))
+    return pulled_back(ONE, jnp.ones_like(cotangent), cotangent, tap=NO_TAP)
 
 
 @pytest.mark.parametrize(
@@ -220,7 +221,7 @@ def test_holes_and_values_alone():
 def test_leaves_without_a_cotangent(rng):
     """They stay, get float0, and count for nothing; the transformation, ours or optax's, sees None."""
     floats = tree(rng)
-    x = floats | {"count": jnp.arange(3), "flag": jnp.array(True), "key": jax.random.key(0), "none": None, "static": 3}
+    x = floats | {"count": np.arange(3), "flag": jnp.array(True), "key": jax.random.key(0), "none": None, "static": 3}
     seen = []
     spy = optax.stateless(lambda updates, params: seen.append((updates, params)) or updates)
     txs = (ONE, optax.clip_by_global_norm(1.0), optax.chain(spy, ONE))
@@ -259,7 +260,7 @@ def test_empty_scalar_and_python_leaves():
 
 def test_relative_to_the_array_itself(rng):
     x, cotangent = tree(rng), tree(rng, scale=10.0)
-    x_with_more, more = x | {"count": jnp.arange(3)}, {"count": np.zeros(3, jax.dtypes.float0)}
+    x_with_more, more = x | {"count": np.arange(3)}, {"count": np.zeros(3, jax.dtypes.float0)}
     expected = fixed.adaptive_grad_clip(wide(cotangent), wide(x), 0.1)
     tx = oc.adaptive_grad_clip(0.1)
     assert_close(pulled_back_at_once(tx, x, cotangent), expected, RTOL)
@@ -307,7 +308,7 @@ def test_under_vmap_each_example_is_clipped_by_itself(rng):
     def all_of(*args):
         each, together = jax.vmap(jax.grad(loss, (0, 3)))(*args), jax.grad(total, (0, 3))(*args)
         # One tap for all examples gets the sum; whole bounds are mapped as well.
-        summed = jax.grad(lambda tap: total(*args[:3], jnp.broadcast_to(tap, (5, 2))))(jnp.zeros(2))
+        summed = jax.grad(lambda tap: total(*args[:3], jnp.broadcast_to(tap, (5, 2))))(NO_TAP)
         return each, together, summed, jax.grad(total)(*args[:2], jnp.arange(5), args[3])
 
     *pairs, summed, whole = all_of(np.ones((5, 3), np.float32), rows, bounds, np.zeros((5, 2), np.float32))
@@ -325,9 +326,9 @@ def test_what_vmap_does_not_map_has_one_cotangent():
     def loss(x, row):
         return jnp.vdot(oc.clip_cotangents(x, ONE), row)
 
-    at_once = jax.jit(jax.grad(lambda x: jnp.sum(jax.vmap(loss, (None, 0))(x, rows))))(jnp.ones(2))
+    at_once = jax.jit(jax.grad(lambda x: jnp.sum(jax.vmap(loss, (None, 0))(x, rows))))(ONES)
     np.testing.assert_allclose(at_once, [0.6, 0.8], rtol=RTOL)  # the sum, clipped
-    each = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(jnp.ones(2), rows)
+    each = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(ONES, rows)
     np.testing.assert_allclose(each, [[1, 0], [0, 1]], rtol=RTOL)
 
 
@@ -548,7 +549,7 @@ def test_forward_mode_raises():
     forward = jax.jacfwd(lambda x: oc.clip_cotangents(x, ONE))
     for call in (jax.jit(forward), forward):
         with pytest.raises(TypeError, match="custom_vjp"):
-            call(np.ones(2, np.float32))
+            call(ONES)
 
 
 # Schedules.
@@ -601,13 +602,13 @@ def test_a_state_is_refused_when_called(tx, words):
     """In the forward pass, before anything is differentiated."""
     for call in (oc.clip_cotangents, jax.jit(oc.clip_cotangents, static_argnums=1)):
         with pytest.raises(ValueError, match=f"clip_cotangents needs a transformation without state.*{words}"):
-            call(jnp.ones(2), tx)
+            call(ONES, tx)
 
 
 @pytest.mark.parametrize("tx", [None, 1.0, oc.clip, "a name"])
 def test_what_is_no_transformation(tx):
     with pytest.raises(ValueError, match="tx must be an optax transformation"):
-        oc.clip_cotangents(jnp.ones(2), tx)
+        oc.clip_cotangents(ONES, tx)
 
 
 @pytest.mark.parametrize(
@@ -615,7 +616,7 @@ def test_what_is_no_transformation(tx):
 )
 def test_what_is_no_tap(tap):
     with pytest.raises(ValueError, match=r"tap must be a float array of shape \(2,\)"):
-        oc.clip_cotangents(jnp.ones(2), ONE, tap=tap)
+        oc.clip_cotangents(ONES, ONE, tap=tap)
 
 
 # The tap.
@@ -640,9 +641,9 @@ def test_taps_of_several_places():
         return jnp.vdot(second, jnp.array([3.0, 4.0]))
 
     zero = jnp.zeros(2)
-    norms = jax.jit(jax.grad(loss, 1))(jnp.ones(2), {"first": zero, "second": zero, "unused": zero})
+    norms = jax.jit(jax.grad(loss, 1))(ONES, {"first": zero, "second": zero, "unused": zero})
     np.testing.assert_allclose([norms["second"], norms["first"], norms["unused"]], [[5, 3], [6, 1], [0, 0]], rtol=RTOL)
-    shared = jax.jit(jax.grad(lambda tap: loss(jnp.ones(2), {"first": tap, "second": tap, "unused": tap})))(zero)
+    shared = jax.jit(jax.grad(lambda tap: loss(ONES, {"first": tap, "second": tap, "unused": tap})))(zero)
     np.testing.assert_allclose(shared, [11, 4], rtol=RTOL)
 
 
@@ -697,7 +698,7 @@ def test_in_shard_map_without_types(rng):
     loss = jax.shard_map(per_device, mesh=AUTO, in_specs=rows, out_specs=P(), check_vma=False)
     np.testing.assert_allclose(jax.jit(jax.grad(loss))(x), by_norm(1.0)(x), rtol=RTOL)
     with pytest.warns(UserWarning, match="finds no split arrays"):
-        on_mesh(AUTO, oc.clip(1.0), P(), check_vma=False)(x, jnp.float32(1.0), jnp.zeros(2))
+        on_mesh(AUTO, oc.clip(1.0), P(), check_vma=False)(x, jnp.float32(1.0), NO_TAP)
 
 
 def test_a_scan_with_the_gradient_inside_shard_map(rng):
@@ -749,7 +750,7 @@ def test_one_trace():
         )(x, tap)
 
     for bound in (1.0, 2.0, 3.0):
-        clipped, _ = gradient(jnp.full(4, bound), bound, jnp.zeros(2))
+        clipped, _ = gradient(jnp.full(4, bound), bound, NO_TAP)
         np.testing.assert_allclose(np.linalg.norm(clipped), bound, rtol=RTOL)
     chex.clear_trace_counter()
 
@@ -774,8 +775,9 @@ def by_hand(tx):
     return clip
 
 
-@pytest.mark.parametrize(("params", "rows"), [({"in": jnp.ones((3, 4)), "out": jnp.ones((4, 2))}, jnp.ones((5, 3)))])
-def test_without_a_tap_there_is_nothing_but_the_transformation(params, rows):
+def test_without_a_tap_there_is_nothing_but_the_transformation():
+    params, rows = {"in": np.ones((3, 4), np.float32), "out": np.ones((4, 2), np.float32)}, np.ones((5, 3), np.float32)
+
     def ours(tx):
         return lambda x: oc.clip_cotangents(x, tx)
 
