@@ -71,10 +71,6 @@ METHODS = {
     ),
     "clip_by_leaf_norm": (oc.clip_by_leaf_norm, lambda g, w, c: fixed.clip_by_leaf_norm(g, c)),
     "clip_by_block_rms": (oc.clip_by_block_rms, lambda g, w, c: fixed.clip_by_block_rms(g, c)),
-    "clip_by_norm_range, down": (
-        lambda c: oc.clip_by_norm_range(c / 4, c),
-        lambda g, w, c: fixed.clip_by_norm_range(g, c / 4, c),
-    ),
     "clip_by_norm_range, up": (
         lambda c: oc.clip_by_norm_range(16 * c, 32 * c),
         lambda g, w, c: fixed.clip_by_norm_range(g, 16 * c, 32 * c),
@@ -86,10 +82,6 @@ METHODS = {
     "adaptive_grad_clip, io": (
         oc.adaptive_grad_clip,
         fixed.adaptive_grad_clip,
-    ),
-    "adaptive_grad_clip, oi": (
-        lambda c: oc.adaptive_grad_clip(c, units="oi"),
-        lambda g, w, c: fixed.adaptive_grad_clip(g, w, c, units="oi"),
     ),
     "clippy": (lambda c: contrib.clippy(c, c / 8), lambda g, w, c: fixed.clippy(g, w, c, c / 8)),
 }

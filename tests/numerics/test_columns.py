@@ -22,13 +22,15 @@ def clipped(x, **options):
 @pytest.mark.parametrize("mesh", [AUTO, EXPLICIT], ids=["auto", "explicit"])
 def test_on_a_mesh(rng, mesh):
     x = rng.normal(size=(8, MANY)).astype(np.float32)
-    expected = jax.jit(functools.partial(clipped, units="io"))(x)
+    specs = (PartitionSpec("data"), PartitionSpec(None, "data"), PartitionSpec())
+    clipped_columns = functools.partial(clipped, units="io")
     with jax.set_mesh(mesh):
-        for spec in (PartitionSpec("data"), PartitionSpec(None, "data"), PartitionSpec()):
-            split = jax.device_put(x, NamedSharding(mesh, spec))
-            found = jax.jit(functools.partial(clipped, units="io"))(split)
-            np.testing.assert_allclose(found, expected, rtol=1e-6, err_msg=str(spec))
-            assert found.sharding.is_equivalent_to(split.sharding, 2)
+        given = [jax.device_put(x, NamedSharding(mesh, spec)) for spec in specs]
+        found_of_each = jax.jit(lambda given: list(map(clipped_columns, given)))(given)
+    expected = jax.jit(clipped_columns)(x)
+    for found, split, spec in zip(found_of_each, given, specs, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-6, err_msg=str(spec))
+        assert found.sharding.is_equivalent_to(split.sharding, 2)
 
 
 def test_in_shard_map(rng):

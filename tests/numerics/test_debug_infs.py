@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import Literal
 
 import optaxclip as oc
 from optaxclip import thresholds
@@ -46,37 +47,70 @@ def infinities_are_errors():
     jax.config.update("jax_debug_infs", False)
 
 
-def limits(makes, ones, transform=lambda step: step):
-    """Norms of several sizes, one after another, for each of these thresholds; `ones` are norms of 1."""
-    made = {name: make() for name, make in makes.items()}
+def run_and_record(jaxpr, consts, given, seen):
+    """What a jaxpr returns. What each of its operations gave joins `seen`."""
+    values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *given], strict=True))
 
+    def read(variable):
+        return variable.val if isinstance(variable, Literal) else values[variable]
+
+    for eqn in jaxpr.eqns:
+        inputs = list(map(read, eqn.invars))
+        if eqn.primitive.name == "custom_jvp_call":
+            results = run_and_record(eqn.params["call_jaxpr"].jaxpr, eqn.params["call_jaxpr"].consts, inputs, seen)
+        else:
+            results = eqn.primitive.bind(*inputs, **eqn.params)
+            results = results if eqn.primitive.multiple_results else [results]
+            seen += results
+        values.update(zip(eqn.outvars, results, strict=True))
+    return list(map(read, jaxpr.outvars))
+
+
+def with_every_result(fun):
+    """The function, which also returns what each operation gave: jax looks at these where nothing is jitted.
+
+    As there, it is the results alone of what is jitted in the library. Jitted, all of this is one program; eagerly,
+    each operation is one.
+    """
+
+    def run(*args):
+        jaxpr, shapes = jax.make_jaxpr(fun, return_shape=True)(*args)
+        seen = []
+        returned = run_and_record(jaxpr.jaxpr, jaxpr.consts, jax.tree.leaves(args), seen)
+        return jax.tree.unflatten(jax.tree.structure(shapes), returned), seen
+
+    return run
+
+
+def assert_no_infinity(seen, name):
+    assert not any(np.any(np.isinf(x)) for x in seen if jnp.issubdtype(x.dtype, jnp.inexact)), name
+
+
+def test_no_threshold_makes_one():
+    """In no operation, on norms of several sizes in turn, of two groups."""
+    made = {name: make() for name, make in THRESHOLDS.items()}
+
+    def limit(name):
+        def step(norms, state):
+            (_, upper), state = made[name].limit(norms, state, lambda: norms)
+            return upper, state
+
+        return with_every_result(step)
+
+    @jax.jit
     def step(norms, states):
-        found = {name: threshold.limit(norms, states[name], lambda: norms) for name, threshold in made.items()}
-        return {name: upper for name, ((_, upper), _) in found.items()}, {name: one for name, (_, one) in found.items()}
+        return {name: limit(name)(norms, states[name]) for name in made}
 
-    step = transform(step)
-    states = {name: threshold.init(ones) for name, threshold in made.items()}
+    states = {name: threshold.init([np.float32(1)] * 2) for name, threshold in made.items()}
     for size in np.float32([1.0, 2.0, 0.0, 3.0, 1e30, 1e-30]):
-        norms = jax.tree.unflatten(jax.tree.structure(ones), [jnp.asarray(size), jnp.asarray(2 * size)][: len(ones)])
-        uppers, states = step(norms, states)
-        for name in made:
-            assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((uppers[name], states[name]))), name
+        found = jax.device_get(step([size, 2 * size], states))
+        for name, ((upper, states[name]), seen) in found.items():
+            assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((upper, states[name]))), name
+            assert_no_infinity(seen, name)
 
 
-@pytest.mark.usefixtures("infinities_are_errors")
-@pytest.mark.parametrize("name", THRESHOLDS)
-def test_no_threshold_makes_one_eagerly(name):
-    """Of one group: most operations are those of `test_no_transformation_makes_one_eagerly`, compiled once for both."""
-    limits({name: THRESHOLDS[name]}, [jnp.float32(1)])
-
-
-@pytest.mark.usefixtures("infinities_are_errors")
-def test_no_threshold_makes_one_under_jit():
-    limits(THRESHOLDS, [jnp.float32(1)] * 2, jax.jit)
-
-
-# One of each kind: eagerly every operation is a program of its own, and is checked.
-EAGERLY = (
+# One of each kind.
+IN_EVERY_OPERATION = (
     "clip_by_value",
     "clip_by_global_norm",
     "clip_by_leaf_norm",
@@ -87,7 +121,19 @@ EAGERLY = (
     "skip_spikes",
     "with_carry",
 )
+# Another norm, bound or window of a row that is there: of no other dtype, and in no other place of the record.
+VARIANTS = {
+    "clip_by_global_norm-p1",
+    "clip_by_global_norm-scheduled",
+    "adaptive_grad_clip-oi",
+    "adaptive_grad_clip-leaf-scheduled",
+    "adaptive_grad_clip-scheduled-recorded",
+    "clip_by_leaf_norm-stacked",
+    "zclip-scheduled-recorded",
+    "clip_by_global_norm-recorded",  # all of them have a record here
+}
 BY_NAME = {row.name: row for row in ROWS}
+WEIGHTS = params("float32")
 
 
 def recorded(row):
@@ -95,13 +141,8 @@ def recorded(row):
     return row.factory(*row.args, **{**row.kwargs, **({"record": 3} if takes_record(row) else {})})
 
 
-WEIGHTS = params("float32")
-
-
-def steps(update, state, scales):
-    for seed, scale in enumerate(scales):
-        updates, state = update(tree(seed, "float32", scale), state, WEIGHTS)
-        assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((updates, state)))
+def all_finite(tree):
+    return all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(tree))
 
 
 @pytest.mark.usefixtures("infinities_are_errors")
@@ -111,17 +152,28 @@ def test_no_transformation_makes_one_under_jit(part):
 
     The others are in `tests/conformance/test_several_steps.py`: of what is jitted jax checks the results alone.
     """
-    # A record is given to all of them, so that the row which is another with a record is there already.
-    rows = [row for row in ROWS if takes_record(row) and row.name != "clip_by_global_norm-recorded"]
+    rows = [row for row in ROWS if takes_record(row) and row.name not in VARIANTS]
     tx = together({row.name: recorded(row) for row in rows[part::2]})
-    steps(jax.jit(tx.update), jax.jit(tx.init)(WEIGHTS), (1.0, 2.0, 0.0, 3.0, 1e-3))
+    step, state = jax.jit(tx.update), jax.jit(tx.init)(WEIGHTS)
+    for seed, scale in enumerate((1.0, 2.0, 0.0, 3.0, 1e-3)):
+        updates, state = step(tree(seed, "float32", scale), state, WEIGHTS)
+        assert all_finite((updates, state))
 
 
-@pytest.mark.usefixtures("infinities_are_errors")
-@pytest.mark.parametrize("name", EAGERLY)
-def test_no_transformation_makes_one_eagerly(name):
-    tx = recorded(BY_NAME[name])
-    steps(tx.update, tx.init(WEIGHTS), (1.0, 0.0))
+def test_no_transformation_makes_one_in_any_operation():
+    made = {name: recorded(BY_NAME[name]) for name in IN_EVERY_OPERATION}
+    steps = {name: with_every_result(tx.update) for name, tx in made.items()}
+
+    @jax.jit
+    def step(updates, states):
+        return {name: steps[name](updates, states[name], WEIGHTS) for name in made}
+
+    states = jax.jit(lambda: {name: tx.init(WEIGHTS) for name, tx in made.items()})()
+    for seed, scale in enumerate((1.0, 0.0)):
+        found = jax.device_get(step(tree(seed, "float32", scale), states))
+        for name, ((updates, states[name]), seen) in found.items():
+            assert all_finite((updates, states[name])), name
+            assert_no_infinity(seen, name)
 
 
 @pytest.mark.usefixtures("infinities_are_errors")

@@ -5,7 +5,6 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from jax.sharding import PartitionSpec as P
 
 from optaxclip._arrays import groups, layouts
@@ -26,30 +25,29 @@ def same(one, other):
         np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
-def test_it_is_the_function_of_every_row(compiled):
+def test_it_is_the_function_of_every_row():
     """Of float32 and float64, numbers and arrays, with numbers, arrays and None beside them, in any order."""
     with jax.enable_x64(True):
-        numbers = [np.float32(3), np.float64(4), np.arange(3, dtype=np.float32), np.asarray(5).astype(jnp.bfloat16)]
-        entries = [jnp.asarray(number) for number in numbers]
+        entries = [np.float32(3), np.float64(4), np.arange(3, dtype=np.float32), np.asarray(5).astype(jnp.bfloat16)]
         others = [None, 2, 4.5, jnp.float32(3.5), jnp.float64(1), np.float32(8)]
         rows = [
-            (entry, other, jnp.bool_(i % 3))
+            (jnp.asarray(entry), other, np.bool_(i % 3))
             for i, (other, entry) in enumerate([*itertools.product(others, entries)] * 2)
         ]
-
-        def in_one_go(first, flags):
-            return groups.vectorized(combined, first, [other for _, other, _ in rows], flags)
-
-        first, _, flags = zip(*rows, strict=True)
-        found = (jax.jit(in_one_go) if compiled else in_one_go)(first, flags)
+        first, others, flags = zip(*rows, strict=True)
 
         @jax.jit
-        def one_by_one(first, flags):
-            return [combined(*row) for row in zip(first, (other for _, other, _ in rows), flags, strict=True)]
+        def both(first, flags):
+            one_by_one = [combined(*row) for row in zip(first, others, flags, strict=True)]
+            return one_by_one, groups.vectorized(combined, first, others, flags)
 
-        for expected, result in zip(one_by_one(first, flags), found, strict=True):
-            same(result, expected)
+        expected, found = both(first, flags)
+        for one, other in zip(expected, found, strict=True):
+            same(one, other)
+        # Without jit, where each operation on each dtype is a program, of the first dtype.
+        eagerly = groups.vectorized(combined, first[::4], others[::4], list(map(jnp.asarray, flags[::4])))
+        for one, other in zip(expected[::4], eagerly, strict=True):
+            same(one, other)
 
 
 def test_numbers_of_a_kind_are_taken_in_one_vector():

@@ -9,6 +9,7 @@ import pytest
 import optaxclip as oc
 from optaxclip import contrib
 from tests.reference.trees import assert_same_bits, update
+from tests.support.driving import together
 from tests.support.public import public
 from tests.table import NARROW, REFUSED
 
@@ -119,10 +120,9 @@ def test_an_average_of_narrow_floats_is_float32_unless_said_otherwise(name):
     assert {x.dtype for x in jax.tree.leaves(state)} <= {jnp.dtype("float32"), jnp.dtype("int32")}
 
 
-@pytest.mark.parametrize("name", WITH_STATE)
-def test_a_state_of_16_bits_stays_finite(name):
+def test_a_state_of_16_bits_stays_finite():
     """Gradients past its range, and so small that one of two averages rounds to 0 and not the other."""
-    tx = WITH_STATE[name](jnp.float16)
+    tx = together({name: make(jnp.float16) for name, make in WITH_STATE.items()})
     params = {"wide": np.ones(3, np.float32), "narrow": np.ones(3).astype(jnp.float8_e4m3fn)}
     step, state = jax.jit(tx.update), tx.init(params)
     for size in (0.0195, 0.0, 1e8, 0.0, 1e-3):
@@ -131,14 +131,15 @@ def test_a_state_of_16_bits_stays_finite(name):
             "narrow": np.full(3, min(size, 448.0), np.float32).astype(jnp.float8_e4m3fn),
         }
         out, state = step(g, state, params)
-        assert all(np.all(np.isfinite(wide(x))) for x in jax.tree.leaves((out, state)))
+        for name in WITH_STATE:
+            assert all(np.all(np.isfinite(wide(x))) for x in jax.tree.leaves((out[name], state[name]))), (name, size)
 
 
-@pytest.mark.parametrize("dtype", [*NARROW, *REFUSED], ids=str)
 @pytest.mark.parametrize("name", WITH_STATE)
-def test_a_state_of_fewer_than_16_bits_is_refused(name, dtype):
-    with pytest.raises(ValueError, match=r"state_dtype must be .*16 bits"):
-        WITH_STATE[name](dtype)
+def test_a_state_of_fewer_than_16_bits_is_refused(name):
+    for dtype in (*NARROW, *REFUSED):
+        with pytest.raises(ValueError, match=r"state_dtype must be .*16 bits"):
+            WITH_STATE[name](dtype)
 
 
 def test_a_state_beside_complex_parameters_is_complex_whatever_its_dtype():
@@ -216,24 +217,24 @@ FACTORIES = {
 @pytest.mark.parametrize("name", FACTORIES)
 def test_hyperparameters_of_narrow_models_are_widened(name):
     tx = optax.inject_hyperparams(public(name), static_args=FACTORIES[name])()
-    for dtype in (jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.bfloat16):
+    for dtype in (jnp.float8_e4m3fn, jnp.bfloat16):
         params = {"a": jnp.ones((2, 3), dtype)}
         updates, _ = jax.eval_shape(lambda g, tx=tx: tx.update(g, tx.init(g), g), params)
         assert updates["a"].dtype == dtype
 
 
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.int8, jnp.float32], ids=lambda x: x.__name__)
-def test_a_percentile_of_a_narrow_dtype_is_that_percentile(dtype):
+def test_a_percentile_of_a_narrow_dtype_is_that_percentile():
     """In float16 95 * 1000 is inf, and in int8 it wraps around."""
-    norms = jnp.float32([*np.arange(1.0, 1000.0), 1e4])
+    norms = np.float32([*np.arange(1.0, 1000.0), 1e4])
 
-    @jax.jit
     def last(percentile):
         tx = contrib.percentile_clip(percentile, window=1000)
         step = lambda state, norm: tx.update(norm[None], state)[::-1]  # noqa: E731
         return jax.lax.scan(step, tx.init(norms[:1]), norms)[1][-1, 0]
 
-    assert float(last(jnp.asarray(95, dtype))) == 951.0
+    percentiles = [np.asarray(95).astype(dtype) for dtype in (jnp.float16, jnp.bfloat16, jnp.int8, jnp.float32)]
+    found = jax.jit(lambda percentiles: list(map(last, percentiles)))(percentiles)
+    assert list(map(float, found)) == [951.0] * 4
 
 
 def test_a_decay_that_rounds_to_1_still_lets_the_average_move():

@@ -17,7 +17,6 @@ NORMS = {
     "global": norms.global_norm(),
     "global, 1": norms.global_norm(1),
     "global, inf": norms.global_norm(math.inf),
-    "group": norms.group_norm(lambda path: path),
     "group, inf": norms.group_norm({"w": "w", "b": "other", "s": "other"}, math.inf),
     "leaf": norms.leaf_norm(),
     "leaf, 3": norms.leaf_norm(3),
@@ -29,7 +28,6 @@ NORMS = {
     "spectral": norms.spectral_norm(),
     "spectral, oi, stacked": norms.spectral_norm(units="oi", stacked={"w": 1, "b": 0, "s": 0}),
     "units": norms.unit_norm("io"),
-    "units, oi": norms.unit_norm("oi"),
     "relative": norms.relative_change(0.5, 0.1),
 }
 BAD = [np.nan, np.inf, -np.inf]
@@ -59,7 +57,6 @@ def judged(grads, params):
     return {name: is_finite(norm)(grads, params) for name, norm in NORMS.items()}
 
 
-@functools.cache
 def verdicts_on_bad_and_good(dtype):
     """Of every norm: (what was not finite, whether that was judged finite), and the same of numbers that were."""
     params = tree("float32") if dtype == "bfloat16" else tree(dtype)
@@ -77,11 +74,11 @@ def verdicts_on_bad_and_good(dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "complex64"])
-@pytest.mark.parametrize("name", NORMS)
-def test_one_entry_that_is_not_finite(name, dtype):
+def test_one_entry_that_is_not_finite(dtype):
     bad, good = verdicts_on_bad_and_good(dtype)
-    assert [case for case, found in bad.items() if found[name]] == []
-    assert [case for case, found in good.items() if not found[name]] == []
+    for name in NORMS:
+        assert [case for case, found in bad.items() if found[name]] == [], name
+        assert [case for case, found in good.items() if not found[name]] == [], name
 
 
 def test_on_all_devices_alike():

@@ -1,27 +1,36 @@
-"""Under strict dtype promotion: weakly typed leaves, and leaves of several dtypes beside each other."""
+"""Which dtypes come out: of weakly typed leaves and of leaves of several dtypes, and where float64 is allowed."""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from tests.table import ROWS
+from tests.table import ROWS, tree
 
-pytestmark = pytest.mark.usefixtures("strict_promotion")
+SHAPES = {"a": (2, 3), "b": (3,), "c": (2,), "d": (2, 3)}
+DTYPES = {"a": jnp.bfloat16, "b": jnp.float32, "c": jnp.float16, "d": jnp.complex64}
+MIXED = {name: jax.ShapeDtypeStruct(SHAPES[name], DTYPES[name]) for name in SHAPES}
+WEAK = {name: jax.ShapeDtypeStruct(SHAPES[name], jnp.float32, weak_type=True) for name in "ab"}
+PLAIN = {name: jax.ShapeDtypeStruct(SHAPES[name], jnp.float32) for name in "ab"}
 
-TREES = {
-    "weak": {"a": jnp.full((2, 3), 2.0), "b": jnp.full(3, 0.5)},
-    "mixed": {
-        "a": jnp.ones((2, 3), jnp.bfloat16),
-        "b": jnp.ones(3),
-        "c": jnp.ones(2, jnp.float16),
-        "d": jnp.ones((2, 3), jnp.complex64),
-    },
+
+CASES = {
+    "mixed": (lambda: jax.numpy_dtype_promotion("strict"), MIXED),
+    "weak": (lambda: jax.numpy_dtype_promotion("strict"), WEAK),
+    "x64": (lambda: jax.enable_x64(True), PLAIN),
 }
 
 
-@pytest.mark.parametrize("tree", TREES)
-@pytest.mark.parametrize("row", [row for row in ROWS if row.any_tree], ids=lambda row: row.name)
-def test_dtypes_are_kept(row, tree):
-    grads, tx = TREES[tree], row.make()
-    updates, _ = jax.eval_shape(lambda grads: tx.update(grads, tx.init(grads), grads), grads)
-    assert {path: leaf.dtype for path, leaf in updates.items()} == {path: leaf.dtype for path, leaf in grads.items()}
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_dtypes_are_kept_and_none_is_float64(row):
+    """Sums take float64 in any case: it stays inside."""
+    tx = row.make()
+    for case, (context, grads) in CASES.items():
+        given = grads if row.any_tree else tree(0, "float32")
+        with context():
+            updates, state = jax.eval_shape(lambda grads: tx.update(grads, tx.init(grads), grads), given)
+        assert [leaf.dtype for leaf in jax.tree.leaves(updates)] == [leaf.dtype for leaf in jax.tree.leaves(given)], (
+            case
+        )
+        kinds = {leaf.dtype for leaf in jax.tree.leaves(state)}
+        assert not kinds & {np.dtype(kind) for kind in ("float64", "complex128", "int64")}, case

@@ -150,13 +150,8 @@ INNER = {
 
 # What is put around each, and what that makes of its band.
 OUTER = {
-    "twice": (lambda t: thresholds.times(2.0, t), lambda low, high: (2 * low, 2 * high)),
     "half": (lambda t: thresholds.times(0.5, t), lambda low, high: (low / 2, high / 2)),
     "floor": (lambda t: thresholds.at_least(1.0, t), lambda low, high: (low, np.maximum(high, 1.0))),
-    "cap": (
-        lambda t: thresholds.chain(t, thresholds.constant(1.0)),
-        lambda low, high: (low, np.minimum(high, 1.0)),
-    ),
     "floor and cap": (
         lambda t: thresholds.chain(thresholds.at_least(0.9, t), thresholds.constant(1.0)),
         lambda low, high: (low, np.clip(high, 0.9, 1.0)),
@@ -187,9 +182,9 @@ def test_around_every_threshold(rng, name):
                 judged = core.permit(threshold, {"0": n}, as_state(outer, state), lambda: PARAM_NORMS)
                 after[outer], limits[outer] = scaling.rescale(n, judged.factors["0"]), judged.limits["0"]
                 states[outer] = judged.state
-            return states["twice"], (after, limits, states)
+            return states["half"], (after, limits, states)
 
-        return jax.lax.scan(step, made["twice"].init(PARAM_NORMS), numbers)
+        return jax.lax.scan(step, made["half"].init(PARAM_NORMS), numbers)
 
     _, (after, limits, states) = jax.device_get(run(np.float32(numbers)))
     low, high = inner.band(numbers)
@@ -200,7 +195,7 @@ def test_around_every_threshold(rng, name):
         np.testing.assert_allclose(after[outer], permitted, rtol=3e-5, err_msg=outer)
         np.testing.assert_allclose(limits[outer][counts], np.minimum(upper, LARGEST)[counts], rtol=3e-5, err_msg=outer)
         # What is inside goes its own way, whatever is around it.
-        trees.assert_same_bits(states[outer], as_state(outer, states["twice"]))
+        trees.assert_same_bits(states[outer], as_state(outer, states["half"]))
 
 
 def test_a_chain_of_every_two(rng):
@@ -283,7 +278,7 @@ ENDS = [
 
 @pytest.mark.parametrize(("threshold", "norm", "permitted"), ENDS, ids=[str(number) for number in range(len(ENDS))])
 def test_at_the_ends_of_the_range(threshold, norm, permitted):
-    updates, tx = jnp.array([norm], jnp.float32), clip_by(norms.leaf_norm(), threshold())
+    updates, tx = np.float32([norm]), clip_by(norms.leaf_norm(), threshold())
     with jax.debug_infs(True):
         clipped, _ = tx.update(updates, tx.init(updates))
     np.testing.assert_allclose(clipped, [permitted], rtol=1e-5)
@@ -291,18 +286,24 @@ def test_at_the_ends_of_the_range(threshold, norm, permitted):
 
 def test_the_numbers_may_be_those_of_every_bound(rng):
     """A pytree per leaf, None in one, and a schedule, beside whose count the state of the other stays as it is."""
-    updates = {"a": jnp.array([8.0]), "b": jnp.array([8.0]), "c": jnp.array([8.0], jnp.bfloat16)}
     each = {"a": 2.0, "b": None, "c": jnp.float32(0.5)}
-    for threshold, permitted in (
+    cases = (
         (thresholds.times(each, thresholds.constant(1.0)), (2.0, 8.0, 0.5)),
         (thresholds.at_least(each, thresholds.constant(1.0)), (2.0, 1.0, 1.0)),
         (thresholds.times({"a": lambda step: 1.0 + step, "b": 1.0, "c": 1.0}, thresholds.constant(1.0)), (2.0, 1, 1)),
         (thresholds.at_least(lambda step: 2.0 + step, thresholds.constant(1.0)), (3.0, 3.0, 3.0)),
-    ):
-        tx = clip_by(norms.leaf_norm(), threshold)
-        _, state = tx.update(updates, tx.init(updates))
-        clipped, _ = tx.update(updates, state)
-        np.testing.assert_allclose([float(leaf[0]) for leaf in clipped.values()], permitted, rtol=1e-5)
+    )
+
+    @jax.jit
+    def second_steps(updates):
+        txs = [clip_by(norms.leaf_norm(), threshold) for threshold, _ in cases]
+        return [tx.update(updates, tx.update(updates, tx.init(updates))[1])[0] for tx in txs]
+
+    eight = np.full(1, 8, np.float32)
+    found = second_steps({"a": eight, "b": eight, "c": eight.astype(jnp.bfloat16)})
+    for number, (clipped, (_, permitted)) in enumerate(zip(found, cases, strict=True)):
+        ours = [float(leaf[0]) for leaf in jax.device_get(clipped).values()]
+        np.testing.assert_allclose(ours, permitted, rtol=1e-5, err_msg=str(number))
 
 
 def test_no_leaves_are_no_groups():
@@ -323,13 +324,15 @@ def test_a_state_of_another_threshold_is_refused():
 
 @pytest.mark.parametrize("outer", ["half", "floor"])
 def test_records_and_migrations_find_the_state_inside(rng, outer):
-    numbers = jnp.asarray(sequences.lognormal(rng, 12), jnp.float32)
+    one = np.ones(1, np.float32)
     plain, composed = (clip_by(norms.global_norm(), made, record=2) for made in (history(), OUTER[outer][0](history())))
-    state = plain.init(jnp.ones(1))
-    step = jax.jit(plain.update)
-    for n in numbers:
-        _, state = step(n[None], state)
-    migrated = oc.migrate(composed, jnp.ones(1), state).state
+
+    @jax.jit
+    def run(numbers):
+        return jax.lax.scan(lambda state, n: (plain.update(n[None], state)[1], None), plain.init(one), numbers)[0]
+
+    state = run(np.float32(sequences.lognormal(rng, 12)))
+    migrated = oc.migrate(composed, one, state).state
     trees.assert_same_bits(migrated.threshold_state, state.threshold_state)
     mean = float(np.mean(state.threshold_state.window_norms))
     assert clip_stats(migrated)["threshold_mean"] == pytest.approx(mean, rel=1e-6)
@@ -340,9 +343,10 @@ def test_losses():
     assert thresholds.times(2.0, history()).signed is None
     assert thresholds.at_least(1.0, thresholds.growth()).signed is None
     tx = oc.skip_spikes(optax.identity(), thresholds.constant(INF), loss_threshold=thresholds.at_least(5.0, history()))
-    state, step, skipped = tx.init(jnp.ones(1)), jax.jit(tx.update), []
+    one = np.ones(1, np.float32)
+    state, step, skipped = tx.init(one), jax.jit(tx.update), []
     for loss in (*[-3.0, -3.5] * 4, 4.9, 5.1, -3.0):
-        updates, state = step(jnp.ones(1), state, value=loss)
+        updates, state = step(one, state, value=loss)
         skipped.append(float(updates[0]) == 0)
     np.testing.assert_array_equal(np.flatnonzero(skipped), [9])
 
@@ -350,9 +354,9 @@ def test_losses():
 # The published clip that is one of these.
 
 
-@pytest.mark.parametrize("period", [100, 20])
-def test_the_clip_of_icefall(rng, period):
+def test_the_clip_of_icefall(rng):
     """It sets its threshold once per period; ours, at every step, is the same in these steps."""
+    period = 100
     numbers = sequences.training(rng, 5 * period)
     recent = thresholds.order_statistic(100 * (2 * (period // 4)) / period, window=period)
     tx = clip_by(norms.global_norm(), thresholds.times(2.0, recent), record=True)

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import optaxclip as oc
 from optaxclip import Norm, Threshold, clip_by, norms, thresholds
+from tests.support.driving import together
 
 # The largest modulus of each leaf, on all devices; a NaN in it is told by an infinite norm.
 
@@ -131,12 +132,14 @@ def test_so_are_those_of_the_library(make):
 
 
 def test_it_goes_with_every_threshold_and_in_every_place():
-    for threshold in (thresholds.zscore(), thresholds.quantile(0.5, window=4), record_high(1.5)):
-        updates, state = run(clip_by(LEAF_MAX, threshold, record=2), *[GRADS] * 3)
-        assert oc.clip_stats(state)["clip_norm"] == 4.0
-        np.testing.assert_array_equal(updates["a"], GRADS["a"])
+    made = {"zscore": thresholds.zscore(), "quantile": thresholds.quantile(0.5, window=4), "mine": record_high(1.5)}
+    clips = together({name: clip_by(LEAF_MAX, threshold, record=2) for name, threshold in made.items()})
+    updates, states = run(clips, *[GRADS] * 3)
+    for name in made:
+        assert oc.clip_stats(states[name])["clip_norm"] == 4.0
+        np.testing.assert_array_equal(updates[name]["a"], GRADS["a"])
     tx = oc.skip_spikes(optax.sgd(1.0), record_high(1.5), norm=LEAF_MAX)
-    spike = jax.tree.map(lambda leaf: 100 * leaf, GRADS)
+    spike = jax.tree.map(lambda leaf: 100 * np.asarray(leaf), GRADS)
     _, state = run(tx, GRADS, spike, GRADS)
     assert oc.clip_stats(state)["skipped_norm"] == 1
 

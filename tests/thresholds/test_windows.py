@@ -13,7 +13,9 @@ from tests.support.driving import together
 
 OLD = np.random.default_rng(0).lognormal(size=(14, 2)).astype(np.float32)
 NEW = np.random.default_rng(1).lognormal(size=(9, 2)).astype(np.float32)
-LENGTHS = [(5, 8), (8, 5), (20, 8), (8, 20)]  # the window before and after; 14 norms do not fill 20
+# The window before and after, and how many norms there were: a ring that is full, and ones with places left before and
+# after the cut.
+LENGTHS = [(5, 8, 14), (8, 5, 14), (8, 5, 3), (5, 8, 3)]
 
 THRESHOLDS = {
     "quantile": lambda window: thresholds.quantile(0.3, window=window),
@@ -67,16 +69,16 @@ def restored(state, target, folder):
         return checkpointer.restore(folder / "state", target=target, strict=False)
 
 
-@pytest.mark.parametrize(("before", "after"), LENGTHS)
-def test_a_window_of_another_length(before, after, tmp_path):
+@pytest.mark.parametrize(("before", "after", "steps"), LENGTHS)
+def test_a_window_of_another_length(before, after, steps, tmp_path):
     old, new = clips(before), clips(after)
-    _, states = followed(old, OLD)
+    _, states = followed(old, OLD[:steps])
     states = restored(states, new.init(ZEROS), tmp_path)
     outs, _ = followed(new, NEW, states)
     for name, state in states.items():
         rings = np.array(jax.tree.leaves(state)[0], np.float64)
         assert rings.shape == (2, after)
-        seen, right = len(OLD), []
+        seen, right = steps, []
         for i, row in enumerate(NEW.astype(np.float64)):
             limits, rows = zip(
                 *(bound(name, ring, norm, (seen + i) % after, after) for ring, norm in zip(rings, row, strict=True)),

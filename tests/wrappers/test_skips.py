@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 import optaxclip as oc
 from optaxclip import clip_stats, norms, thresholds
 from tests.reference.trees import assert_same_bits, stack
+from tests.support.driving import together
 from tests.support.marks import slow_but
 
 PARAMS = {"w": np.linspace(-1, 1, 6, dtype=np.float32).reshape(3, 2), "b": np.ones(3, np.float32), "s": np.float32(2.0)}
@@ -210,22 +211,25 @@ def test_a_step_that_is_taken_is_that_of_inner_to_the_last_place_whatever_xla_ma
 
 
 @pytest.mark.parametrize("wrapper", slow_but(WRAPPERS, "nonfinite"))
-@pytest.mark.parametrize(
-    ("gradient", "parameter"), [("bfloat16", "float32"), ("float32", "bfloat16"), ("float16", "float16")]
-)
-def test_zeros_come_in_the_dtypes_that_inner_returns(gradient, parameter, wrapper):
+def test_zeros_come_in_the_dtypes_that_inner_returns(wrapper):
     inners = (optax.adam(1e-2), optax.sgd(0.1, momentum=0.9, accumulator_dtype="float32"), optax.scale(0.5))
-    wrapped, weights = [WRAPPERS[wrapper](inner) for inner in inners], params(parameter)
+    dtypes = [("bfloat16", "float32"), ("float32", "bfloat16"), ("float16", "float16")]  # of gradients and parameters
+    cases = [(WRAPPERS[wrapper](inner), inner, *pair) for inner in inners for pair in dtypes]
 
-    @jax.jit
     def step(updates, states):
-        return [tx.update(updates, state, weights) for tx, state in zip(wrapped, states, strict=True)]
+        return [
+            tx.update(updates[dtype], state, params(of_params))
+            for (tx, _, dtype, of_params), state in zip(cases, states, strict=True)
+        ]
 
     # An update of 16-bit gradients may give the state another dtype once; that is inner's own.
-    first = step(grads(0, gradient), jax.jit(lambda: [tx.init(weights) for tx in wrapped])())
-    second = step(bad(1, np.nan, gradient), [state for _, state in first])
-    for inner, (_, state), (out, after) in zip(inners, first, second, strict=True):
-        expected = jax.eval_shape(inner.update, grads(0, gradient), jax.eval_shape(inner.init, weights), weights)[0]
+    good = {dtype: grads(0, dtype) for dtype, _ in dtypes}
+    poor = {dtype: bad(1, np.nan, dtype) for dtype, _ in dtypes}
+    first = jax.jit(lambda updates: step(updates, [tx.init(params(of_params)) for tx, *_, of_params in cases]))(good)
+    second = jax.jit(step)(poor, [state for _, state in first])
+    for (_, inner, dtype, of_params), (_, state), (out, after) in zip(cases, first, second, strict=True):
+        weights = params(of_params)
+        expected = jax.eval_shape(inner.update, good[dtype], jax.eval_shape(inner.init, weights), weights)[0]
         chex.assert_trees_all_equal_shapes_and_dtypes(out, expected)
         assert_same_bits(out, zeros(out))
         assert_same_bits(after.inner_state, state.inner_state)
@@ -277,6 +281,7 @@ def test_a_gradient_that_is_missing_reaches_inner_as_none():
 # Where the step runs.
 
 
+@functools.cache  # one object, so that it is compiled once
 def adam_that_skips():
     return oc.skip_spikes(
         optax.chain(oc.clip_by_global_norm(1.0), optax.adam(1e-2)), thresholds.mean_std(6.0, window=8, warmup_steps=4)
@@ -340,9 +345,9 @@ def test_a_donated_state_is_written_in_place():
         return program.memory_analysis().temp_size_in_bytes
 
     adam = optax.adam(1e-2)
-    for inner in (adam, optax.chain(oc.clip_by_global_norm(1.0), adam)):
-        assert temporary(oc.skip_nonfinite(inner)) < 0.05 * gradients
-        assert temporary(oc.skip_spikes(inner, thresholds.mean_std(6.0))) < 0.05 * gradients
+    clip = oc.clip_by_global_norm(1.0)
+    assert temporary(oc.skip_nonfinite(adam)) < 0.05 * gradients
+    assert temporary(oc.skip_spikes(optax.chain(clip, adam), thresholds.mean_std(6.0))) < 0.05 * gradients
     assert temporary(optax.apply_if_finite(adam, 5)) > 0.5 * gradients
 
 
@@ -619,6 +624,12 @@ def of_any_sign(rng, losses):
     return np.where(rng.random(len(losses)) < 1 / 3, -losses, losses)
 
 
+@functools.cache  # one object for losses of both kinds, so that it is compiled once
+def skip_by_rule(rule, most, with_loss):
+    ours, _ = RULES[rule]
+    return skip(ours(), loss_threshold=ours() if with_loss else None, max_consecutive=most)
+
+
 LOSSES = {
     "norm": None,
     "norm and loss": lambda rng: events(rng, 2000),
@@ -630,12 +641,11 @@ LOSSES = {
 @pytest.mark.parametrize("most", slow_but([0, 3, 20], 3))
 @pytest.mark.parametrize("rule", slow_but(RULES, "mean_std"))
 def test_two_thousand_random_steps_as_transcribed(rng, rule, most, losses):
-    ours, theirs = RULES[rule]
+    _, theirs = RULES[rule]
     given, with_loss = events(rng, 2000), losses is not None
     losses = losses(rng) if with_loss else np.zeros(2000)
     reasons, in_row = gate(given, losses, theirs(False), theirs(True) if with_loss else None, most)
-    tx = skip(ours(), loss_threshold=ours() if with_loss else None, max_consecutive=most)
-    taken, states, last = decisions(tx, given, losses)
+    taken, states, last = decisions(skip_by_rule(rule, most, with_loss), given, losses)
     np.testing.assert_array_equal(
         taken, [not reason and norm != 0 for reason, norm in zip(reasons, given, strict=True)]
     )
@@ -737,18 +747,20 @@ SOME = {
 }
 
 
-@pytest.mark.parametrize("norm", SOME.values(), ids=SOME)
-def test_a_leaf_that_the_norm_leaves_out_may_hold_anything(norm):
-    tx = oc.skip_spikes(optax.identity(), thresholds.constant(10.0), norm=norm)
-    step = jax.jit(tx.update)
+def test_a_leaf_that_the_norm_leaves_out_may_hold_anything():
+    tx = together(
+        {name: oc.skip_spikes(optax.identity(), thresholds.constant(10.0), norm=norm) for name, norm in SOME.items()}
+    )
+    first, step = tx.init(params()), jax.jit(tx.update)
     for value in (1e6, np.nan, np.inf, -np.inf):
-        frozen = grads(1) | {"b": jnp.asarray(np.float32([1.0, value, 1.0]))}
-        out, state = step(frozen, tx.init(params()), params())
-        assert_same_bits(out, frozen)
-        out, state = step(bad(2, value), state, params())
-        assert_same_bits(out, zeros(out))
-        found = clip_stats(state)
-        assert (found["skipped_steps"], found["skipped_norm"]) == (1, int(np.isfinite(value))), value
+        frozen, spike = grads(1) | {"b": np.float32([1.0, value, 1.0])}, bad(2, value)
+        taken, states = step(frozen, first, params())
+        left_out, states = step(spike, states, params())
+        for name in SOME:
+            assert_same_bits(taken[name], frozen)
+            assert_same_bits(left_out[name], zeros(spike))
+            found = clip_stats(states[name])
+            assert (found["skipped_steps"], found["skipped_norm"]) == (1, int(np.isfinite(value))), (name, value)
 
 
 def test_finite_numbers_at_the_end_of_the_range_are_no_reason_to_skip():
@@ -797,11 +809,12 @@ def test_the_first_reason_that_holds_is_counted():
     np.testing.assert_array_equal(counts["loss"], np.zeros(6))
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_loss_that_is_not_finite_is_never_taken_and_opens_nothing(value):
-    taken, states, _ = decisions(by_loss(max_consecutive=2), np.ones(9), [value] * 6 + [5, 5, 5])
-    np.testing.assert_array_equal(taken, [False] * 8 + [True])
-    np.testing.assert_array_equal(states.spikes_in_row, [0] * 6 + [1, 2, 3])
+def test_a_loss_that_is_not_finite_is_never_taken_and_opens_nothing():
+    tx = by_loss(max_consecutive=2)
+    for value in (np.nan, np.inf, -np.inf):
+        taken, states, _ = decisions(tx, np.ones(9), [value] * 6 + [5, 5, 5])
+        np.testing.assert_array_equal(taken, [False] * 8 + [True], err_msg=str(value))
+        np.testing.assert_array_equal(states.spikes_in_row, [0] * 6 + [1, 2, 3], err_msg=str(value))
 
 
 def test_without_a_loss_threshold_the_loss_plays_no_role():
