@@ -16,8 +16,6 @@ import hypothesis
 import jax
 import numpy as np
 import pytest
-from jax._src import pjit
-from jax._src.interpreters import pxla
 
 from tests.support import compiling
 
@@ -58,20 +56,29 @@ def group(item: pytest.Item) -> str:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
     result = yield
-    # On one worker a group is done before the next begins; without workers, a file.
+    # On a worker a group spans files, and without workers a file spans groups.
     if nextitem is None or (item.path != nextitem.path and group(item) != group(nextitem)):
+        if jax.__version_info__ < (0, 12):
+            drop_modules()
         set_aside_what_is_kept()
     return result
 
 
-def set_aside_what_is_kept() -> None:
-    """jax keeps every compiled program; the garbage collector need not walk through all of them again and again.
+def drop_modules() -> None:
+    """Before 0.12, jax keeps with every program the module that it was compiled from, and its context of MLIR.
 
-    Before 0.12 it keeps with each the module that was compiled, 1.4 MB in a context of MLIR, and the more contexts
-    there are, the longer a lowering takes: twice as long at the end of all tests. No public function drops them alone.
+    That is 1.4 MB, and the more contexts there are, the longer a lowering takes: twice as long at the end of all tests.
+    No public function drops the modules and keeps the programs. This can go when no such jax is supported.
     """
+    from jax._src import pjit  # noqa: PLC0415  # private: nothing that a newer jax needs
+    from jax._src.interpreters import pxla  # noqa: PLC0415
+
     for modules in (pjit._pjit_lower, pxla._cached_lowering_to_hlo):
         modules.cache_clear()
+
+
+def set_aside_what_is_kept() -> None:
+    """jax keeps every program; the garbage collector need not walk through all of them again and again."""
     gc.collect()
     gc.freeze()
 

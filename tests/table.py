@@ -50,8 +50,8 @@ def numbers(seed: int, shape: tuple[int, ...], dtype: str, scale: float = 1.0) -
     rng = np.random.default_rng(seed)
     size = scale * rng.uniform(0.5, 2.0, shape)
     if dtype == "complex64":
-        return jnp.asarray((size * np.exp(2j * np.pi * rng.uniform(size=shape))).astype(dtype))
-    return jnp.asarray((size * rng.choice([-1.0, 1.0], shape)).astype(jnp.dtype(dtype)))
+        return jax.device_put((size * np.exp(2j * np.pi * rng.uniform(size=shape))).astype(dtype))
+    return jax.device_put((size * rng.choice([-1.0, 1.0], shape)).astype(jnp.dtype(dtype)))
 
 
 def tree(seed: int, dtype: str, scale: float = 1.0) -> dict[str, Any]:

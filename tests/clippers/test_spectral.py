@@ -126,7 +126,8 @@ def test_the_cap_is_that_of_float64(shape, way):
         for part in CAPS if max(shape) < 100 else CAPS_OF_LARGE:
             for soft, ours in caps_of(way, matrix, part * top).items():
                 error = ours - spectral.capped(triple, part * top, soft=soft)
-                assert is_within(error, allowed(part * top, top)), (part, soft, triple[1][:3])
+                off = np.linalg.norm(error) / top
+                assert is_within(error, allowed(part * top, top)), (part, soft, triple[1][:3], off)
 
 
 @each_way
@@ -140,7 +141,11 @@ def test_the_largest_singular_value_is_that_of_float64(shape, way):
 @each_way
 def test_complex_numbers_and_float64(rng, way):
     with jax.enable_x64(True):
-        for shape, dtype in (((4, 6), np.complex128), ((5, 5), np.float64)):
+        for shape, dtype, within in (
+            ((4, 6), np.complex64, 1e-5),
+            ((5, 5), np.complex128, 1e-12),
+            ((5, 5), np.float64, 1e-12),
+        ):
             matrix = rng.normal(size=shape).astype(dtype)
             matrix = matrix + 1j * matrix[::-1] if np.iscomplexobj(matrix) else matrix
             triple = spectral.svd(matrix)
@@ -149,7 +154,7 @@ def test_complex_numbers_and_float64(rng, way):
                     assert ours.dtype == matrix.dtype
                     right = spectral.capped(triple, part * triple[1][0], soft=soft)
                     # Of the hard cap by iterations, next to its kink, half of the digits are right.
-                    room = 1e-8 if way == "iterations" and not soft else 1e-12
+                    room = max(within, 1e-8) if way == "iterations" and not soft else within
                     assert np.linalg.norm(ours - right, 2) <= room * triple[1][0]
 
 
@@ -381,7 +386,7 @@ def test_the_derivative_of_the_cap(rng, complex_):
     def right(t, soft, matrix, change, cap, more):
         return spectral.capped(spectral.svd(matrix + t * change), cap + t * more, soft=soft)
 
-    shapes, step = ((5, 3),) if complex_ else ((5, 3), (3, 3)), 1e-5
+    shapes, step = ((5, 3), (3, 3)), 1e-5
     stacks = [
         np.stack([spectral.with_singular_values(rng, shape, values, complex_=complex_) for values in POINTS.values()])
         for shape in shapes
@@ -481,10 +486,10 @@ def test_matrices_split_over_devices_under_jit(rng, mesh):
         "whole": np.float32(rng.normal(size=(8, 4))),
     }
     # The two caps differ in what is done to the singular values alone. What a mesh of AUTO axes splits only XLA sees.
-    for stack, names in (
-        (P("data", None, "model"), ("norm", "cap")),
-        (P(None, "data", "model"), ("norm", "smooth cap")),
-    )[: 1 if mesh is AUTO else 2]:
+    layouts = [(P("data", None, "model"), ("norm", "cap"))]
+    if mesh is EXPLICIT:
+        layouts += [(P(None, "data", "model"), ("norm", "smooth cap"))]
+    for stack, names in layouts:
         specs = {"stack": stack, "kernel": P("data", "model"), "whole": P()}
         run = jax.jit(functools.partial(clipped, names=names, stacked={"stack": 1, "kernel": 0, "whole": 0}))
         for name, ours in run(put(tree, specs, mesh)).items():
@@ -500,8 +505,10 @@ def in_shard_map(run, spec, **options):
 @each_way
 def test_layers_split_over_devices_in_shard_map(rng, way):
     stack = layers(rng)
-    ways = ((("norm", "smooth cap"), {}), (("norm", "cap"), {"check_vma": False}))
-    for names, options in ways[: 1 if way == "iterations" else 2]:
+    ways = [(CLIPS, {})]
+    if way == "decompositions":
+        ways += [(("norm", "cap"), {"check_vma": False})]
+    for names, options in ways:
         run = functools.partial(clipped, names=names, stacked=1, axes=P("data"))
         with by(way):
             for name, ours in in_shard_map(run, P("data"), **options)(stack).items():

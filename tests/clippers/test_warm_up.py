@@ -78,8 +78,8 @@ def test_adagc_takes_in_norms_as_measured(rng):
     txs = {i: oc.adagc(warmup_steps=10, **options) for i, options in enumerate(cases)}
     for i, (after, seen) in drive_all(txs, given, fields("norm_average")).items():
         run = adaptive.adagc(given, warmup_steps=10, **{"warmup_take_in": "raw"} | cases[i])
-        np.testing.assert_allclose(after, run.after, rtol=3e-5)
-        np.testing.assert_allclose(seen["norm_average"], run.stats["gamma"], rtol=3e-5)
+        np.testing.assert_allclose(after, run.after, rtol=3e-5, err_msg=str(cases[i]))
+        np.testing.assert_allclose(seen["norm_average"], run.stats["gamma"], rtol=3e-5, err_msg=str(cases[i]))
 
 
 def test_each_group_has_a_warm_up_of_its_own():
@@ -88,10 +88,10 @@ def test_each_group_has_a_warm_up_of_its_own():
     given[:30, 1] = 0
     makes = {"zclip": oc.zclip, "autoclip": functools.partial(oc.autoclip, window=8), "history": oc.clip_by_history}
     txs = {name: make(warmup_steps=4, norm=norms.leaf_norm()) for name, make in makes.items()}
-    for after, _ in drive_all(txs, given).values():
-        np.testing.assert_array_equal(after[:4, 0], 1)
-        np.testing.assert_array_equal(after[30:34, 1], 1)
-        np.testing.assert_allclose(after[8:, 0], 5)
+    for name, (after, _) in drive_all(txs, given).items():
+        np.testing.assert_array_equal(after[:4, 0], 1, err_msg=name)
+        np.testing.assert_array_equal(after[30:34, 1], 1, err_msg=name)
+        np.testing.assert_allclose(after[8:, 0], 5, err_msg=name)
 
 
 def test_on_a_scale_of_logarithms_the_bound_is_the_same(rng):
@@ -99,10 +99,10 @@ def test_on_a_scale_of_logarithms_the_bound_is_the_same(rng):
     options = {"warmup_steps": 8, "warmup_max_norm": 2.0, "scale": "log"}
     both = {"zscore": thresholds.zscore(**options), "mean_std": thresholds.mean_std(window=16, **options)}
     txs = {name: clip_by(norms.global_norm(), threshold) for name, threshold in both.items()}
-    for after, _ in drive_all(txs, given).values():
-        np.testing.assert_allclose(after[:8], np.minimum(given[:8], 2), rtol=1e-6)
-        assert np.median(after[10:] / given[10:]) > 0.9
-        assert after.max() < 100
+    for name, (after, _) in drive_all(txs, given).items():
+        np.testing.assert_allclose(after[:8], np.minimum(given[:8], 2), rtol=1e-6, err_msg=name)
+        assert np.median(after[10:] / given[10:]) > 0.9, name
+        assert after.max() < 100, name
 
 
 def test_with_the_current_norm_the_warm_up_is_a_step_shorter():

@@ -153,6 +153,9 @@ def refuses(name, parameter, value):
     except ValueError as error:
         assert parameter in str(error), (name, error)  # noqa: PT017  # most values are to be refused, and some are not
         return True
+    except Exception as error:
+        error.add_note(f"{name}({parameter}={value!r})")
+        raise
     return False
 
 

@@ -250,7 +250,6 @@ TRACED = [
 
 
 @functools.cache
-@functools.cache
 def stepped(build):
     """The first updates as a function of the bound."""
     weights = params("float32")

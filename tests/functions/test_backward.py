@@ -233,7 +233,8 @@ def test_leaves_without_a_cotangent(rng):
     def all_of(floats):
         return [jax.grad(loss, allow_int=True)(x | floats, tx) for tx in txs]
 
-    for cotangent in all_of(floats):
+    without_jit = jax.grad(loss, allow_int=True)(x, ONE)
+    for cotangent in (without_jit, *all_of(floats)):
         assert cotangent["count"].dtype == cotangent["flag"].dtype == jax.dtypes.float0
         np.testing.assert_allclose(cotangent["kernel"], np.full((3, 2), 1 / np.sqrt(6)), rtol=RTOL)
         np.testing.assert_array_equal(cotangent["bias"], [0, 0])

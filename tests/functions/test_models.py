@@ -55,16 +55,18 @@ def wrapped(inner):
     }[inner]
 
 
-# One row of each method, and of `clip_by` those whose norm or threshold looks at parameters, units or paths.
-OF_CLIP_BY = {
+# The first row of each method, and those where a norm or a threshold looks at parameters, units or paths.
+THAT_LOOK = {
+    "clip_by_leaf_norm-stacked",
+    "clip_by-group_norm-constant",
     "clip_by-unit_norm-relative_to_params",
     "clip_by-leaf_norm-relative_to_params-constant",
     "clip_by-relative_change-between",
     "clip_by-spectral_norm-zscore",
     "clip_by-included-smooth",
 }
-OF_METHODS = {row.public: row.name for row in reversed(ROWS) if row.any_tree and row.public != "clip_by"}
-ALL = {row.name: row.make for row in ROWS if row.name in OF_CLIP_BY.union(OF_METHODS.values())} | {
+FIRST = {row.public: row.name for row in reversed(ROWS) if row.any_tree and row.public != "clip_by"}
+ALL = {row.name: row.make for row in ROWS if row.name in THAT_LOOK.union(FIRST.values())} | {
     name: lambda name=name: wrapped(name) for name in ("recorded", "skip_spikes", "skip of AGC", "chain with Adam")
 }
 

@@ -219,7 +219,7 @@ def test_values_are_clipped_on_their_own():
 
 @pytest.mark.parametrize(
     ("axes", "check_vma", "orders"),
-    [("auto", True, ORDERS), (SPECS, False, (2, np.inf))],  # a sum and a maximum
+    [("auto", True, ORDERS), (SPECS, False, (2, 3, np.inf))],  # a sum, a gathering and a maximum
     ids=["auto", "specs, unchecked"],
 )
 def test_global_norm_is_numpys(axes, check_vma, orders):

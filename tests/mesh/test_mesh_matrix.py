@@ -24,6 +24,8 @@ from tests.support.meshes import AUTO, EXPLICIT, P, is_spec, over_steps, pieces,
 from tests.support.public import NAMES, public
 from tests.table import ROWS, numbers, spectral
 
+each_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+
 # One of each kind of norm and each class of state, with its kind of threshold.
 OF_EACH_KIND = {
     *("clip", "clip_by_global_norm", "clip_by_global_norm-p1", "clip_by-inf_norm-exactly", "clip_by_block_rms"),
@@ -416,32 +418,11 @@ def layout_of(row, column):
     return layouts[(ROWS.index(row) + list(COLUMNS).index(column)) % len(layouts)]
 
 
-# How the norms of pieces are joined depends on the kind of the norm alone. So all rows take one way with types, one
-# without, and one with a name; the other ways are for a row of each kind. (All rows have taken "checked" above.)
-FOR_EACH_KIND = ("jit, auto", "checked", "partly manual", "vmap")
-# Which keep something beside each coordinate: on an Auto mesh it is for the library to lay that out.
-BESIDE_COORDINATES = {
-    *("spam_clip", "adaptive_spike_clip", "scale_by_adaptive_norm", "scale_by_acclip", "clipped_momentum"),
-    *("centered_clip", "reset_state_every"),
-}
-
-
-def rows_of(*columns):
-    """Parameters: the rows that each of these columns has."""
-    return [
-        pytest.param(row, column, id=f"{row.name}-{column}")
-        for row in ROWS
-        for column in columns
-        if column not in FOR_EACH_KIND
-        or row.name in OF_EACH_KIND
-        or (column == "jit, auto" and row.name in BESIDE_COORDINATES)
-    ]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("row", "way"), rows_of("jit, auto", "jit, explicit"))
-def test_jit(row, way):
-    updates, state = under_jit(row, layout_of(row, way), AUTO if way == "jit, auto" else EXPLICIT)
+@pytest.mark.parametrize("mesh", [AUTO, EXPLICIT], ids=["auto", "explicit"])
+@each_row
+def test_jit(row, mesh):
+    updates, state = under_jit(row, layout_of(row, "jit, auto" if mesh is AUTO else "jit, explicit"), mesh)
     wanted, wanted_state = expected(row)
     for i, now in enumerate(updates):
         assert_same((now, ()), (jax.tree.map(lambda leaf, i=i: leaf[i], wanted), ()), near_zero(row))
@@ -456,7 +437,16 @@ WAYS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("row", "way"), rows_of(*WAYS))
+@pytest.mark.parametrize(
+    ("row", "way"),
+    [
+        pytest.param(row, way, id=f"{row.name}-{way}")
+        for row in ROWS
+        for way in WAYS
+        # The other rows have been checked with the mixed layout.
+        if way != "checked" or row.name in OF_EACH_KIND
+    ],
+)
 def test_shard_map(row, way):
     layout = layout_of(row, way)
     options = WAYS[way](row, layout)
@@ -469,9 +459,10 @@ def test_shard_map(row, way):
 
 @pytest.mark.filterwarnings("ignore:axes=.device. assumes that every leaf is split")  # in pmap every leaf is
 @pytest.mark.slow
-@pytest.mark.parametrize(("row", "way"), rows_of("pmap", "vmap"))
-def test_one_named_axis(row, way):
-    layout, transform = layout_of(row, way), getattr(jax, way)
+@pytest.mark.parametrize("transform", [jax.pmap, jax.vmap], ids=["pmap", "vmap"])
+@each_row
+def test_one_named_axis(row, transform):
+    layout = layout_of(row, transform.__name__)
     if message := refused(row, layout, AUTO.axis_names):
         with pytest.raises(ValueError, match=message):
             along_one_axis(row, layout, transform)

@@ -93,7 +93,11 @@ def of_each_row(look, found):
     def traced(grads, weights):
         for row in ROWS:
             tx = row.make()
-            found[row.name] = look(lambda tx=tx: tx.update(grads, tx.init(weights), weights))
+            try:
+                found[row.name] = look(lambda tx=tx: tx.update(grads, tx.init(weights), weights))
+            except Exception as error:
+                error.add_note(row.name)
+                raise
 
     return traced
 

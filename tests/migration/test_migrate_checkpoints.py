@@ -72,10 +72,10 @@ def test_a_state_from_a_file_is_worth_as_much_as_a_live_one(states, form, tmp_pa
         for tx in (old, oc.skip_nonfinite(old)):
             live, from_file = (oc.migrate(tx, PARAMS, both[name]) for both in (states, restored))
             assert from_file.report == live.report, name
-            chex.assert_trees_all_equal(from_file.state, live.state)
-            chex.assert_trees_all_equal_dtypes(from_file.state, live.state)
+            chex.assert_trees_all_equal(from_file.state, live.state, custom_message=name)
+            chex.assert_trees_all_equal_dtypes(from_file.state, live.state, custom_message=name)
             assert not any(leaf.weak_type for leaf in jax.tree.leaves(from_file.state)), name
-        chex.assert_trees_all_equal(oc.migrate(old, PARAMS, restored[name]).state, states[name])
+        chex.assert_trees_all_equal(oc.migrate(old, PARAMS, restored[name]).state, states[name], custom_message=name)
 
 
 def test_a_window_in_a_checkpoint_changes_its_length(tmp_path):

@@ -102,6 +102,7 @@ def test_no_threshold_makes_one():
         return {name: limit(name)(norms, states[name]) for name in made}
 
     states = {name: threshold.init([np.float32(1)] * 2) for name, threshold in made.items()}
+    assert all_finite(states)
     for size in np.float32([1.0, 2.0, 0.0, 3.0, 1e30, 1e-30]):
         found = jax.device_get(step([size, 2 * size], states))
         for name, ((upper, states[name]), seen) in found.items():
@@ -169,6 +170,7 @@ def test_no_transformation_makes_one_in_any_operation():
         return {name: steps[name](updates, states[name], WEIGHTS) for name in made}
 
     states = jax.jit(lambda: {name: tx.init(WEIGHTS) for name, tx in made.items()})()
+    assert all_finite(states)
     for seed, scale in enumerate((1.0, 0.0)):
         found = jax.device_get(step(tree(seed, "float32", scale), states))
         for name, ((updates, states[name]), seen) in found.items():

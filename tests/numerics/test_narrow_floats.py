@@ -31,7 +31,7 @@ def rounded(bound, dtype):
     return bound if np.isinf(bound) else float(np.asarray(np.clip(bound, -most, most)).astype(dtype))
 
 
-TREE = {str(dtype): jnp.asarray(every_number(dtype)) for dtype in NARROW}
+TREE = jax.device_put({str(dtype): every_number(dtype) for dtype in NARROW})
 
 
 @jax.jit
@@ -135,11 +135,11 @@ def test_a_state_of_16_bits_stays_finite():
             assert all(np.all(np.isfinite(wide(x))) for x in jax.tree.leaves((out[name], state[name]))), (name, size)
 
 
+@pytest.mark.parametrize("dtype", [*NARROW, *REFUSED], ids=str)
 @pytest.mark.parametrize("name", WITH_STATE)
-def test_a_state_of_fewer_than_16_bits_is_refused(name):
-    for dtype in (*NARROW, *REFUSED):
-        with pytest.raises(ValueError, match=r"state_dtype must be .*16 bits"):
-            WITH_STATE[name](dtype)
+def test_a_state_of_fewer_than_16_bits_is_refused(name, dtype):
+    with pytest.raises(ValueError, match=r"state_dtype must be .*16 bits"):
+        WITH_STATE[name](dtype)
 
 
 def test_a_state_beside_complex_parameters_is_complex_whatever_its_dtype():

@@ -405,8 +405,9 @@ every_dtype = pytest.mark.parametrize("dtype", NAMES, ids=id_of)
 @functools.cache
 def steps_of(dtype):
     """A step of those that look at parameters, and one of those that do not."""
-    with_params = {name for name in NAMES[dtype] if name.startswith(("agc", "clippy"))}
-    return [by_name({name: EVERY[name] for name in names}) for names in (with_params, {*NAMES[dtype]} - with_params)]
+    with_params = [name for name in NAMES[dtype] if name.startswith(("agc", "clippy"))]
+    others = [name for name in NAMES[dtype] if name not in with_params]
+    return [by_name({name: EVERY[name] for name in names}) for names in (with_params, others)]
 
 
 def all_of(dtype, bound, updates, params):

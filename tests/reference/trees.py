@@ -43,13 +43,13 @@ def random_tree(rng, dtype, *, shapes=SHAPES, most=8, scale=1.0, spread=0.0):
     twice = [*shapes, *shapes]
     picked = rng.permutation(len(twice))[: int(rng.integers(1, most + 1))]
     leaves = [normal(rng, twice[int(i)], dtype, scale * 10 ** rng.uniform(-spread, spread)) for i in picked]
-    return jax.tree.map(jnp.asarray, nest(rng, leaves))
+    return jax.device_put(nest(rng, leaves))
 
 
 def shuffled_tree(rng, dtype, shapes, *, scale=1.0, spread=0.0):
     """One leaf of each shape, in random order and nesting: trees of many structures that share compiled kernels."""
     leaves = [normal(rng, shape, dtype, scale * 10 ** rng.uniform(-spread, spread)) for shape in shapes]
-    return jax.tree.map(jnp.asarray, nest(rng, [leaves[int(i)] for i in rng.permutation(len(leaves))]))
+    return jax.device_put(nest(rng, [leaves[int(i)] for i in rng.permutation(len(leaves))]))
 
 
 def like(rng, tree, scale=1.0):

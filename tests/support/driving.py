@@ -63,37 +63,11 @@ def together(txs):
     return optax.GradientTransformation(init, update)
 
 
-def driver(tx, observe=lambda state: ()):
-    """A jitted function: norms -> (the norms after clipping, what `observe` sees of each state after its step).
+def driver_of_all(txs, observe=lambda state: ()):
+    """Jitted: norms -> of each transformation (the norms after clipping, what `observe` sees of each state then).
 
     Each tensor is a leaf of one number, its norm: an array of steps is one tensor, one of steps by tensors several.
     """
-
-    @jax.jit
-    def run(norms):
-        tensors = norms.shape[1] if norms.ndim > 1 else 1
-
-        def step(state, row):
-            updates, state = tx.update({str(i): row[i, None] for i in range(tensors)}, state)
-            return state, (jnp.concatenate([updates[str(i)] for i in range(tensors)]), observe(state))
-
-        first = tx.init({str(i): jnp.zeros(1, norms.dtype) for i in range(tensors)})
-        _, (after, seen) = jax.lax.scan(step, first, norms.reshape(-1, tensors))
-        return after.reshape(norms.shape), seen
-
-    def drive(norms):
-        after, seen = run(jnp.asarray(norms, jnp.float32))
-        return wide(after), jax.tree.map(wide, seen)
-
-    return drive
-
-
-def drive(tx, norms, observe=lambda state: ()):
-    return driver(tx, observe)(norms)
-
-
-def driver_of_all(txs, observe=lambda state: ()):
-    """`driver` for several transformations: norms -> what it says of each, by name, from one program."""
     tx = together(txs)
 
     def tensors(row):
@@ -120,6 +94,16 @@ def driver_of_all(txs, observe=lambda state: ()):
 
 def drive_all(txs, norms, observe=lambda state: ()):
     return driver_of_all(txs, observe)(norms)
+
+
+def driver(tx, observe=lambda state: ()):
+    """The same of one transformation."""
+    run = driver_of_all({"": tx}, observe)
+    return lambda norms: run(norms)[""]
+
+
+def drive(tx, norms, observe=lambda state: ()):
+    return driver(tx, observe)(norms)
 
 
 def wide(array):

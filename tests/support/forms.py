@@ -43,7 +43,7 @@ def places(form, ord=2, columns=False):
 
 def norms(arrays, ord=2, dims=None):
     """What the library finds, over all dimensions unless `dims` says which."""
-    arrays = list(map(jnp.asarray, arrays))
+    arrays = list(map(jax.device_put, arrays))
     return array_norms.norms(arrays, [tuple(range(x.ndim)) if dims is None else dims for x in arrays], ord)
 
 
@@ -69,7 +69,15 @@ def assert_right(found, x, within, ord=2, dims=None):
     off = np.abs(found - np.minimum(right, most))
     is_right = (off <= within * right) | ((found == 0) & (right < tiny * (1 + within)))
     where = np.flatnonzero(~is_right)
-    assert not where.size, (ord, where[:5], found.ravel()[where[:5]], right.ravel()[where[:5]])
+    assert not where.size, (
+        x.shape,
+        str(x.dtype),
+        dims,
+        ord,
+        where[:5],
+        found.ravel()[where[:5]],
+        right.ravel()[where[:5]],
+    )
 
 
 def signed(rng, shape):

@@ -136,8 +136,8 @@ def test_it_goes_with_every_threshold_and_in_every_place():
     clips = together({name: clip_by(LEAF_MAX, threshold, record=2) for name, threshold in made.items()})
     updates, states = run(clips, *[GRADS] * 3)
     for name in made:
-        assert oc.clip_stats(states[name])["clip_norm"] == 4.0
-        np.testing.assert_array_equal(updates[name]["a"], GRADS["a"])
+        assert oc.clip_stats(states[name])["clip_norm"] == 4.0, name
+        np.testing.assert_array_equal(updates[name]["a"], GRADS["a"], err_msg=name)
     tx = oc.skip_spikes(optax.sgd(1.0), record_high(1.5), norm=LEAF_MAX)
     spike = jax.tree.map(lambda leaf: 100 * np.asarray(leaf), GRADS)
     _, state = run(tx, GRADS, spike, GRADS)
