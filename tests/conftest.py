@@ -10,14 +10,13 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import gc
 import hashlib
 from collections.abc import Iterator
-from pathlib import Path
 
 import hypothesis
 import jax
 import numpy as np
 import pytest
 
-from tests.support import compiling
+from tests.support import compiling, figures
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # For the same reason as in `set_aside_what_is_kept`, below.
@@ -100,8 +99,7 @@ def strict_promotion() -> Iterator[None]:
 
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures are written as empty files: rendering takes longer than all else."""
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda _figure, path, **_kwargs: Path(path).touch())
+    figures.leave_undrawn(monkeypatch)
 
 
 @pytest.fixture

@@ -113,38 +113,40 @@ def on_one_device(clipper, grads, params):
 
 @functools.cache
 def whole_update(clipper):
-    tx = clipper()
-    return jax.jit(lambda grads, params: tx.update(grads, tx.init(params), params)[0])
-
-
-def in_shard_map(clips, specs, *, mesh=AUTO, **options):
-    """The updates of a stateless clip or of a list of them; jax checks that what is not split comes out replicated."""
-
-    def update(grads, params):
-        if isinstance(clips, list):
-            return [tx.update(grads, tx.init(params), params)[0] for tx in clips]
-        return clips.update(grads, clips.init(params), params)[0]
-
-    out_specs = [specs] * len(clips) if isinstance(clips, list) else specs
-    return jax.jit(jax.shard_map(update, mesh=mesh, in_specs=(specs, specs), out_specs=out_specs, **options))
+    return jax.jit(update_of(clipper()))
 
 
 @functools.cache
 def whole_updates(names):
     """The same of several clips, by name: one program for all of them."""
-    clips = {name: CLIPPERS[name]() for name in names}
-    return jax.jit(
-        lambda grads, params: {name: tx.update(grads, tx.init(params), params)[0] for name, tx in clips.items()}
-    )
+    return jax.jit(update_of(by_name(names)))
+
+
+def by_name(names):
+    return {name: CLIPPERS[name]() for name in names}
+
+
+def for_each(fun, clips):
+    """`fun` of a clip, or of each in a list or a dict."""
+    return jax.tree.map(fun, clips, is_leaf=lambda x: isinstance(x, optax.GradientTransformation))
+
+
+def update_of(clips):
+    """What stateless clips make of gradients."""
+    return lambda grads, params: for_each(lambda tx: tx.update(grads, tx.init(params), params)[0], clips)
+
+
+def in_shard_map(clips, specs, *, mesh=AUTO, **options):
+    """The same there; jax checks that what is not split comes out replicated."""
+    out_specs = for_each(lambda _: specs, clips)
+    return jax.jit(jax.shard_map(update_of(clips), mesh=mesh, in_specs=(specs, specs), out_specs=out_specs, **options))
 
 
 @functools.cache
 def updates_of(names, *, is_sharded):
     """Those of several clips, by name, with SPECS and by the types, or on one device: one program for all tests."""
-    if not is_sharded:
-        return lambda grads: whole_updates(names)(grads, PARAMS)
-    program = in_shard_map([CLIPPERS[name]() for name in names], SPECS)
-    return lambda grads: dict(zip(names, program(grads, PARAMS), strict=True))
+    program = in_shard_map(by_name(names), SPECS) if is_sharded else whole_updates(names)
+    return lambda grads: program(grads, PARAMS)
 
 
 def assert_close(actual, expected, rtol=1e-6):

@@ -223,10 +223,6 @@ def test_22_optax_lets_each_device_decide_for_itself(mapping):
         np.testing.assert_array_equal(taken(optax.apply_if_finite(optax.scale(-1.0), 5), axes), np.arange(8) != 3)
 
 
-def compiled_text(tx):
-    return mapped(tx).lower(GIVEN[0], tx.init(PARAMS), PARAMS).compile().as_text()
-
-
 @pytest.mark.parametrize(
     "name", ["global", *(pytest.param(n, marks=pytest.mark.slow) for n in ("largest", "leaf", "some"))]
 )

@@ -82,6 +82,10 @@ def with_every_result(fun):
     return run
 
 
+def all_finite(tree):
+    return all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(tree))
+
+
 def assert_no_infinity(seen, name):
     assert not any(np.any(np.isinf(x)) for x in seen if jnp.issubdtype(x.dtype, jnp.inexact)), name
 
@@ -106,7 +110,7 @@ def test_no_threshold_makes_one():
     for size in np.float32([1.0, 2.0, 0.0, 3.0, 1e30, 1e-30]):
         found = jax.device_get(step([size, 2 * size], states))
         for name, ((upper, states[name]), seen) in found.items():
-            assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((upper, states[name]))), name
+            assert all_finite((upper, states[name])), name
             assert_no_infinity(seen, name)
 
 
@@ -140,10 +144,6 @@ WEIGHTS = params("float32")
 def recorded(row):
     """The transformation of a row, with a record if it can have one."""
     return row.factory(*row.args, **{**row.kwargs, **({"record": 3} if takes_record(row) else {})})
-
-
-def all_finite(tree):
-    return all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(tree))
 
 
 @pytest.mark.usefixtures("infinities_are_errors")

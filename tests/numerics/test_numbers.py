@@ -362,7 +362,7 @@ EVERY = {
     "global, ord inf": lambda c: oc.clip_by_global_norm(c, ord=np.inf),
     "leaf": oc.clip_by_leaf_norm,
     "rms": oc.clip_by_block_rms,
-    "range": lambda c: oc.clip_by_norm_range(c, np.inf),
+    "range from": lambda c: oc.clip_by_norm_range(c, np.inf),
     "range up to": lambda c: oc.clip_by_norm_range(0.0, c),
     "range of leaves": lambda c: oc.clip_by_norm_range(c, c, norm=oc.norms.leaf_norm()),
     "smooth": oc.smooth_clip_by_global_norm,
@@ -442,7 +442,7 @@ def test_bound_zero_gives_zeros(dtype):
         found["number"] = step_with_number(0.0)(updates, params)
     for kind, by_clip in found.items():
         for name, ours in by_clip.items():
-            if name not in ("lower end", "range"):  # of which 0 is the lower end
+            if name not in ("lower end", "range from"):  # of which 0 is the lower end
                 assert not any(map(np.any, trees.wide_leaves(ours))), (name, kind)
 
 
@@ -463,7 +463,7 @@ def test_a_group_that_is_not_finite_passes_as_it_came(dtype, value):
             )
             assert vector, (name, bound)
             assert number, (name, bound)
-            if name in ("range", "range up to", "smooth") or name.startswith("global"):
+            if name in ("range from", "range up to", "smooth") or name.startswith("global"):
                 assert matrix, (name, bound)
             elif bound < 1:
                 small = np.abs(trees.wide_leaves(ours)[1]) < 0.1

@@ -581,9 +581,8 @@ def test_the_level_that_would_clip_with_mean_and_deviation(rng):
         for group in ("a", "b"):
             level = found[f"threshold_mean/{group}"] + 3 * found[f"threshold_std/{group}"]
             level = np.exp(level) if is_log else level
-            assert now[f"clip_limit/{group}"] == pytest.approx(float(level), rel=1e-4), (
-                case
-            )  # and no inf between spikes
+            # And no inf between spikes.
+            assert now[f"clip_limit/{group}"] == pytest.approx(float(level), rel=1e-4), case
             assert now[f"clip_scale/{group}"] == 1.0, case
         assert now["threshold_mean"] in {now["threshold_mean/a"], now["threshold_mean/b"]}, case
 

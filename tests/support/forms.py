@@ -69,15 +69,8 @@ def assert_right(found, x, within, ord=2, dims=None):
     off = np.abs(found - np.minimum(right, most))
     is_right = (off <= within * right) | ((found == 0) & (right < tiny * (1 + within)))
     where = np.flatnonzero(~is_right)
-    assert not where.size, (
-        x.shape,
-        str(x.dtype),
-        dims,
-        ord,
-        where[:5],
-        found.ravel()[where[:5]],
-        right.ravel()[where[:5]],
-    )
+    case = f"{x.dtype}{list(x.shape)}, dims {dims}, ord {ord}"
+    assert not where.size, (case, where[:5], found.ravel()[where[:5]], right.ravel()[where[:5]])
 
 
 def signed(rng, shape):
